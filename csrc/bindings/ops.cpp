@@ -1,0 +1,187 @@
+// The operations as Python functions: checks, dispatch by element type, the GIL released.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "bindings/problems.h"
+#include "bindings/register.h"
+#include "cpu/matmul_precision.h"
+#include "dykaf/ops.h"
+
+namespace dykaf::bindings {
+namespace {
+
+using States = std::vector<py::dict>;
+using Offsets = std::vector<std::vector<int64_t>>;
+
+std::optional<std::string> matmul_precision(const py::dict& options) {
+  if (!options.contains("matmul_precision") || options["matmul_precision"].is_none()) return {};
+  return py::cast<std::string>(options["matmul_precision"]);
+}
+
+// Runs body without the GIL, outside of autograd, at the precision that `options` names.
+template <typename Body>
+void run(const py::dict& options, const Body& body) {
+  const cpu::MatmulPrecision precision(matmul_precision(options));
+  const py::gil_scoped_release no_gil;
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  body();
+}
+
+std::vector<int64_t> matrices_per_state(const States& states) {
+  std::vector<int64_t> counts;
+  for (size_t i = 0; i < states.size(); ++i) {
+    if (!states[i].contains("step")) fail("states[" + std::to_string(i) + "]['step']", "a tensor", "nothing");
+    counts.push_back(py::cast<at::Tensor>(states[i]["step"]).numel());
+  }
+  return counts;
+}
+
+Inputs with_grads(const TensorList& grads, const States& states) {
+  return {.params = {}, .grads = grads, .grad_max = grad_max(grads, matrices_per_state(states)),
+          .streams = {}, .offsets = {}};
+}
+
+// The pointers of the matrices of `tensors`, in the order of `list`.
+template <typename T>
+std::vector<T*> matrix_pointers(const ProblemList<T>& list, const TensorList& tensors) {
+  std::vector<T*> pointers;
+  for (size_t i = 0; i < list.problems.size(); ++i) {
+    const size_t source = list.sources[i];
+    const bool continues = i > 0 && list.sources[i - 1] == source;
+    const at::Tensor& tensor = tensors[source];
+    const auto dtype = c10::CppTypeToScalarType<T>::value;
+    if (!continues && (tensor.scalar_type() != dtype || !tensor.is_contiguous())) {
+      fail("tensor " + std::to_string(source), "a contiguous tensor of the state's dtype",
+           c10::toString(tensor.scalar_type()));
+    }
+    pointers.push_back(continues ? pointers.back() + list.problems[i].size()
+                                 : tensor.mutable_data_ptr<T>());
+  }
+  return pointers;
+}
+
+TensorList allocate_like(const TensorList& tensors) {
+  TensorList outputs;
+  for (const at::Tensor& tensor : tensors) outputs.push_back(at::empty_like(tensor));
+  return outputs;
+}
+
+at::Tensor grad_max_op(const TensorList& grads, const std::vector<int64_t>& counts) {
+  const std::vector<double> maxima = grad_max(grads, counts);
+  at::Tensor out = at::empty({static_cast<int64_t>(maxima.size())}, at::kDouble);
+  std::copy(maxima.begin(), maxima.end(), out.mutable_data_ptr<double>());
+  return out;
+}
+
+TensorList rotate_op(const TensorList& inputs, const States& states, bool into_basis,
+                     const py::dict& options) {
+  Problems problems(states, with_grads(inputs, states), parse_options(options).second_moment);
+  TensorList outputs = allocate_like(inputs);
+  const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      const std::vector<T*> in = matrix_pointers(list, inputs);
+      cpu::rotate<T>(list.problems, rotation, in.data(), matrix_pointers(list, outputs).data());
+    });
+  });
+  return outputs;
+}
+
+TensorList adam_update_op(const TensorList& grads, const States& states, const py::dict& options) {
+  const Options parsed = parse_options(options);
+  Problems problems(states, with_grads(grads, states), parsed.second_moment);
+  TensorList updates = allocate_like(grads);
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      cpu::adam_update_<T>(list.problems, parsed, matrix_pointers(list, updates).data());
+    });
+  });
+  return updates;
+}
+
+void apply_update_op(const TensorList& params, const TensorList& updates, const States& states,
+                     const std::vector<uint64_t>& streams, const py::dict& options) {
+  const Options parsed = parse_options(options);
+  if (updates.size() != params.size()) {
+    fail("updates", std::to_string(params.size()) + " tensors", std::to_string(updates.size()));
+  }
+  const Inputs inputs{.params = params, .grads = {}, .grad_max = {}, .streams = streams, .offsets = {}};
+  Problems problems(states, inputs, parsed.second_moment);
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      const std::vector<T*> pointers = matrix_pointers(list, updates);
+      cpu::apply_update_<T>(list.problems, parsed, pointers.data());
+    });
+    problems.write_back();
+  });
+}
+
+void factor_update_op(const TensorList& grads, const States& states, const py::dict& options) {
+  const Options parsed = parse_options(options);
+  Problems problems(states, with_grads(grads, states), parsed.second_moment);
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      cpu::factor_update_<T>(list.problems, parsed);
+    });
+  });
+}
+
+void initialize_op(const TensorList& grads, const States& states, const Offsets& offsets,
+                   const py::dict& options) {
+  const Options parsed = parse_options(options);
+  Inputs inputs = with_grads(grads, states);
+  inputs.offsets = offsets;
+  Problems problems(states, inputs, parsed.second_moment);
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      cpu::initialize_<T>(list.problems, parsed);
+    });
+  });
+}
+
+void refresh_basis_op(const States& states, const std::string& side, const py::dict& options) {
+  const Options parsed = parse_options(options);
+  if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
+  Problems problems(states, {}, parsed.second_moment);
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      cpu::refresh_basis_<T>(list.problems, parsed, side == "left" ? Side::kLeft : Side::kRight);
+    });
+  });
+}
+
+void step_op(const TensorList& params, const TensorList& grads, const std::vector<double>& maxima,
+             const States& states, const std::vector<uint64_t>& streams, const Offsets& offsets,
+             const py::dict& options) {
+  const Options parsed = parse_options(options);
+  Problems problems(states, {params, grads, maxima, streams, offsets}, parsed.second_moment);
+  run(options, [&] {
+    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
+      cpu::step_<T>(list.problems, parsed);
+    });
+    problems.write_back();
+  });
+}
+
+}  // namespace
+
+void register_ops(py::module_& module) {
+  module.def("grad_max", &grad_max_op, py::arg("grads"), py::arg("counts"));
+  module.def("rotate", &rotate_op, py::arg("inputs"), py::arg("states"), py::arg("into_basis"),
+             py::arg("options"));
+  module.def("adam_update_", &adam_update_op, py::arg("grads"), py::arg("states"),
+             py::arg("options"));
+  module.def("apply_update_", &apply_update_op, py::arg("params"), py::arg("updates"),
+             py::arg("states"), py::arg("streams"), py::arg("options"));
+  module.def("factor_update_", &factor_update_op, py::arg("grads"), py::arg("states"),
+             py::arg("options"));
+  module.def("initialize_", &initialize_op, py::arg("grads"), py::arg("states"),
+             py::arg("offsets"), py::arg("options"));
+  module.def("refresh_basis_", &refresh_basis_op, py::arg("states"), py::arg("side"),
+             py::arg("options"));
+  module.def("step_", &step_op, py::arg("params"), py::arg("grads"), py::arg("grad_max"),
+             py::arg("states"), py::arg("streams"), py::arg("offsets"), py::arg("options"));
+}
+
+}  // namespace dykaf::bindings

@@ -1,0 +1,67 @@
+// A parameter group's dictionary as dykaf::Options.
+#include <array>
+#include <utility>
+
+#include "bindings/problems.h"
+
+namespace dykaf::bindings {
+namespace {
+
+template <typename Value>
+Value read(const py::dict& options, const char* name) {
+  if (!options.contains(name)) fail(std::string("options['") + name + "']", "a value", "nothing");
+  try {
+    return py::cast<Value>(options[name]);
+  } catch (const py::cast_error&) {
+    fail(std::string("options['") + name + "']", "another type",
+         py::cast<std::string>(py::repr(options[name])));
+  }
+}
+
+template <typename Enum, size_t kNum>
+Enum read_name(const py::dict& options, const char* name,
+               const std::array<std::pair<const char*, Enum>, kNum>& values) {
+  const auto text = read<std::string>(options, name);
+  std::string names;
+  for (const auto& [candidate, value] : values) {
+    if (text == candidate) return value;
+    names += (names.empty() ? "'" : ", '") + std::string(candidate) + "'";
+  }
+  fail(std::string("options['") + name + "']", "one of " + names, "'" + text + "'");
+}
+
+}  // namespace
+
+Options parse_options(const py::dict& options) {
+  const auto betas = read<std::pair<double, double>>(options, "betas");
+  return {
+      .lr = read<double>(options, "lr"),
+      .beta1 = betas.first,
+      .beta2 = betas.second,
+      .eps = read<double>(options, "eps"),
+      .weight_decay = read<double>(options, "weight_decay"),
+      .factor_beta = read<double>(options, "factor_beta"),
+      .metric_power = read<double>(options, "metric_power"),
+      .grad_scale = read<double>(options, "grad_scale"),
+      .precondition_frequency = read<int64_t>(options, "precondition_frequency"),
+      .seed = read<uint64_t>(options, "seed"),
+      .integrator = read_name(options, "integrator",
+                              std::array{std::pair{"ksl", Integrator::kKsl},
+                                         std::pair{"bug", Integrator::kBug},
+                                         std::pair{"diagonal", Integrator::kDiagonal}}),
+      .init = read_name(options, "init",
+                        std::array{std::pair{"identity", Init::kIdentity},
+                                   std::pair{"rank_one", Init::kRankOne}}),
+      .second_moment = read_name(options, "second_moment",
+                                 std::array{std::pair{"full", SecondMoment::kFull},
+                                            std::pair{"rank_one", SecondMoment::kRankOne},
+                                            std::pair{"factored", SecondMoment::kFactored}}),
+      .refresh_schedule = read_name(options, "refresh_schedule",
+                                    std::array{std::pair{"geometric", RefreshSchedule::kGeometric},
+                                               std::pair{"fixed", RefreshSchedule::kFixed}}),
+      .rescale_exp_avg_sq = read<bool>(options, "rescale_exp_avg_sq"),
+      .refresh_stagger = read<bool>(options, "refresh_stagger"),
+  };
+}
+
+}  // namespace dykaf::bindings

@@ -1,0 +1,292 @@
+#include "bindings/problems.h"
+
+#include <sstream>
+
+#include "dykaf/ops.h"
+
+namespace dykaf::bindings {
+namespace {
+
+std::string describe(const at::Tensor& tensor) {
+  std::ostringstream out;
+  out << tensor.scalar_type() << " " << tensor.sizes() << " on " << tensor.device();
+  if (!tensor.is_contiguous()) out << ", not contiguous";
+  return out.str();
+}
+
+DType dtype_of(const std::string& name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      fail(name, "float64, float32, bfloat16 or float16", describe(tensor));
+  }
+}
+
+void check_dense_cpu(const std::string& name, const at::Tensor& tensor) {
+  if (tensor.layout() != at::kStrided || !tensor.device().is_cpu()) {
+    fail(name, "a dense tensor on the CPU (this build has no other backend)",
+         tensor.layout() != at::kStrided ? "layout " + std::string("sparse") : describe(tensor));
+  }
+}
+
+// One parameter's state, read by name.
+class StateReader {
+ public:
+  StateReader(size_t index, const py::dict& state)
+      : prefix_("states[" + std::to_string(index) + "]"), state_(state) {}
+
+  bool has(const char* key) const { return state_.contains(key); }
+
+  at::Tensor tensor(const char* key) const {
+    if (!has(key)) fail(name(key), "a tensor", "nothing");
+    return py::cast<at::Tensor>(state_[key]);
+  }
+
+  template <typename T>
+  T* pointer(const char* key, at::IntArrayRef shape) const {
+    const at::Tensor value = tensor(key);
+    const auto dtype = c10::CppTypeToScalarType<T>::value;
+    if (value.scalar_type() != dtype || value.sizes() != shape || !value.is_contiguous() ||
+        !value.device().is_cpu()) {
+      std::ostringstream expected;
+      expected << "contiguous " << dtype << " " << shape << " on cpu";
+      fail(name(key), expected.str(), describe(value));
+    }
+    return value.mutable_data_ptr<T>();
+  }
+
+  template <typename T>
+  T* optional(const char* key, at::IntArrayRef shape) const {
+    return has(key) ? pointer<T>(key, shape) : nullptr;
+  }
+
+  std::string name(const char* key) const { return prefix_ + "['" + key + "']"; }
+
+ private:
+  std::string prefix_;
+  const py::dict& state_;
+};
+
+std::vector<int64_t> extend(at::IntArrayRef batch, std::initializer_list<int64_t> tail) {
+  std::vector<int64_t> shape(batch.begin(), batch.end());
+  shape.insert(shape.end(), tail);
+  return shape;
+}
+
+template <typename T>
+T* advance(T* pointer, int64_t count) {
+  return pointer == nullptr ? nullptr : pointer + count;
+}
+
+// The state of matrix 0 of a parameter with factors; shapes: batch + the tails below.
+template <typename T>
+Problem<T> read_factored(const StateReader& state, SecondMoment second_moment,
+                         at::IntArrayRef batch) {
+  const at::Tensor exp_avg = state.tensor("exp_avg");
+  Problem<T> p{};
+  p.m = exp_avg.dim() >= 2 ? exp_avg.size(-2) : 1;
+  p.n = exp_avg.dim() >= 2 ? exp_avg.size(-1) : exp_avg.numel();
+  p.exp_avg = state.pointer<T>("exp_avg", extend(batch, {p.m, p.n}));
+  if (second_moment == SecondMoment::kFull) {
+    p.exp_avg_sq = state.pointer<T>("exp_avg_sq", extend(batch, {p.m, p.n}));
+  } else {
+    p.exp_avg_sq_row = state.pointer<T>("exp_avg_sq_row", extend(batch, {p.m}));
+    p.exp_avg_sq_col = state.pointer<T>("exp_avg_sq_col", extend(batch, {p.n}));
+    if (second_moment == SecondMoment::kRankOne) {
+      p.exp_avg_sq_scale = state.pointer<double>("exp_avg_sq_scale", batch);
+    }
+  }
+  p.L = state.optional<T>("L", extend(batch, {p.m, p.m}));
+  p.R = state.optional<T>("R", extend(batch, {p.n, p.n}));
+  if (p.L != nullptr) p.Q_L = state.pointer<T>("Q_L", extend(batch, {p.m, p.m}));
+  if (p.R != nullptr) p.Q_R = state.pointer<T>("Q_R", extend(batch, {p.n, p.n}));
+  if (p.is_unsided()) fail(state.name("L"), "a factor on one side at least", "neither L nor R");
+  p.rho = state.pointer<double>("rho", extend(batch, {2}));
+  p.next_refresh = state.pointer<int64_t>("next_refresh", extend(batch, {2}));
+  p.refreshes = state.pointer<int64_t>("refreshes", extend(batch, {2}));
+  p.refresh_fallbacks = state.pointer<int64_t>("refresh_fallbacks", batch);
+  return p;
+}
+
+// The state of a parameter without factors, seen as 1 x numel.
+template <typename T>
+Problem<T> read_unsided(const StateReader& state) {
+  const at::Tensor exp_avg = state.tensor("exp_avg");
+  Problem<T> p{};
+  p.m = 1;
+  p.n = exp_avg.numel();
+  p.exp_avg = state.pointer<T>("exp_avg", exp_avg.sizes());
+  p.exp_avg_sq = state.pointer<T>("exp_avg_sq", exp_avg.sizes());
+  return p;
+}
+
+// Matrix `i` of a stack.
+template <typename T>
+Problem<T> matrix_of_stack(Problem<T> p, int64_t i, size_t element_size) {
+  const int64_t start = i * p.size();
+  if (p.grad != nullptr) p.grad = static_cast<const char*>(p.grad) + start * element_size;
+  if (p.param != nullptr) p.param = static_cast<char*>(p.param) + start * element_size;
+  p.master = advance(p.master, start);
+  p.exp_avg = advance(p.exp_avg, start);
+  p.exp_avg_sq = advance(p.exp_avg_sq, start);
+  p.exp_avg_sq_row = advance(p.exp_avg_sq_row, i * p.m);
+  p.exp_avg_sq_col = advance(p.exp_avg_sq_col, i * p.n);
+  p.exp_avg_sq_scale = advance(p.exp_avg_sq_scale, i);
+  p.L = advance(p.L, i * p.m * p.m);
+  p.Q_L = advance(p.Q_L, i * p.m * p.m);
+  p.R = advance(p.R, i * p.n * p.n);
+  p.Q_R = advance(p.Q_R, i * p.n * p.n);
+  p.rho = advance(p.rho, 2 * i);
+  p.step = advance(p.step, i);
+  p.next_refresh = advance(p.next_refresh, 2 * i);
+  p.refreshes = advance(p.refreshes, 2 * i);
+  p.refresh_fallbacks = advance(p.refresh_fallbacks, i);
+  p.update_rms = advance(p.update_rms, i);
+  for (int64_t& offset : p.refresh_offset) offset += i;
+  p.stream = (p.stream << 32) + static_cast<uint64_t>(i);
+  return p;
+}
+
+void check_length(const char* name, size_t length, size_t expected) {
+  if (length != 0 && length != expected) {
+    fail(name, "one entry per state (" + std::to_string(expected) + ")", std::to_string(length));
+  }
+}
+
+}  // namespace
+
+void fail(const std::string& name, const std::string& expected, const std::string& got) {
+  throw py::value_error(name + ": expected " + expected + ", got " + got);
+}
+
+std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>& counts) {
+  if (grads.size() != counts.size()) {
+    fail("counts", "one entry per gradient (" + std::to_string(grads.size()) + ")",
+         std::to_string(counts.size()));
+  }
+  std::vector<Gradient> parts;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const at::Tensor& grad = grads[i];
+    const std::string name = "grads[" + std::to_string(i) + "]";
+    check_dense_cpu(name, grad);
+    const DType dtype = dtype_of(name, grad);
+    if (!grad.is_contiguous()) fail(name, "a contiguous tensor", describe(grad));
+    if (counts[i] < 1 || grad.numel() % counts[i] != 0) {
+      fail("counts[" + std::to_string(i) + "]",
+           "a positive divisor of " + std::to_string(grad.numel()), std::to_string(counts[i]));
+    }
+    const int64_t size = grad.numel() / counts[i];
+    const auto* data = static_cast<const char*>(grad.const_data_ptr());
+    for (int64_t j = 0; j < counts[i]; ++j) {
+      parts.push_back({data + j * size * grad.element_size(), size, dtype});
+    }
+  }
+  std::vector<double> maxima(parts.size());
+  cpu::grad_max(parts, maxima.data());
+  return maxima;
+}
+
+const at::Tensor& Problems::contiguous_param(const at::Tensor& param) {
+  if (param.is_contiguous()) return param;
+  copies_.emplace_back(param.contiguous(), param);
+  return copies_.back().first;
+}
+
+void Problems::write_back() {
+  for (auto& [copy, original] : copies_) original.copy_(copy);
+}
+
+template <typename T>
+void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_dict,
+                      const Inputs& inputs, SecondMoment second_moment) {
+  const StateReader state(index, state_dict);
+  const bool factored = state.has("rho");
+  const at::Tensor step = state.tensor("step");
+  const std::vector<int64_t> batch = step.sizes().vec();
+  Problem<T> p = factored ? read_factored<T>(state, second_moment, batch) : read_unsided<T>(state);
+  p.step = state.pointer<float>("step", batch);
+  p.update_rms = state.pointer<float>("update_rms", batch);
+  const int64_t count = step.numel();
+  const int64_t numel = count * p.size();
+  if (!factored && count != 1) fail(state.name("step"), "one entry", std::to_string(count));
+
+  const auto check_input = [&](const std::string& name, const at::Tensor& tensor) {
+    check_dense_cpu(name, tensor);
+    if (tensor.numel() != numel) {
+      fail(name, std::to_string(numel) + " elements, as the state has", describe(tensor));
+    }
+    const DType dtype = dtype_of(name, tensor);
+    if ((dtype == DType::kFloat64) != std::is_same_v<T, double>) {
+      fail(name, std::is_same_v<T, double> ? "float64, as the state has" : "a float32 or lower dtype, as the state has",
+           describe(tensor));
+    }
+    return dtype;
+  };
+
+  size_t element_size = 0;
+  if (!inputs.params.empty()) {
+    const at::Tensor& param = inputs.params[index];
+    const std::string name = "params[" + std::to_string(index) + "]";
+    p.dtype = check_input(name, param);
+    p.master = state.optional<T>("master", param.sizes());
+    p.param = contiguous_param(param).mutable_data_ptr();
+    element_size = param.element_size();
+  }
+  if (!inputs.grads.empty()) {
+    const at::Tensor& grad = inputs.grads[index];
+    const std::string name = "grads[" + std::to_string(index) + "]";
+    const DType dtype = check_input(name, grad);
+    if (!grad.is_contiguous()) fail(name, "a contiguous tensor", describe(grad));
+    if (!inputs.params.empty() && dtype != p.dtype) {
+      fail(name, "the parameter's dtype", describe(grad));
+    }
+    p.dtype = dtype;
+    p.grad = grad.const_data_ptr();
+    element_size = grad.element_size();
+  }
+  if (!inputs.streams.empty()) p.stream = inputs.streams[index];
+  if (!inputs.offsets.empty()) {
+    const auto& offsets = inputs.offsets[index];
+    if (offsets.size() != 2) fail("offsets", "two entries", std::to_string(offsets.size()));
+    std::copy(offsets.begin(), offsets.end(), p.refresh_offset);
+  }
+
+  for (int64_t i = 0; i < count; ++i) {
+    Problem<T> matrix = matrix_of_stack(p, i, element_size);
+    if (!inputs.grads.empty()) {
+      if (num_matrices_ >= inputs.grad_max.size()) {
+        fail("grad_max", "one entry per matrix", std::to_string(inputs.grad_max.size()));
+      }
+      matrix.grad_max = inputs.grad_max[num_matrices_];
+    }
+    ++num_matrices_;
+    list.problems.push_back(matrix);
+    list.sources.push_back(index);
+  }
+}
+
+Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
+                   SecondMoment second_moment) {
+  check_length("params", inputs.params.size(), states.size());
+  check_length("grads", inputs.grads.size(), states.size());
+  check_length("streams", inputs.streams.size(), states.size());
+  check_length("offsets", inputs.offsets.size(), states.size());
+  for (size_t i = 0; i < states.size(); ++i) {
+    const at::Tensor exp_avg = StateReader(i, states[i]).tensor("exp_avg");
+    if (exp_avg.scalar_type() == at::kDouble) {
+      append(wide, i, states[i], inputs, second_moment);
+    } else {
+      append(single, i, states[i], inputs, second_moment);
+    }
+  }
+  if (!inputs.grads.empty()) check_length("grad_max", inputs.grad_max.size(), num_matrices_);
+}
+
+}  // namespace dykaf::bindings

@@ -1,0 +1,95 @@
+// Adam in the basis: one pass over exp_avg, the second moment and the update.
+#include <cmath>
+
+#include "cpu/adam.h"
+#include "cpu/loops.h"
+#include "cpu/matrix.h"
+#include "cpu/second_moment.h"
+#include "dykaf/ops.h"
+
+namespace dykaf::cpu {
+namespace {
+
+template <typename T>
+double full_update_(const Problem<T>& p, const AdamScalars<T>& s, const T* H, T tau, T* update) {
+  return sum_chunks<1>(p.size(), [&](int64_t begin, int64_t end) {
+    adam_range_(p.exp_avg + begin, p.exp_avg_sq + begin, H + begin, tau, update + begin,
+                end - begin, s);
+    return std::array{dot(update + begin, update + begin, end - begin)};
+  })[0];
+}
+
+template <typename T>
+double compact_update_(const Problem<T>& p, const Options& options, const AdamScalars<T>& s,
+                       const T* H, T tau, T* update) {
+  const RootFactors<T> root = compact_second_moment_(p, options, H, tau);
+  std::vector<double> row_sums(p.m);
+  at::parallel_for(0, p.m, std::max<int64_t>(1, kGrain / p.n), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const T row = root.row[i] * s.correction2;
+      const int64_t begin = i * p.n;
+      for (int64_t j = 0; j < p.n; ++j) {
+        T& exp_avg = p.exp_avg[begin + j];
+        exp_avg = blend_momentum(exp_avg, tau * H[begin + j], s);
+        update[begin + j] = exp_avg * s.correction1 / (row * root.col[j] + s.eps);
+      }
+      row_sums[i] = dot(update + begin, update + begin, p.n);
+    }
+  });
+  double total = 0;
+  for (double sum : row_sums) total += sum;
+  return total;
+}
+
+template <typename T>
+void set_update_rms(const Problem<T>& p, double sum_of_squares) {
+  *p.update_rms = static_cast<float>(std::sqrt(sum_of_squares / static_cast<double>(p.size())));
+}
+
+}  // namespace
+
+template <typename T>
+void adam_update_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update) {
+  *p.step += 1;
+  const AdamScalars<T> s(options, *p.step);
+  set_update_rms(p, p.exp_avg_sq != nullptr ? full_update_(p, s, H, tau, update)
+                                            : compact_update_(p, options, s, H, tau, update));
+}
+
+template <typename T>
+void adamw_(const Problem<T>& p, const Options& options) {
+  *p.step += 1;
+  const AdamScalars<T> s(options, *p.step);
+  const T scale = static_cast<T>(options.grad_scale);
+  const double sum = sum_chunks<1>(p.size(), [&](int64_t begin, int64_t end) {
+    T update[kChunk];
+    visit_dtype(p.dtype, [&](auto* type) {
+      const auto* grad = static_cast<const std::remove_pointer_t<decltype(type)>*>(p.grad);
+      load_scaled(grad + begin, scale, update, end - begin);
+    });
+    adam_range_(p.exp_avg + begin, p.exp_avg_sq + begin, update, T(1), update, end - begin, s);
+    apply_range_(p, options, update, begin, end);
+    return std::array{dot(update, update, end - begin)};
+  })[0];
+  set_update_rms(p, sum);
+}
+
+template <typename T>
+void adam_update_(std::span<const Problem<T>> problems, const Options& options,
+                  T* const* updates) {
+  Workspace<T> workspace(problems);
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const T tau = gradient_scale(problems[i], options);
+    load_gradient(problems[i], options, tau, workspace.gradient);
+    adam_update_(problems[i], options, workspace.gradient, tau, updates[i]);
+  }
+}
+
+template void adam_update_(const Problem<float>&, const Options&, const float*, float, float*);
+template void adam_update_(const Problem<double>&, const Options&, const double*, double, double*);
+template void adamw_(const Problem<float>&, const Options&);
+template void adamw_(const Problem<double>&, const Options&);
+template void adam_update_(std::span<const Problem<float>>, const Options&, float* const*);
+template void adam_update_(std::span<const Problem<double>>, const Options&, double* const*);
+
+}  // namespace dykaf::cpu

@@ -1,0 +1,291 @@
+// The integrator step of L, R and rho: the rank-one projector-splitting step of vec(L) vec(R)^T
+// towards beta rho^2 L (x) R + (1 - beta) g g^T (Yudin et al., arXiv 2511.06477; ksl: Lubich &
+// Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau: a = beta (rho / tau)^2, b = 1 - beta.
+#include <cmath>
+#include <vector>
+
+#include "cpu/linalg.h"
+#include "cpu/loops.h"
+#include "cpu/matrix.h"
+#include "dykaf/ops.h"
+
+namespace dykaf::cpu {
+namespace {
+
+template <typename T>
+double frobenius_norm(const T* x, int64_t size) {
+  return std::sqrt(sum_chunks<1>(size, [&](int64_t begin, int64_t end) {
+    return std::array{dot(x + begin, x + begin, end - begin)};
+  })[0]);
+}
+
+template <typename T>
+double inner(const T* x, const T* y, int64_t size) {
+  return sum_chunks<1>(size, [&](int64_t begin, int64_t end) {
+    return std::array{dot(x + begin, y + begin, end - begin)};
+  })[0];
+}
+
+// Inner products of a factor F and its increment A, both n x n. Norms and products of a F + b A
+// follow from them without cancellation, for all terms are non-negative.
+struct Products {
+  double FF;
+  double FA;
+  double AA;
+
+  double norm(double a, double b) const {
+    return std::sqrt(a * a * FF + 2 * a * b * FA + b * b * AA);
+  }
+  double with_factor(double a, double b) const { return a * FF + b * FA; }
+};
+
+template <typename T>
+Products products(const T* factor, const T* increment, int64_t n) {
+  const auto sums = sum_chunks<3>(n * n, [&](int64_t begin, int64_t end) {
+    const int64_t size = end - begin;
+    const T* F = factor + begin;
+    const T* A = increment + begin;
+    return std::array{dot(F, F, size), dot(F, A, size), dot(A, A, size)};
+  });
+  return {sums[0], sums[1], sums[2]};
+}
+
+// factor = (a factor + b increment) / norm.
+template <typename T>
+void blend_(T* factor, const T* increment, double a, double b, double norm, int64_t n) {
+  const T keep = static_cast<T>(a / norm);
+  const T gain = static_cast<T>(b / norm);
+  for_chunks(n * n, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) factor[i] = keep * factor[i] + gain * increment[i];
+  });
+}
+
+template <typename T>
+void set_rho(const Problem<T>& p, double rho) {
+  p.rho[0] = rho;
+  p.rho[1] = rho;
+}
+
+// The gradient terms of the two factors; M a symmetric matrix in place of the other factor.
+template <typename T>
+struct GradientProducts {
+  const Problem<T>& p;
+  at::Tensor H;        // [m, n]
+  at::Tensor product;  // [m, n], scratch
+
+  // out = H M H^T, M [n, n], out [m, m].
+  void left(const at::Tensor& M, T* out) {
+    at::mm_out(product, H, M);
+    symmetric_product(view(out, p.m, p.m), product, H.t());
+  }
+
+  // out = H^T M H, M [m, m], out [n, n].
+  void right(const at::Tensor& M, T* out) {
+    at::mm_out(product, M, H);
+    symmetric_product(view(out, p.n, p.n), H.t(), product);
+  }
+};
+
+template <typename T>
+void ksl_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
+          Workspace<T>& workspace) {
+  const double a = beta * (p.rho[0] / tau) * (p.rho[0] / tau);
+  const double b = 1 - beta;
+
+  gradient.left(view(p.R, p.n, p.n), workspace.left);
+  const Products K = products(p.L, workspace.left, p.m);
+  const double norm_K = K.norm(a, b);
+  if (!(norm_K > 0)) return;
+  const double c = a * K.with_factor(a, b) / norm_K;
+  blend_(p.L, workspace.left, a, b, norm_K, p.m);
+
+  gradient.right(view(p.L, p.m, p.m), workspace.right);
+  const double s = products(p.R, workspace.right, p.n).norm(c, b);
+  if (!(s > 0)) return;
+  blend_(p.R, workspace.right, c, b, s, p.n);
+  set_rho(p, tau * std::sqrt(s));
+}
+
+// <A, H B H^T> for A [m, m], B [n, n], by the cheapest of three forms (A = H R H^T, B = H^T L H).
+template <typename T>
+double coupling(const Problem<T>& p, GradientProducts<T>& gradient, Workspace<T>& workspace) {
+  const at::Tensor A = view(workspace.left, p.m, p.m);
+  const at::Tensor B = view(workspace.right, p.n, p.n);
+  const at::Tensor& H = gradient.H;
+  const double m = static_cast<double>(p.m);
+  const double n = static_cast<double>(p.n);
+  const double small = std::min(m, n);
+  if (2 * small * small < m * n) {
+    // H B H^T = C L C with C = H H^T, and the mirror image.
+    const bool left = p.m <= p.n;
+    const at::Tensor C = left ? H.mm(H.t()) : H.t().mm(H);
+    const at::Tensor CFC = C.mm(left ? view(p.L, p.m, p.m) : view(p.R, p.n, p.n)).mm(C);
+    const int64_t size = left ? p.m : p.n;
+    return inner(left ? workspace.left : workspace.right, CFC.const_data_ptr<T>(), size * size);
+  }
+  at::Tensor AH = gradient.product;
+  at::Tensor HB = view(workspace.update, p.m, p.n);
+  at::mm_out(AH, A, H);
+  at::mm_out(HB, H, B);
+  return inner(AH.const_data_ptr<T>(), HB.const_data_ptr<T>(), p.size());
+}
+
+template <typename T>
+void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
+          Workspace<T>& workspace) {
+  const double a = beta * (p.rho[0] / tau) * (p.rho[0] / tau);
+  const double b = 1 - beta;
+
+  gradient.left(view(p.R, p.n, p.n), workspace.left);
+  gradient.right(view(p.L, p.m, p.m), workspace.right);
+  const Products K = products(p.L, workspace.left, p.m);
+  const Products J = products(p.R, workspace.right, p.n);
+  const double norm_K = K.norm(a, b);
+  const double norm_J = J.norm(a, b);
+  if (!(norm_K > 0) || !(norm_J > 0)) return;
+  const double q = coupling(p, gradient, workspace);
+  const double with_gradient = a * a * K.FA + a * b * (K.AA + J.AA) + b * b * q;
+  const double s = (a * K.with_factor(a, b) * J.with_factor(a, b) + b * with_gradient) /
+                   (norm_K * norm_J);
+  if (!(s > 0)) return;
+  blend_(p.L, workspace.left, a, b, norm_K, p.m);
+  blend_(p.R, workspace.right, a, b, norm_J, p.n);
+  set_rho(p, tau * std::sqrt(s));
+}
+
+// clamp(diag F / mean, 1e-4)^power, with mean 1; F [n, n].
+template <typename T>
+at::Tensor metric_weights(const T* F, int64_t n, double power) {
+  at::Tensor w = view(F, n, n).diagonal().to(at::kDouble);
+  w = w.div(w.mean()).clamp_min(1e-4).pow(power);
+  return w.div_(w.mean()).to(c10::CppTypeToScalarType<T>::value);
+}
+
+// F <- beta rho^2 F + b tau^2 increment / size, in unit norm with rho to match.
+template <typename T>
+void average_(T* factor, const T* increment, int64_t n, double beta, double tau, double size,
+              double* rho) {
+  const double a = beta * (*rho / tau) * (*rho / tau);
+  const double b = (1 - beta) / size;
+  const double norm = products(factor, increment, n).norm(a, b);
+  if (!(norm > 0)) return;
+  blend_(factor, increment, a, b, norm, n);
+  *rho = tau * std::sqrt(norm);
+}
+
+template <typename T>
+void diagonal_(const Problem<T>& p, const Options& options, double tau,
+               GradientProducts<T> gradient, Workspace<T>& workspace) {
+  const at::Tensor w_R = metric_weights(p.R, p.n, options.metric_power);
+  const at::Tensor w_L = metric_weights(p.L, p.m, options.metric_power);
+  const at::Tensor& H = gradient.H;
+  at::mul_out(gradient.product, H, w_R);
+  symmetric_product(view(workspace.left, p.m, p.m), gradient.product, H.t());
+  at::mul_out(gradient.product, H, w_L.unsqueeze(1));
+  symmetric_product(view(workspace.right, p.n, p.n), H.t(), gradient.product);
+  const double beta = options.factor_beta;
+  average_(p.L, workspace.left, p.m, beta, tau, static_cast<double>(p.n), &p.rho[0]);
+  average_(p.R, workspace.right, p.n, beta, tau, static_cast<double>(p.m), &p.rho[1]);
+}
+
+// The other side is the scaled identity of unit norm, which is not stored.
+template <typename T>
+void one_sided_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
+                Workspace<T>& workspace) {
+  const bool left = p.L != nullptr;
+  const int64_t n = left ? p.m : p.n;
+  const at::Tensor& H = gradient.H;
+  T* increment = left ? workspace.left : workspace.right;
+  symmetric_product(view(increment, n, n), left ? H : H.t(), left ? H.t() : H);
+  average_(left ? p.L : p.R, increment, n, beta, tau,
+           std::sqrt(static_cast<double>(left ? p.n : p.m)), &p.rho[0]);
+  p.rho[1] = p.rho[0];
+}
+
+template <typename T>
+void set_scaled_identity(T* factor, int64_t n) {
+  view(factor, n, n).zero_().fill_diagonal_(1 / std::sqrt(static_cast<double>(n)));
+}
+
+// The best Kronecker approximation of g g^T: u u^T and v v^T of the top singular triple of G.
+template <typename T>
+bool set_rank_one_prior_(const Problem<T>& p, const T* H, double tau) {
+  try {
+    const auto [U, S, Vh] = at::linalg_svd(view(H, p.m, p.n), /*full_matrices=*/false);
+    const at::Tensor u = U.select(1, 0);
+    const at::Tensor v = Vh.select(0, 0);
+    view(p.L, p.m, p.m).copy_(at::outer(u, u));
+    view(p.R, p.n, p.n).copy_(at::outer(v, v));
+    set_rho(p, tau * S[0].template item<double>());
+    return true;
+  } catch (const c10::LinAlgError&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau) {
+  const bool two_sided = p.L != nullptr && p.R != nullptr;
+  if (init == Init::kRankOne && two_sided && set_rank_one_prior_(p, H, tau)) return;
+
+  // The prior's weight equals that of the first gradient: the two terms of K have the same trace.
+  if (p.L != nullptr) set_scaled_identity(p.L, p.m);
+  if (p.R != nullptr) set_scaled_identity(p.R, p.n);
+  const double m = static_cast<double>(p.m);
+  const double n = static_cast<double>(p.n);
+  const double beta = options.factor_beta;
+  const double odds = beta > 0 ? (1 - beta) / beta : 0;
+  const double size = static_cast<double>(tau) * frobenius_norm(H, p.size()) * std::sqrt(odds);
+  if (two_sided && options.integrator == Integrator::kDiagonal) {
+    p.rho[0] = size / std::sqrt(n * std::sqrt(m));
+    p.rho[1] = size / std::sqrt(m * std::sqrt(n));
+  } else {
+    set_rho(p, size / std::sqrt(std::sqrt(m * n)));
+  }
+}
+
+template <typename T>
+void factor_update_(const Problem<T>& p, const Options& options, const T* H, T tau,
+                    Workspace<T>& workspace) {
+  const double beta = options.factor_beta;
+  if (p.grad_max == 0) {
+    p.rho[0] *= std::sqrt(beta);
+    p.rho[1] *= std::sqrt(beta);
+    return;
+  }
+  if (p.rho[0] == 0) set_prior_(p, options, Init::kIdentity, H, tau);
+
+  const GradientProducts<T> gradient{p, view(H, p.m, p.n), view(workspace.product, p.m, p.n)};
+  if (p.L == nullptr || p.R == nullptr) {
+    one_sided_(p, beta, tau, gradient, workspace);
+  } else if (options.integrator == Integrator::kKsl) {
+    ksl_(p, beta, tau, gradient, workspace);
+  } else if (options.integrator == Integrator::kBug) {
+    bug_(p, beta, tau, gradient, workspace);
+  } else {
+    diagonal_(p, options, tau, gradient, workspace);
+  }
+}
+
+template <typename T>
+void factor_update_(std::span<const Problem<T>> problems, const Options& options) {
+  Workspace<T> workspace(problems);
+  for (const Problem<T>& p : problems) {
+    const T tau = gradient_scale(p, options);
+    load_gradient(p, options, tau, workspace.gradient);
+    factor_update_(p, options, workspace.gradient, tau, workspace);
+  }
+}
+
+template void set_prior_(const Problem<float>&, const Options&, Init, const float*, float);
+template void set_prior_(const Problem<double>&, const Options&, Init, const double*, double);
+template void factor_update_(const Problem<float>&, const Options&, const float*, float,
+                             Workspace<float>&);
+template void factor_update_(const Problem<double>&, const Options&, const double*, double,
+                             Workspace<double>&);
+template void factor_update_(std::span<const Problem<float>>, const Options&);
+template void factor_update_(std::span<const Problem<double>>, const Options&);
+
+}  // namespace dykaf::cpu

@@ -1,0 +1,72 @@
+#include "cpu/linalg.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+namespace dykaf::cpu {
+namespace {
+
+// Panels below this height run at a lower rate than what they save.
+constexpr int64_t kPanel = 256;
+constexpr int64_t kTile = 32;
+
+// combine(lower, upper) gives the value for both places; tiles keep the strided side in cache.
+template <typename T, typename Combine>
+void mirror(T* x, int64_t n, const Combine& combine) {
+  const int64_t num_tiles = (n + kTile - 1) / kTile;
+  at::parallel_for(0, num_tiles, 4, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * kTile; row < std::min(n, last * kTile); ++row) {
+      for (int64_t col = 0; col < row; ++col) {
+        const T value = combine(x[row * n + col], x[col * n + row]);
+        x[row * n + col] = value;
+        x[col * n + row] = value;
+      }
+    }
+  });
+}
+
+template <typename Combine>
+void mirror(const at::Tensor& x, const Combine& combine) {
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mirror", [&] {
+    mirror(x.mutable_data_ptr<scalar_t>(), x.size(0), combine);
+  });
+}
+
+}  // namespace
+
+void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const int64_t n = out.size(0);
+  const int64_t panel = n < 2 * kPanel ? n : std::max(kPanel, (n + 7) / 8);
+  for (int64_t begin = 0; begin < n; begin += panel) {
+    const int64_t end = std::min(n, begin + panel);
+    at::Tensor block = out.slice(0, begin, end).slice(1, 0, end);
+    at::mm_out(block, a.slice(0, begin, end), b.slice(1, 0, end));
+  }
+  mirror(out, [](auto lower, auto) { return lower; });
+}
+
+void symmetrize_(const at::Tensor& x) {
+  mirror(x, [](auto lower, auto upper) { return (lower + upper) / 2; });
+}
+
+QR signed_qr(const at::Tensor& a) {
+  auto [Q, R] = at::linalg_qr(a);
+  const at::Tensor diagonal = R.diagonal();
+  const at::Tensor signs = at::where(diagonal.lt(0), -at::ones_like(diagonal), at::ones_like(diagonal));
+  return {Q.mul_(signs), R.mul_(signs.unsqueeze(1))};
+}
+
+std::optional<at::Tensor> eigenvectors(const at::Tensor& a) {
+  for (const auto dtype : {a.scalar_type(), at::kDouble}) {
+    try {
+      const at::Tensor vectors = std::get<1>(at::linalg_eigh(a.to(dtype)));
+      return vectors.flip(1).to(a.scalar_type());
+    } catch (const c10::LinAlgError&) {
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace dykaf::cpu

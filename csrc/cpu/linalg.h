@@ -1,0 +1,35 @@
+// Matrix products and decompositions of raw row-major arrays through ATen (BLAS and LAPACK).
+#pragma once
+
+#include "cpu/aten.h"
+
+#include <cstdint>
+#include <optional>
+
+namespace dykaf::cpu {
+
+// A [rows, cols] tensor over memory that it does not own.
+template <typename T>
+at::Tensor view(const T* data, int64_t rows, int64_t cols) {
+  return at::from_blob(const_cast<T*>(data), {rows, cols}, c10::CppTypeToScalarType<T>::value);
+}
+
+// out = a b for a product known to be symmetric; out [n, n], a [n, k], b [k, n]. Large ones are
+// computed by row panels up to the diagonal alone. The upper triangle mirrors the lower exactly.
+void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+
+// x <- (x + x^T) / 2, x [n, n].
+void symmetrize_(const at::Tensor& x);
+
+struct QR {
+  at::Tensor Q;  // [n, n], or [n, k] for a tall reduced input
+  at::Tensor R;  // upper triangular, diagonal >= 0
+};
+
+// Householder QR, signs fixed so that R's diagonal is not negative.
+QR signed_qr(const at::Tensor& a);
+
+// Eigenvectors of symmetric a by descending eigenvalue, retried in float64; nothing where both fail.
+std::optional<at::Tensor> eigenvectors(const at::Tensor& a);
+
+}  // namespace dykaf::cpu

@@ -1,0 +1,75 @@
+// The operations on one matrix, from which ops.h's list forms and the fused step are made. H is the
+// gradient over tau throughout: a power of two of the size of the gradient or the factors, so that
+// nothing overflows or vanishes and the scaling is exact.
+#pragma once
+
+#include "cpu/aten.h"
+
+#include <span>
+
+#include "dykaf/types.h"
+
+namespace dykaf::cpu {
+
+// Scratch memory for any one of `problems`, used again for each.
+template <typename T>
+struct Workspace {
+  explicit Workspace(std::span<const Problem<T>> problems);
+
+  at::Tensor memory;
+  T* gradient;  // [m, n]
+  T* product;   // [m, n]
+  T* update;    // [m, n]
+  T* left;      // [m, m]
+  T* right;     // [n, n]
+};
+
+// The least power of two >= max(max|G|, rho_L, rho_R), kept where it and its inverse are normal.
+template <typename T>
+T gradient_scale(const Problem<T>& p, const Options& options);
+
+// H = grad_scale G / tau.
+template <typename T>
+void load_gradient(const Problem<T>& p, const Options& options, T tau, T* H);
+
+template <typename T>
+void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* product);
+
+// `update` may alias H.
+template <typename T>
+void adam_update_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update);
+
+template <typename T>
+void apply_update_(const Problem<T>& p, const Options& options, const T* update);
+
+// The same for elements [begin, end); update[0] belongs to element `begin`.
+template <typename T>
+void apply_range_(const Problem<T>& p, const Options& options, const T* update, int64_t begin,
+                  int64_t end);
+
+// AdamW of a parameter without factors, in one pass.
+template <typename T>
+void adamw_(const Problem<T>& p, const Options& options);
+
+template <typename T>
+void factor_update_(const Problem<T>& p, const Options& options, const T* H, T tau,
+                    Workspace<T>& workspace);
+
+// L and R from the prior that `init` names (docs/algorithm.md), rho to match.
+template <typename T>
+void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau);
+
+template <typename T>
+void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
+                 Workspace<T>& workspace);
+
+template <typename T>
+void refresh_basis_(const Problem<T>& p, const Options& options, Side side);
+
+// No gradient that is not zero has come yet. (rho can vanish later, but then step > 0.)
+template <typename T>
+bool is_uninitialized(const Problem<T>& p) {
+  return *p.step == 0 && p.rho[0] == 0;
+}
+
+}  // namespace dykaf::cpu

@@ -1,0 +1,74 @@
+// One power iteration with orthonormalisation, in the rotated form. With Pi sorting diag(F)
+// descending and F Pi = P S (QR), the new basis is Q P and the new factor P^T F P = S Pi^T P: what
+// X = M Q Pi, Q = orthonormalise(X) is for the unrotated factor M = Q F Q^T.
+#include <vector>
+
+#include "cpu/linalg.h"
+#include "cpu/matmul_precision.h"
+#include "cpu/matrix.h"
+#include "cpu/second_moment.h"
+#include "dykaf/ops.h"
+
+namespace dykaf::cpu {
+namespace {
+
+// Q P drifts from orthogonality by a few units of rounding per refresh; one Newton-Schulz step in
+// this many refreshes removes the drift, whose square it leaves.
+constexpr int64_t kRefreshesPerCorrection = 32;
+
+// Q <- Q (3 I - Q^T Q) / 2.
+void orthonormalize_(const at::Tensor& Q) { Q.copy_(Q.mul(1.5).sub(Q.mm(Q.t().mm(Q)), 0.5)); }
+
+// clamp(new_i / old_order(i), 0.1, 10), or 1 without rescaling or where the old entry is 0.
+at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
+                  const at::Tensor& new_diagonal) {
+  if (!options.rescale_exp_avg_sq) return at::ones_like(new_diagonal);
+  const at::Tensor ratio = new_diagonal.div(old_diagonal).clamp(0.1, 10.0);
+  return at::where(old_diagonal.gt(0), ratio, at::ones_like(ratio));
+}
+
+}  // namespace
+
+template <typename T>
+void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
+  // Rounding here would turn the bases away from orthogonality for good.
+  const MatmulPrecision precision("highest");
+  const bool left = side == Side::kLeft;
+  const auto i = static_cast<int>(side);
+  const int64_t n = left ? p.m : p.n;
+  at::Tensor F = view(left ? p.L : p.R, n, n);
+  at::Tensor Q = view(left ? p.Q_L : p.Q_R, n, n);
+
+  const auto [old_diagonal, order] =
+      at::sort(F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const auto [P, S] = signed_qr(F.index_select(1, order));
+  p.refreshes[i] += 1;
+  if (!at::isfinite(P).all().template item<bool>()) {
+    *p.refresh_fallbacks += 1;
+    return;
+  }
+  Q.copy_(Q.mm(P));
+  if (p.refreshes[i] % kRefreshesPerCorrection == 0) orthonormalize_(Q);
+  at::mm_out(F, S, P.index_select(0, order));
+  symmetrize_(F);
+
+  at::Tensor exp_avg = view(p.exp_avg, p.m, p.n);
+  exp_avg.copy_(left ? P.t().mm(exp_avg) : exp_avg.mm(P));
+  const at::Tensor factors = growth(options, old_diagonal, F.diagonal()).contiguous();
+  reorder_second_moment_(p, options, side, order.const_data_ptr<int64_t>(),
+                         factors.const_data_ptr<T>());
+}
+
+template <typename T>
+void refresh_basis_(std::span<const Problem<T>> problems, const Options& options, Side side) {
+  for (const Problem<T>& p : problems) {
+    if ((side == Side::kLeft ? p.L : p.R) != nullptr) refresh_basis_(p, options, side);
+  }
+}
+
+template void refresh_basis_(const Problem<float>&, const Options&, Side);
+template void refresh_basis_(const Problem<double>&, const Options&, Side);
+template void refresh_basis_(std::span<const Problem<float>>, const Options&, Side);
+template void refresh_basis_(std::span<const Problem<double>>, const Options&, Side);
+
+}  // namespace dykaf::cpu

@@ -1,0 +1,44 @@
+// Q_L^T X Q_R and back.
+#include "cpu/linalg.h"
+#include "cpu/matrix.h"
+#include "dykaf/ops.h"
+
+namespace dykaf::cpu {
+
+template <typename T>
+void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* product) {
+  const bool into = rotation == Rotation::kIntoBasis;
+  at::Tensor X = view(input, p.m, p.n);
+  at::Tensor out = view(output, p.m, p.n);
+  if (p.Q_L != nullptr) {
+    const at::Tensor Q_L = view(p.Q_L, p.m, p.m);
+    // With two sides the first product must not land in `output`, which may alias `input`.
+    at::Tensor left = view(product, p.m, p.n);
+    at::mm_out(left, into ? Q_L.t() : Q_L, X);
+    X = left;
+  }
+  if (p.Q_R != nullptr) {
+    if (X.data_ptr() == out.data_ptr()) X = view(product, p.m, p.n).copy_(X);
+    const at::Tensor Q_R = view(p.Q_R, p.n, p.n);
+    at::mm_out(out, X, into ? Q_R : Q_R.t());
+  } else if (X.data_ptr() != out.data_ptr()) {
+    out.copy_(X);
+  }
+}
+
+template <typename T>
+void rotate(std::span<const Problem<T>> problems, Rotation rotation, const T* const* inputs,
+            T* const* outputs) {
+  Workspace<T> workspace(problems);
+  for (size_t i = 0; i < problems.size(); ++i) {
+    rotate(problems[i], rotation, inputs[i], outputs[i], workspace.product);
+  }
+}
+
+template void rotate(const Problem<float>&, Rotation, const float*, float*, float*);
+template void rotate(const Problem<double>&, Rotation, const double*, double*, double*);
+template void rotate(std::span<const Problem<float>>, Rotation, const float* const*, float* const*);
+template void rotate(std::span<const Problem<double>>, Rotation, const double* const*,
+                     double* const*);
+
+}  // namespace dykaf::cpu

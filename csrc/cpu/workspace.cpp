@@ -1,0 +1,60 @@
+// Scratch memory and the scaling of gradients.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/loops.h"
+#include "cpu/matrix.h"
+
+namespace dykaf::cpu {
+
+template <typename T>
+Workspace<T>::Workspace(std::span<const Problem<T>> problems) {
+  int64_t size = 0;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  for (const Problem<T>& p : problems) {
+    if (p.is_unsided()) continue;
+    size = std::max(size, p.size());
+    if (p.L != nullptr) rows = std::max(rows, p.m);
+    if (p.R != nullptr) cols = std::max(cols, p.n);
+  }
+  memory = at::empty({3 * size + rows * rows + cols * cols}, c10::CppTypeToScalarType<T>::value);
+  gradient = memory.mutable_data_ptr<T>();
+  product = gradient + size;
+  update = product + size;
+  left = update + size;
+  right = left + rows * rows;
+}
+
+template <typename T>
+T gradient_scale(const Problem<T>& p, const Options& options) {
+  // Two powers of two short of the limits: tau and 1 / tau are normal, and 4 tau is finite.
+  constexpr int kMaxExponent = std::numeric_limits<T>::max_exponent - 3;
+  const double largest = std::max({p.grad_max * std::abs(options.grad_scale), p.rho[0], p.rho[1]});
+  if (!(largest > 0)) return T(1);
+  int exponent = 0;
+  const double fraction = std::frexp(largest, &exponent);  // largest = fraction 2^exponent
+  if (fraction == 0.5) exponent -= 1;
+  return std::ldexp(T(1), std::clamp(exponent, -kMaxExponent, kMaxExponent));
+}
+
+template <typename T>
+void load_gradient(const Problem<T>& p, const Options& options, T tau, T* H) {
+  const T scale = static_cast<T>(options.grad_scale / static_cast<double>(tau));
+  visit_dtype(p.dtype, [&](auto* type) {
+    const auto* grad = static_cast<const std::remove_pointer_t<decltype(type)>*>(p.grad);
+    for_chunks(p.size(), [&](int64_t, int64_t begin, int64_t end) {
+      load_scaled(grad + begin, scale, H + begin, end - begin);
+    });
+  });
+}
+
+template struct Workspace<float>;
+template struct Workspace<double>;
+template float gradient_scale(const Problem<float>&, const Options&);
+template double gradient_scale(const Problem<double>&, const Options&);
+template void load_gradient(const Problem<float>&, const Options&, float, float*);
+template void load_gradient(const Problem<double>&, const Options&, double, double*);
+
+}  // namespace dykaf::cpu

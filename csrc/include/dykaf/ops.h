@@ -1,0 +1,52 @@
+// The operations of the optimizer. Each takes a list of matrices of any shapes; a trailing
+// underscore means that state is changed in place. Callers guarantee what types.h says of pointers;
+// the bindings check it. T is float or double. Source: Yudin et al., arXiv 2511.06477, and
+// docs/algorithm.md for the forms used here.
+#pragma once
+
+#include <span>
+
+#include "dykaf/types.h"
+
+namespace dykaf::cpu {
+
+// maxima[i] = max|gradients[i]|, or NaN where an entry is not finite.
+void grad_max(std::span<const Gradient> gradients, double* maxima);
+
+// outputs[i] = Q_L^T inputs[i] Q_R (into the basis) or Q_L inputs[i] Q_R^T (out of it); a missing
+// basis is the identity. inputs and outputs: [m, n]; outputs may alias inputs.
+template <typename T>
+void rotate(std::span<const Problem<T>> problems, Rotation rotation, const T* const* inputs,
+            T* const* outputs);
+
+// One Adam step in the basis: advances step, exp_avg, the second moment and update_rms with the
+// rotated gradient `grad` and writes the update D [m, n] (bias-corrected, before lr) to updates[i].
+template <typename T>
+void adam_update_(std::span<const Problem<T>> problems, const Options& options, T* const* updates);
+
+// param <- param (1 - lr weight_decay) - lr updates[i], updates: [m, n] in original coordinates.
+// bfloat16 and float16 parameters round stochastically, or to nearest from `master` if there is one.
+template <typename T>
+void apply_update_(std::span<const Problem<T>> problems, const Options& options,
+                   const T* const* updates);
+
+// One step of the projector-splitting integrator on L, R and rho with the rotated gradient `grad`.
+// A factor whose new norm is zero stays as it was.
+template <typename T>
+void factor_update_(std::span<const Problem<T>> problems, const Options& options);
+
+// What the first gradient that is not zero does: factors from the prior and this gradient, first
+// bases, factors rotated into them, first refresh dates. A zero gradient changes nothing.
+template <typename T>
+void initialize_(std::span<const Problem<T>> problems, const Options& options);
+
+// One power iteration with orthonormalisation of the bases of `side`, due or not; L or R, exp_avg
+// and the second moment follow. On failure the old basis stays and refresh_fallbacks counts it.
+template <typename T>
+void refresh_basis_(std::span<const Problem<T>> problems, const Options& options, Side side);
+
+// The whole step: the above in their order, with the refreshes that are due.
+template <typename T>
+void step_(std::span<const Problem<T>> problems, const Options& options);
+
+}  // namespace dykaf::cpu

@@ -1,0 +1,82 @@
+// The data every operation works on: one matrix of the model with its optimizer state, as plain
+// pointers and sizes. Shared by all backends; needs the standard library alone.
+#pragma once
+
+#include <cstdint>
+
+namespace dykaf {
+
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+enum class Integrator : int32_t { kKsl, kBug, kDiagonal };
+enum class Init : int32_t { kIdentity, kRankOne };
+enum class SecondMoment : int32_t { kFull, kRankOne, kFactored };
+enum class RefreshSchedule : int32_t { kGeometric, kFixed };
+enum class Side : int32_t { kLeft = 0, kRight = 1 };
+enum class Rotation : int32_t { kIntoBasis, kOutOfBasis };
+
+// One gradient, or one matrix of a stack of gradients.
+struct Gradient {
+  const void* data;  // [size] in dtype, contiguous
+  int64_t size;
+  DType dtype;
+};
+
+// One m x n matrix of the model and its state; T is double for float64 parameters, else float.
+// All arrays are row-major and contiguous and alias nothing else. L, R, exp_avg and exp_avg_sq
+// are stored in the bases Q_L and Q_R. A side without a factor has null L and Q_L (or R and Q_R).
+// A parameter without factors is a 1 x numel matrix, updated by AdamW.
+template <typename T>
+struct Problem {
+  int64_t m;
+  int64_t n;
+  DType dtype;       // of grad and param
+  const void* grad;  // [m, n] in dtype, read only
+  void* param;       // [m, n] in dtype
+  T* master;         // [m, n], the parameter in full precision; null: none
+  T* exp_avg;        // [m, n]
+
+  T* exp_avg_sq;             // [m, n]; null with a compact second moment
+  T* exp_avg_sq_row;         // [m]; null with the full second moment
+  T* exp_avg_sq_col;         // [n]; null with the full second moment
+  double* exp_avg_sq_scale;  // [1]; rank_one: the second moment is scale^2 row col^T
+
+  T* L;         // [m, m], symmetric, unit Frobenius norm
+  T* R;         // [n, n], symmetric, unit Frobenius norm
+  T* Q_L;       // [m, m], orthogonal, one basis vector per column
+  T* Q_R;       // [n, n], orthogonal, one basis vector per column
+  double* rho;  // [2], gradient units; the tracked Fisher matrix is rho^2 L (x) R
+
+  float* step;                  // [1], updates done
+  int64_t* next_refresh;        // [2], per Side: the step from which a refresh is due
+  int64_t* refreshes;           // [2], per Side: refreshes done
+  int64_t* refresh_fallbacks;   // [1], refreshes that failed and kept the old basis
+  float* update_rms;            // [1], root mean square of the last update before lr
+  int64_t refresh_offset[2];    // per Side: place in the refresh period
+  uint64_t stream;              // names the random numbers of this matrix
+  double grad_max;              // max|grad|
+
+  bool is_unsided() const { return L == nullptr && R == nullptr; }
+  int64_t size() const { return m * n; }
+};
+
+// The options of a parameter group, as in dykaf.DyKAF.
+struct Options {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double factor_beta;
+  double metric_power;
+  double grad_scale;  // gradients are multiplied by it: +1 or -1 over GradScaler's scale
+  int64_t precondition_frequency;
+  uint64_t seed;
+  Integrator integrator;
+  Init init;
+  SecondMoment second_moment;
+  RefreshSchedule refresh_schedule;
+  bool rescale_exp_avg_sq;
+  bool refresh_stagger;
+};
+
+}  // namespace dykaf

@@ -1,0 +1,41 @@
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dykaf.options import StepOptions
+from dykaf.state import State
+
+def build_info() -> dict[str, str]: ...
+def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor: ...
+def rotate(
+    inputs: Sequence[Tensor], states: Sequence[State], into_basis: bool, options: StepOptions
+) -> list[Tensor]: ...
+def adam_update_(
+    grads: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> list[Tensor]: ...
+def apply_update_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    states: Sequence[State],
+    streams: Sequence[int],
+    options: StepOptions,
+) -> None: ...
+def factor_update_(
+    grads: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> None: ...
+def initialize_(
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    offsets: Sequence[tuple[int, int]],
+    options: StepOptions,
+) -> None: ...
+def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> None: ...
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    grad_max: Sequence[float],
+    states: Sequence[State],
+    streams: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    options: StepOptions,
+) -> None: ...

@@ -1,0 +1,2 @@
+BUILD_INFO: dict[str, str]
+CUDA_DECISION: str

@@ -1,0 +1,76 @@
+"""What a parameter's state tells of its factors and bases, at O(n^2) per side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dykaf.state import State, matrices
+
+
+def condition(factor: Tensor) -> float:
+    """Largest over smallest diagonal entry: the condition number in so far as the basis is right.
+
+    Args:
+        factor: rotated L or R, [n, n].
+    """
+    diagonal = factor.diagonal()
+    smallest = float(diagonal.min())
+    return float(diagonal.max()) / smallest if smallest > 0 else float("inf")
+
+
+def staleness(factor: Tensor) -> float:
+    """The share of the off-diagonal entries in the squared norm: 0 in the factor's eigenbasis.
+
+    Args:
+        factor: rotated L or R, [n, n].
+    """
+    off_diagonal = factor - torch.diag(factor.diagonal())
+    total = float(factor.double().square().sum())
+    return float(off_diagonal.double().square().sum()) / total if total > 0 else 0.0
+
+
+def orthogonality_error(basis: Tensor) -> float:
+    """``||Q^T Q x - x|| / ||x||`` for one fixed x without structure.
+
+    Args:
+        basis: Q, [n, n].
+    """
+    x = torch.sin(1 + torch.arange(basis.shape[0], dtype=torch.float64)).to(basis.dtype)
+    return float((basis.T @ (basis @ x) - x).norm() / x.norm())
+
+
+def _matrix_diagnostics(state: State) -> dict[str, float]:
+    report = {
+        "rho": float(state["rho"].prod().sqrt()),
+        "refreshes": float(state["refreshes"].sum()),
+        "refresh_fallbacks": float(state["refresh_fallbacks"]),
+    }
+    for side in ("L", "R"):
+        if side in state:
+            report[f"condition_{side}"] = condition(state[side])
+            report[f"staleness_{side}"] = staleness(state[side])
+            report[f"orthogonality_{side}"] = orthogonality_error(state[f"Q_{side}"])
+    return report
+
+
+def parameter_diagnostics(state: State) -> dict[str, float]:
+    """The entries that :meth:`dykaf.DyKAF.diagnostics` documents; of a stack the largest of each.
+
+    Matrices that have seen no gradient yet have no factors and count for nothing.
+
+    Args:
+        state: the state of one parameter.
+    """
+    report = {
+        "step": float(state["step"].max()),
+        "update_rms": float(state["update_rms"].max()),
+    }
+    if "rho" not in state:
+        return report
+    for matrix in matrices(state):
+        if not float(matrix["rho"][0]) > 0:
+            continue
+        for key, value in _matrix_diagnostics(matrix).items():
+            report[key] = max(value, report.get(key, value))
+    return report

@@ -1,0 +1,123 @@
+"""The operations of the optimizer, each over a list of parameters in one call.
+
+States are the dictionaries of :mod:`dykaf.state`; tensors named ``grads``, ``inputs`` or ``updates``
+are contiguous, ``[batch, m, n]``, in the state's dtype unless said otherwise. All of them raise
+``ValueError``, naming the tensor, what was expected and what came, before anything has changed.
+Formulas: docs/algorithm.md; source: Yudin et al., arXiv 2511.06477.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dykaf import _C
+from dykaf.options import StepOptions
+from dykaf.state import State
+
+
+def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The largest magnitude in each gradient.
+
+    Args:
+        grads: contiguous tensors of any floating dtype.
+        counts: the number of equal parts (matrices of a stack) in each gradient.
+
+    Returns:
+        float64 ``[sum(counts)]``; NaN for a part with an entry that is not finite.
+    """
+    return _C.grad_max(grads, counts)
+
+
+def rotate(
+    inputs: Sequence[Tensor], states: Sequence[State], into_basis: bool, options: StepOptions
+) -> list[Tensor]:
+    """``Q_L^T X Q_R`` of each input X, or with ``into_basis=False`` its inverse ``Q_L X Q_R^T``."""
+    return _C.rotate(inputs, states, into_basis, options)
+
+
+def adam_update_(
+    grads: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> list[Tensor]:
+    """Advances step, exp_avg, the second moment and update_rms in place with rotated gradients.
+
+    Returns:
+        the bias-corrected updates D in the basis, before lr.
+    """
+    return _C.adam_update_(grads, states, options)
+
+
+def apply_update_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    states: Sequence[State],
+    streams: Sequence[int],
+    options: StepOptions,
+) -> None:
+    """``W <- W (1 - lr weight_decay) - lr update`` in place, for parameters of any strides.
+
+    Args:
+        params: float64, float32, bfloat16 or float16.
+        updates: in original coordinates.
+        states: ``master`` is changed in place where there is one.
+        streams: a number per parameter that names its random bits for stochastic rounding.
+        options: lr, weight_decay and seed are read.
+    """
+    _C.apply_update_(params, updates, states, streams, options)
+
+
+def factor_update_(
+    grads: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> None:
+    """Advances L, R and rho in place by one integrator step with rotated gradients."""
+    _C.factor_update_(grads, states, options)
+
+
+def initialize_(
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    offsets: Sequence[tuple[int, int]],
+    options: StepOptions,
+) -> None:
+    """Sets factors, bases and refresh dates in place from the first gradients.
+
+    Args:
+        grads: unrotated gradients; one that is all zero changes nothing.
+        states: zero, as :func:`dykaf.state.new_state` makes them.
+        offsets: place of the left and the right side in the refresh period.
+        options: the group's.
+    """
+    _C.initialize_(grads, states, offsets, options)
+
+
+def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> None:
+    """One power iteration with orthonormalisation of the bases of ``side``, "left" or "right".
+
+    L or R, exp_avg and the second moment follow in place. Where the iteration fails the old basis
+    stays, and refresh_fallbacks counts it.
+    """
+    _C.refresh_basis_(states, side, options)
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    grad_max: Tensor,
+    states: Sequence[State],
+    streams: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    options: StepOptions,
+) -> None:
+    """The whole step of each parameter, in place: all of the above in their order.
+
+    Args:
+        params: of any strides.
+        grads: contiguous, of the parameters' dtypes, read only.
+        grad_max: what :func:`grad_max` returned for these gradients.
+        states: changed in place.
+        streams: see :func:`apply_update_`.
+        offsets: see :func:`initialize_`.
+        options: the group's.
+    """
+    _C.step_(params, grads, grad_max.tolist(), states, streams, offsets, options)

@@ -1,0 +1,143 @@
+"""The options of a parameter group: defaults, checks and their form for the backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+
+
+class StepOptions(TypedDict):
+    """What the operations read of a parameter group."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    factor_beta: float
+    metric_power: float
+    grad_scale: float
+    precondition_frequency: int
+    seed: int
+    integrator: str
+    init: str
+    second_moment: str
+    refresh_schedule: str
+    rescale_exp_avg_sq: bool
+    refresh_stagger: bool
+    matmul_precision: str | None
+
+
+@dataclass(frozen=True)
+class _Rule:
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(accepts: Callable[[float], bool], expected: str) -> _Rule:
+    # Comparisons with NaN are false, so NaN is refused everywhere.
+    return _Rule(lambda value: _is_number(value) and accepts(value), expected)
+
+
+def _integer(accepts: Callable[[int], bool], expected: str) -> _Rule:
+    return _Rule(
+        lambda value: (
+            isinstance(value, int) and not isinstance(value, bool) and bool(accepts(value))
+        ),
+        expected,
+    )
+
+
+def _one_of(*names: str | None) -> _Rule:
+    expected = "one of " + ", ".join(repr(name) for name in names)
+    return _Rule(lambda value: any(value is name or value == name for name in names), expected)
+
+
+def _is_lr(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            return False
+        value = value.item()
+    return _is_number(value) and 0 <= value < math.inf  # type: ignore[operator]  # a number
+
+
+def _is_betas(value: object) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+    )
+
+
+_FLAG = _Rule(lambda value: isinstance(value, bool), "True or False")
+
+RULES: dict[str, _Rule] = {
+    "lr": _Rule(_is_lr, "a finite number or one-element tensor >= 0"),
+    "betas": _Rule(_is_betas, "two numbers in [0, 1)"),
+    "eps": _number(lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+    "weight_decay": _number(lambda value: 0 <= value < math.inf, "a finite number >= 0"),
+    "factor_beta": _Rule(
+        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+        "None or a number in [0, 1)",
+    ),
+    "precondition_frequency": _integer(lambda value: value >= 1, "an integer >= 1"),
+    "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
+    "integrator": _one_of("ksl", "bug", "diagonal"),
+    "metric_power": _number(lambda value: -1 <= value <= 1, "a number in [-1, 1]"),
+    "init": _one_of("identity", "rank_one"),
+    "second_moment": _one_of("full", "rank_one", "factored"),
+    "refresh_schedule": _one_of("geometric", "fixed"),
+    "rescale_exp_avg_sq": _FLAG,
+    "refresh_stagger": _FLAG,
+    "matmul_precision": _one_of(None, "highest", "high", "medium"),
+    "batch_dims": _integer(lambda value: value >= 0, "an integer >= 0"),
+    "low_precision": _one_of("stochastic", "master"),
+    "seed": _integer(lambda value: 0 <= value < 2**64, "an integer in [0, 2**64)"),
+    "maximize": _FLAG,
+    "nonfinite": _one_of("skip", "raise", "propagate"),
+}
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Checks every option of a parameter group.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+    for name, rule in RULES.items():
+        if not rule.accepts(group[name]):
+            raise ValueError(f"{name}: expected {rule.expected}, got {group[name]!r}")
+
+
+def step_options(group: Mapping[str, Any], grad_scale: float) -> StepOptions:
+    """The options of ``group`` as the operations take them.
+
+    Args:
+        group: a checked parameter group.
+        grad_scale: GradScaler's scale, by which the gradients are divided.
+    """
+    return {
+        "lr": float(group["lr"]),
+        "betas": (float(group["betas"][0]), float(group["betas"][1])),
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "factor_beta": group["betas"][1] if group["factor_beta"] is None else group["factor_beta"],
+        "metric_power": group["metric_power"],
+        "grad_scale": (-1.0 if group["maximize"] else 1.0) / grad_scale,
+        "precondition_frequency": group["precondition_frequency"],
+        "seed": group["seed"],
+        "integrator": group["integrator"],
+        "init": group["init"],
+        "second_moment": group["second_moment"],
+        "refresh_schedule": group["refresh_schedule"],
+        "rescale_exp_avg_sq": group["rescale_exp_avg_sq"],
+        "refresh_stagger": group["refresh_stagger"],
+        "matmul_precision": group["matmul_precision"],
+    }

@@ -1,0 +1,42 @@
+"""Where in the refresh period each side of each matrix has its turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from dykaf.state import Layout
+
+
+def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, int]]:
+    """Spreads the refreshes of all sides over the period, so that no step is much the slowest.
+
+    The dearest side goes first, always to the slot with the least work so far; a refresh costs the
+    cube of the side. Matrices of a stack take consecutive slots from the offset on.
+
+    Args:
+        layouts: each parameter's layout and precondition_frequency.
+
+    Returns:
+        for each parameter the offsets of its left and right side.
+    """
+    parameters = list(layouts)
+    sides = []
+    for idx, (layout, period) in enumerate(parameters):
+        turns = math.ceil(layout.count / period)
+        if layout.left:
+            sides.append((turns * layout.m**3, idx, 0))
+        if layout.right:
+            sides.append((turns * layout.n**3, idx, 1))
+    sides.sort(key=lambda side: (-side[0], side[1], side[2]))
+
+    offsets = [[0, 0] for _ in parameters]
+    loads: dict[int, list[int]] = {}  # the work in each slot, by period
+    for cost, idx, side_idx in sides:
+        layout, period = parameters[idx]
+        load = loads.setdefault(period, [0] * period)
+        slot = load.index(min(load))
+        offsets[idx][side_idx] = slot
+        for turn in range(min(period, layout.count)):
+            load[(slot + turn) % period] += cost
+    return [(left, right) for left, right in offsets]

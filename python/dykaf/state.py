@@ -1,0 +1,155 @@
+"""The optimizer state of one parameter: its layout, creation and checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Group options that decide the layout; they cannot change once a parameter has state.
+STRUCTURAL_OPTIONS = ("max_precond_dim", "batch_dims", "second_moment", "low_precision")
+
+# state_bytes() by kind.
+KINDS = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "exp_avg_sq_row": "exp_avg_sq",
+    "exp_avg_sq_col": "exp_avg_sq",
+    "exp_avg_sq_scale": "exp_avg_sq",
+    "L": "factors",
+    "R": "factors",
+    "Q_L": "bases",
+    "Q_R": "bases",
+    "master": "master",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter is seen: a stack of ``count`` matrices, m x n, with the factors it keeps.
+
+    A parameter without factors (a vector, a scalar, or both sides over ``max_precond_dim``) keeps
+    its own shape and is updated by AdamW.
+    """
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    m: int
+    n: int
+    left: bool
+    right: bool
+    dtype: torch.dtype
+    second_moment: str
+    master: bool
+
+    @classmethod
+    def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
+        """The layout of ``param`` under the structural options of ``group``."""
+        shape = tuple(param.shape)
+        batch, matrix = shape[: group["batch_dims"]], shape[group["batch_dims"] :]
+        is_matrix = len(matrix) >= 2
+        m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, param.numel())
+        left = is_matrix and m <= group["max_precond_dim"]
+        right = is_matrix and n <= group["max_precond_dim"]
+        factored = left or right
+        low_precision = param.dtype in (torch.bfloat16, torch.float16)
+        return cls(
+            shape=shape,
+            batch=batch if factored else (),
+            m=m,
+            n=n,
+            left=left,
+            right=right,
+            dtype=torch.float64 if param.dtype == torch.float64 else torch.float32,
+            second_moment=group["second_moment"] if factored else "full",
+            master=low_precision and group["low_precision"] == "master",
+        )
+
+    @property
+    def count(self) -> int:
+        """The number of matrices in the stack."""
+        return math.prod(self.batch)
+
+    def shapes(self) -> Shapes:
+        """Name, shape and dtype of each state tensor."""
+        batch, m, n, dtype = self.batch, self.m, self.n, self.dtype
+        shapes: Shapes = {
+            "step": (batch, torch.float32),
+            "update_rms": (batch, torch.float32),
+        }
+        full = (*batch, m, n) if self.left or self.right else self.shape
+        shapes["exp_avg"] = (full, dtype)
+        if self.second_moment == "full":
+            shapes["exp_avg_sq"] = (full, dtype)
+        else:
+            shapes["exp_avg_sq_row"] = ((*batch, m), dtype)
+            shapes["exp_avg_sq_col"] = ((*batch, n), dtype)
+        if self.second_moment == "rank_one":
+            shapes["exp_avg_sq_scale"] = (batch, torch.float64)
+        if self.left:
+            shapes["L"] = shapes["Q_L"] = ((*batch, m, m), dtype)
+        if self.right:
+            shapes["R"] = shapes["Q_R"] = ((*batch, n, n), dtype)
+        if self.left or self.right:
+            shapes["rho"] = ((*batch, 2), torch.float64)
+            shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
+            shapes["refresh_fallbacks"] = (batch, torch.int64)
+        if self.master:
+            shapes["master"] = (self.shape, torch.float32)
+        return shapes
+
+
+def new_state(param: Tensor, layout: Layout) -> State:
+    """Zero state for ``param``; the first gradient sets factors and bases. ``master`` is a copy."""
+    state = {
+        name: torch.zeros(shape, dtype=dtype, device=param.device)
+        for name, (shape, dtype) in layout.shapes().items()
+    }
+    if layout.master:
+        state["master"].copy_(param)
+    return state
+
+
+def check_state(name: str, state: Mapping[str, Any], layout: Layout) -> None:
+    """Checks loaded state against the layout of the parameter called ``name``.
+
+    ``update_rms`` may be missing, so that state of torch.optim.AdamW loads for parameters without
+    factors.
+
+    Raises:
+        ValueError: naming the parameter, the tensor, what was expected and what came.
+    """
+    for key, (shape, dtype) in layout.shapes().items():
+        value = state.get(key)
+        if value is None and key == "update_rms":
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state of {name}: expected a tensor {key!r}, got {value!r}")
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise ValueError(
+                f"state of {name}: {key!r}: expected {dtype} of shape {shape}, "
+                f"got {value.dtype} of shape {tuple(value.shape)}"
+            )
+    unknown = set(state) - set(layout.shapes())
+    if unknown:
+        raise ValueError(
+            f"state of {name}: expected the tensors {sorted(layout.shapes())}, "
+            f"got also {sorted(unknown)}"
+        )
+
+
+def matrices(state: State) -> Iterator[State]:
+    """The state of each matrix of a stack, as views."""
+    batch = tuple(state["step"].shape)
+    flat = {key: value.reshape(-1, *value.shape[len(batch) :]) for key, value in state.items()}
+    for idx in range(math.prod(batch)):
+        yield {key: value[idx] for key, value in flat.items() if key != "master"}

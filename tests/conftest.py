@@ -1,0 +1,80 @@
+"""Inputs shared by the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dykaf
+from dykaf.options import StepOptions, step_options
+from dykaf.state import Layout, State, new_state
+
+DTYPES = [torch.float32, torch.float64]
+SHAPES = [(1, 1), (1, 7), (5, 1), (2, 16), (6, 4), (16, 16), (33, 17), (17, 33), (65, 33)]
+
+
+def shape_id(shape: tuple[int, int]) -> str:
+    return "x".join(str(size) for size in shape)
+
+
+class Matrices:
+    """Random states of one dtype, as an optimizer with given options would hold them."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+    def orthogonal(self, n: int) -> Tensor:
+        """Orthogonal to the rounding of the dtype."""
+        x = torch.randn(n, n, generator=self.generator, dtype=torch.float64)
+        return torch.linalg.qr(x).Q.to(self.dtype)
+
+    def factor(self, n: int) -> Tensor:
+        """Positive definite, unit norm, eigenvalues over two orders of magnitude."""
+        Q = self.orthogonal(n).double()
+        eigenvalues = torch.logspace(0, -2, n, dtype=torch.float64)
+        F = (Q * eigenvalues) @ Q.T
+        return ((F + F.T) / (F + F.T).norm()).to(self.dtype)
+
+    def group(self, **kwargs: Any) -> dict[str, Any]:
+        return dykaf.DyKAF([torch.zeros(1)], **kwargs).param_groups[0]
+
+    def options(self, **kwargs: Any) -> StepOptions:
+        return step_options(self.group(**kwargs), 1.0)
+
+    def zero_state(self, m: int, n: int, **kwargs: Any) -> State:
+        param = torch.zeros(m, n, dtype=self.dtype)
+        return new_state(param, Layout.of(param, self.group(**kwargs)))
+
+    def state(self, m: int, n: int, **kwargs: Any) -> State:
+        """In the middle of a run: everything random, step 3."""
+        state = self.zero_state(m, n, **kwargs)
+        state["step"].fill_(3)
+        state["exp_avg"].copy_(self.randn(m, n))
+        state["rho"].fill_(0.7)
+        state["next_refresh"].fill_(1000)
+        if "exp_avg_sq" in state:
+            state["exp_avg_sq"].copy_(self.randn(m, n).square())
+        else:
+            state["exp_avg_sq_row"].copy_(self.randn(m).square() + 0.1)
+            state["exp_avg_sq_col"].copy_(self.randn(n).square() + 0.1)
+            if "exp_avg_sq_scale" in state:
+                state["exp_avg_sq_scale"].fill_(0.6)
+                for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
+                    state[key].div_(state[key].norm())
+        for key, size in (("L", m), ("R", n)):
+            if key in state:
+                state[key].copy_(self.factor(size))
+                state[f"Q_{key}"].copy_(self.orthogonal(size))
+        return state
+
+
+@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
+def matrices(request: pytest.FixtureRequest) -> Matrices:
+    return Matrices(request.param)

@@ -1,0 +1,103 @@
+"""What the behaviour tests share: repeatable gradients and snapshots that compare bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dykaf import DyKAF
+
+Bits = tuple[str, tuple[int, ...], bytes]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers; the same for every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(randn(*shape, seed=seed, dtype=dtype))
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def gradient(param: Tensor, step: int, idx: int) -> Tensor:
+    """The gradient of parameter ``idx`` at ``step``, with rows and columns of unequal size."""
+    grad = randn(*param.shape, seed=1000 * step + idx + 1)
+    if param.ndim >= 2:
+        grad = grad * torch.linspace(0.3, 2, param.shape[-1], dtype=torch.float64)
+        grad = grad + 0.5 * randn(*param.shape, seed=idx + 500_000)
+    return grad.to(param.dtype)
+
+
+def run(
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Steps with ``gradient``; ``before_step`` runs when the gradients are there."""
+    for step in steps:
+        for idx, param in enumerate(params_of(optimizer)):
+            param.grad = gradient(param, step, idx)
+        before_step(step)
+        optimizer.step()
+
+
+def bits(tensor: Tensor) -> Bits:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+
+
+def state_bits(optimizer: torch.optim.Optimizer) -> list[dict[str, Bits]]:
+    """The state of each parameter."""
+    return [
+        {key: bits(value) for key, value in (optimizer.state.get(param) or {}).items()}
+        for param in params_of(optimizer)
+    ]
+
+
+def frozen(optimizer: DyKAF) -> dict[str, Any]:
+    """Everything that an optimizer holds, as values that compare bit for bit."""
+    params = params_of(optimizer)
+    return {
+        "params": [bits(param) for param in params if not param.is_meta],
+        "grads": [
+            bits(param.grad)
+            for param in params
+            if param.grad is not None and param.grad.layout == torch.strided
+            if not param.grad.is_meta
+        ],
+        "state": state_bits(optimizer),
+        "groups": [
+            {key: repr(value) for key, value in group.items() if key != "params"}
+            | {"params": [id(param) for param in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+        "skipped_steps": optimizer.skipped_steps,
+    }
+
+
+def trajectory(optimizer: DyKAF) -> tuple[list[Bits], list[dict[str, Bits]], int]:
+    """Parameters, state and skipped steps, to compare one optimizer with another."""
+    params = [bits(param) for param in params_of(optimizer)]
+    return params, state_bits(optimizer), optimizer.skipped_steps
+
+
+@contextmanager
+def refuses(
+    optimizer: DyKAF, message: str, error: type[Exception] = ValueError
+) -> Iterator[None]:
+    """Demands this error, word for word, and that the optimizer is as before, bit for bit."""
+    before = frozen(optimizer)
+    with pytest.raises(error) as caught:
+        yield
+    assert str(caught.value) == message
+    assert frozen(optimizer) == before

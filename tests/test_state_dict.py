@@ -1,0 +1,332 @@
+"""Saved and restored state: bit for bit, from any step, in every form."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optim_helpers import bits, gradient, parameter, params_of, randn, run, trajectory
+from torch import nn
+
+from dykaf import DyKAF
+
+STEPS = 26
+
+# Groups of (shapes, dtype, options). Together: two factors, one factor, none; stacks.
+SHAPES = [(6, 4), (3, 9), (9, 9), (5,), ()]
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float64": {"dtype": torch.float64, "rescale_exp_avg_sq": True},
+    "rank_one": {"second_moment": "rank_one", "integrator": "bug"},
+    "factored": {"second_moment": "factored", "integrator": "diagonal"},
+    "stochastic": {"dtype": torch.bfloat16, "seed": 5},
+    "stochastic_float16": {"dtype": torch.float16, "second_moment": "factored"},
+    "master": {"dtype": torch.bfloat16, "low_precision": "master"},
+    "master_float16": {"dtype": torch.float16, "low_precision": "master"},
+    "stack": {"batch_dims": 1, "shapes": [(3, 4, 2), (2, 3, 9), (4,)]},
+    "stack_rank_one": {
+        "batch_dims": 1, "shapes": [(3, 4, 2)], "second_moment": "rank_one",
+        "dtype": torch.bfloat16,
+    },
+}
+
+
+def make(form: str) -> DyKAF:
+    options = dict(FORMS[form])
+    dtype = options.pop("dtype", torch.float32)
+    shapes = options.pop("shapes", SHAPES)
+    return DyKAF(
+        [parameter(*shape, seed=idx, dtype=dtype) for idx, shape in enumerate(shapes)],
+        max_precond_dim=7, precondition_frequency=5, lr=0.01, **options,
+    )
+
+
+def continued(optimizer: DyKAF, state_dict: dict[str, Any], form: str) -> DyKAF:
+    """A fresh optimizer over copies of the parameters, with ``state_dict``."""
+    other = make(form)
+    for target, source in zip(params_of(other), params_of(optimizer), strict=True):
+        target.data.copy_(source.detach())
+    other.load_state_dict(state_dict)
+    return other
+
+
+def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cut", [0, 1, 2, 13])
+def test_resumes_bit_for_bit(form: str, cut: int) -> None:
+    """Cuts before the first gradient, after it, after one update, in the middle: each with
+    refreshes to come."""
+    optimizer = make(form)
+    run(optimizer, range(cut))
+    resumed = continued(optimizer, through_file(optimizer.state_dict()), form)
+    refreshes_before = _refreshes(optimizer)
+    assert trajectory(resumed) == trajectory(optimizer)
+    run(optimizer, range(cut, STEPS))
+    run(resumed, range(cut, STEPS))
+    assert trajectory(resumed) == trajectory(optimizer)
+    assert _refreshes(optimizer) > refreshes_before
+
+
+def _refreshes(optimizer: DyKAF) -> int:
+    states = [optimizer.state.get(param) or {} for param in params_of(optimizer)]
+    return sum(int(state["refreshes"].sum()) for state in states if "refreshes" in state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_cut_gives_the_same_end(form: str) -> None:
+    """A run that is saved and restored at every step ends as one that never was."""
+    optimizer, chained = make(form), make(form)
+    run(optimizer, range(12))
+    for step in range(12):
+        run(chained, range(step, step + 1))
+        chained = continued(chained, chained.state_dict(), form)
+    assert trajectory(chained) == trajectory(optimizer)
+
+
+@pytest.mark.parametrize("form", ["stochastic", "stack", "master"])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_continue_bit_for_bit(form: str, clone: Callable[[DyKAF], DyKAF]) -> None:
+    optimizer = make(form)
+    run(optimizer, range(7))
+    optimizer.skipped_steps = 3
+    other = clone(optimizer)
+    assert not {id(p) for p in params_of(other)} & {id(p) for p in params_of(optimizer)}
+    run(optimizer, range(7, STEPS))
+    saved = trajectory(optimizer)
+    run(other, range(7, STEPS))
+    assert trajectory(other) == saved
+    assert trajectory(optimizer) == saved  # nothing is shared
+    assert other.skipped_steps == 3
+
+
+def test_deepcopy_keeps_model_and_optimizer_together() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = DyKAF(model.parameters())
+    run(optimizer, range(3))
+    other_model, other = copy.deepcopy((model, optimizer))
+    assert params_of(other)[0] is other_model.weight
+    run(optimizer, range(3, 9))
+    run(other, range(3, 9))
+    assert trajectory(other) == trajectory(optimizer)
+
+
+def test_loaded_state_is_not_shared() -> None:
+    optimizer = make("float32")
+    run(optimizer, range(4))
+    resumed = continued(optimizer, optimizer.state_dict(), "float32")
+    before = trajectory(optimizer)
+    run(resumed, range(4, 10))
+    assert trajectory(optimizer) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_loading_casts_nothing(dtype: torch.dtype) -> None:
+    optimizer = DyKAF([parameter(4, 3, dtype=dtype)])
+    run(optimizer, range(5))
+    other = DyKAF([parameter(4, 3, dtype=dtype)])
+    other.load_state_dict(optimizer.state_dict())
+    state = other.state[params_of(other)[0]]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {key: value.dtype for key, value in state.items()} == {
+        **dict.fromkeys(("exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"), wide),
+        **dict.fromkeys(("step", "update_rms"), torch.float32),
+        **dict.fromkeys(("next_refresh", "refreshes", "refresh_fallbacks"), torch.int64),
+        "rho": torch.float64,
+    }
+    # rho has more than 24 bits: a detour through float32 would show.
+    assert float(state["rho"][0]) != float(state["rho"][0].float())
+    assert trajectory(other)[1] == trajectory(optimizer)[1]
+
+
+def test_skipped_steps_are_saved() -> None:
+    optimizer, other = make("float32"), make("float32")
+    params_of(optimizer)[0].grad = torch.full((6, 4), float("nan"))
+    optimizer.step()
+    optimizer.step()
+    saved = through_file(optimizer.state_dict())
+    assert saved["skipped_steps"] == 2
+    other.skipped_steps = 9
+    other.load_state_dict(saved)
+    assert other.skipped_steps == 2
+    del saved["skipped_steps"]  # of torch.optim.AdamW
+    other.load_state_dict(saved)
+    assert other.skipped_steps == 0
+
+
+def test_saved_options_are_loaded() -> None:
+    optimizer = DyKAF(
+        [parameter(4, 3)], lr=0.5, integrator="bug", seed=2**64 - 1, precondition_frequency=3
+    )
+    other = DyKAF([parameter(4, 3)])
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    for name in ("lr", "integrator", "seed", "precondition_frequency", "betas"):
+        assert other.param_groups[0][name] == optimizer.param_groups[0][name]
+    run(optimizer, range(9))
+    run(other, range(9))
+    assert trajectory(other) == trajectory(optimizer)
+
+
+def test_options_that_an_old_checkpoint_lacks_come_from_the_constructor() -> None:
+    optimizer = DyKAF([parameter(4, 3)], integrator="bug")
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["integrator"]
+    other = DyKAF([parameter(4, 3)], integrator="diagonal")
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["integrator"] == "diagonal"
+
+
+# ---- Hooks ---------------------------------------------------------------------------------------
+
+
+def test_pre_hooks_change_what_is_loaded() -> None:
+    optimizer = make("float32")
+    run(optimizer, range(6))
+    expected = trajectory(optimizer)[1][0]["exp_avg"]
+    other = make("float32")
+
+    def replace(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        state = {idx: dict(entry) for idx, entry in saved["state"].items()}
+        state[0]["exp_avg"] = 2 * state[0]["exp_avg"]
+        groups = [{**group, "lr": 0.25} for group in saved["param_groups"]]
+        return {**saved, "state": state, "param_groups": groups, "skipped_steps": 4}
+
+    handle = other.register_load_state_dict_pre_hook(replace)
+    other.load_state_dict(optimizer.state_dict())
+    param = params_of(other)[0]
+    assert bits(other.state[param]["exp_avg"] / 2) == expected
+    assert other.param_groups[0]["lr"] == 0.25
+    assert other.skipped_steps == 4
+    handle.remove()
+    other.load_state_dict(optimizer.state_dict())
+    assert bits(other.state[param]["exp_avg"]) == expected
+
+
+def test_post_hooks_see_and_may_change_the_loaded_state() -> None:
+    optimizer = DyKAF([parameter(4, 3, dtype=torch.bfloat16)])
+    run(optimizer, range(3))
+    other = DyKAF([parameter(4, 3, dtype=torch.bfloat16)])
+    seen = []
+
+    def hook(loaded: torch.optim.Optimizer) -> None:
+        state = loaded.state[params_of(loaded)[0]]
+        seen.append(bits(state["rho"]))
+        state["exp_avg"].zero_()
+
+    other.register_load_state_dict_post_hook(hook)
+    other.load_state_dict(optimizer.state_dict())
+    assert seen == [bits(optimizer.state[params_of(optimizer)[0]]["rho"])]
+    assert not bool(other.state[params_of(other)[0]]["exp_avg"].any())
+
+
+def test_state_dict_hooks_run() -> None:
+    optimizer = make("float32")
+    optimizer.register_state_dict_pre_hook(lambda opt: setattr(opt, "skipped_steps", 8))
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
+    saved = optimizer.state_dict()
+    assert saved["note"] == "kept" and saved["skipped_steps"] == 8
+
+
+# ---- From torch.optim.AdamW ----------------------------------------------------------------------
+
+
+def _adamw_pair(
+    shape: tuple[int, ...], channels_last: bool = False
+) -> tuple[torch.optim.AdamW, nn.Parameter]:
+    values = randn(*shape)
+    if channels_last:
+        values = values.to(memory_format=torch.channels_last)
+    theirs, ours = nn.Parameter(values.clone()), nn.Parameter(values.clone())
+    adamw = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, foreach=False)
+    run(adamw, range(10))
+    ours.data.copy_(theirs.detach())
+    return adamw, ours
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda param: DyKAF([param], max_precond_dim=0),
+        # A group's own options stand where the saved group has none.
+        lambda param: DyKAF([{"params": [param], "max_precond_dim": 0}]),
+    ],
+    ids=["default", "group"],
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_state_of_adamw_continues_as_adamw(
+    make_optimizer: Callable[[nn.Parameter], DyKAF], channels_last: bool
+) -> None:
+    """Fifty float64 steps of parameters of order one: rounding is below 1e-12 by far."""
+    adamw, ours = _adamw_pair((4, 3, 2, 2), channels_last)
+    optimizer = make_optimizer(ours)
+    optimizer.load_state_dict(through_file(adamw.state_dict()))
+    assert optimizer.param_groups[0]["max_precond_dim"] == 0
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    run(adamw, range(10, 60))
+    run(optimizer, range(10, 60))
+    theirs = params_of(adamw)[0]
+    assert float((ours - theirs).detach().abs().max()) < 1e-12
+    assert float(optimizer.state[ours]["step"]) == 60
+
+
+def test_state_of_amsgrad_is_refused() -> None:
+    param = parameter(4, 3)
+    adamw = torch.optim.AdamW([param], amsgrad=True)
+    run(adamw, range(2))
+    optimizer = DyKAF([parameter(4, 3)], max_precond_dim=0)
+    with pytest.raises(ValueError, match=r"got also \['max_exp_avg_sq'\]"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert not optimizer.state
+
+
+# ---- Parameters added late -----------------------------------------------------------------------
+
+
+def test_checkpoint_with_a_group_added_late() -> None:
+    """Some parameters have state, some have none yet."""
+    optimizer = make("float32")
+    run(optimizer, range(4))
+    optimizer.add_param_group({"params": [parameter(4, 5, seed=9)], "lr": 0.1})
+    other = make("float32")
+    other.add_param_group({"params": [parameter(4, 5, seed=9)]})
+    for target, source in zip(params_of(other), params_of(optimizer), strict=True):
+        target.data.copy_(source.detach())
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert not other.state.get(params_of(other)[-1])
+    run(optimizer, range(4, 16))
+    run(other, range(4, 16))
+    assert trajectory(other) == trajectory(optimizer)
+
+
+def test_offsets_follow_a_loaded_period() -> None:
+    """The places in the refresh period belong to the groups, also after a load changed them."""
+    options: dict[str, Any] = {"refresh_schedule": "fixed", "precondition_frequency": 6}
+    shapes = [(4, 4)] * 5
+    optimizer = DyKAF([parameter(*shape) for shape in shapes], **options)
+    other = DyKAF([parameter(*shape) for shape in shapes])
+    run(other, range(3))
+    other.load_state_dict(optimizer.state_dict())
+    for idx, param in enumerate(params_of(other)):
+        param.data.copy_(params_of(optimizer)[idx].detach())
+        other.state.pop(param, None)
+    for step in range(14):
+        for idx, (ours, theirs) in enumerate(
+            zip(params_of(other), params_of(optimizer), strict=True)
+        ):
+            ours.grad = gradient(ours, step, idx)
+            theirs.grad = ours.grad.clone()
+        optimizer.step()
+        other.step()
+    assert trajectory(other) == trajectory(optimizer)
