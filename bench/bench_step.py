@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help=f"measured steps per set, rounded up to whole periods of {PRECONDITION_FREQUENCY}",
     )
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--json", metavar="FILE", help="also write every number to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parsed = parser.parse_args(arguments)
     for name in ("steps", "threads"):
         value = getattr(parsed, name)
@@ -279,8 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
             "interrupted": status != 0,
             "results": records,
         }
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return status
 
 

@@ -29,13 +29,16 @@ def clear(folder: Path) -> None:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """The table that the demo ends with; rows are runs with their wall seconds added."""
-    lines = [f"{'optimizer':<10} {'lr':>7} {'val loss':>9} {'wall s':>7} {'optimizer':>10} "
-             f"{'tokens/s':>9}"]
+    lines = [
+        f"{'optimizer':<10} {'lr':>7} {'val loss':>9} {'wall s':>7} {'optimizer':>10} "
+        f"{'tokens/s':>9}"
+    ]
     for run in rows:
         lines.append(
             f"{run['args']['optimizer']:<10} {run['args']['lr']:>7g} {run['val_loss']:>9.4f} "
             f"{run['wall_seconds']:>7.1f} {run['optimizer_share']:>10.1%} "
-            f"{run['tokens_per_second']:>9,.0f}")
+            f"{run['tokens_per_second']:>9,.0f}"
+        )
     return "\n".join(lines)
 
 
@@ -50,9 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from plot import PICTURE
         from training import Diverged, Interrupted, train
 
-        plan = [Settings(optimizer=name, lr=DEFAULT_LR[name], steps=options.steps,
-                         warmup=max(options.steps, 0) // 10, out=options.out)
-                for name in DEMO_OPTIMIZERS]
+        plan = [
+            Settings(
+                optimizer=name,
+                lr=DEFAULT_LR[name],
+                steps=options.steps,
+                warmup=max(options.steps, 0) // 10,
+                out=options.out,
+            )
+            for name in DEMO_OPTIMIZERS
+        ]
         for settings in plan:
             settings.check()
         clear(options.out)

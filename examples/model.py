@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 NUM_BYTES = 256
 ROPE_BASE = 10000.0
@@ -24,7 +24,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(num_windows, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [num_windows, num_heads, length, head_dim]
         q, k = rotate_positions(q, cos, sin), rotate_positions(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(num_windows, length, dim))
 
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.norm_attention(x), cos, sin)
-        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        return x + self.down(functional.gelu(self.up(self.norm_mlp(x))))
 
 
 class GPT(nn.Module):
@@ -94,7 +94,7 @@ class GPT(nn.Module):
     def loss(self, windows: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats per byte of windows, int64 [num_windows, context + 1]."""
         logits = self(windows[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        return functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
 def rotate_positions(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -67,8 +67,9 @@ def make_muon(model: nn.Module, settings: Settings) -> OptimizerPair:
         is_hidden = parameter.ndim == 2 and not name.startswith(("embedding.", "head."))
         (hidden if is_hidden else rest).append(parameter)
     # match_rms_adamw brings Muon's updates to AdamW's size, so that one lr serves both.
-    muon = torch.optim.Muon(hidden, lr=settings.lr, weight_decay=settings.weight_decay,
-                            adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        hidden, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
     return OptimizerPair(muon, make_adamw(rest, settings))
 
 

@@ -1,6 +1,6 @@
 """Draw the validation loss of all runs of a folder, over steps and over training time.
 
-    python examples/plot.py runs/gpt
+python examples/plot.py runs/gpt
 """
 
 from __future__ import annotations
@@ -68,9 +68,16 @@ def draw_folder(folder: Path) -> Path | None:
         for run_idx, run in enumerate(group):
             losses = [point["val_loss"] for point in run["curve"]]
             for axis, key in zip(axes, ("step", "train_seconds"), strict=True):
-                axis.plot([point[key] for point in run["curve"]], losses, style, linewidth=1.4,
-                          marker=marker, markersize=3, color=COLORS.get(name, "#555555"),
-                          label=title if run_idx == 0 else None)
+                axis.plot(
+                    [point[key] for point in run["curve"]],
+                    losses,
+                    style,
+                    linewidth=1.4,
+                    marker=marker,
+                    markersize=3,
+                    color=COLORS.get(name, "#555555"),
+                    label=title if run_idx == 0 else None,
+                )
     best = min(point["val_loss"] for run in runs for point in run["curve"])
     axes[0].set_ylim(best - 0.05, best + SHOWN_RANGE)
     axes[0].set_ylabel("validation loss (nats per byte)")
@@ -82,8 +89,14 @@ def draw_folder(folder: Path) -> Path | None:
         axis.spines[["top", "right"]].set_visible(False)
     # Below the panels: many runs would cover the curves.
     handles, titles = axes[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=min(4, len(titles)),
-                  frameon=False, fontsize=9)
+    figure.legend(
+        handles,
+        titles,
+        loc="outside lower center",
+        ncols=min(4, len(titles)),
+        frameon=False,
+        fontsize=9,
+    )
     path = folder / PICTURE
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
     return path

@@ -68,11 +68,24 @@ class Settings:
             UserError: names the option, what it must be, and what it is.
         """
         if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, "
-                            f"got {self.optimizer}")
-        at_least = {"steps": 1, "warmup": 0, "seed": 0, "dim": 1, "layers": 1, "heads": 1,
-                    "context": 1, "batch": 1, "precondition_frequency": 1, "eval_every": 1,
-                    "eval_windows": 1, "checkpoint_every": 1, "threads": 1}
+            raise UserError(
+                f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer}"
+            )
+        at_least = {
+            "steps": 1,
+            "warmup": 0,
+            "seed": 0,
+            "dim": 1,
+            "layers": 1,
+            "heads": 1,
+            "context": 1,
+            "batch": 1,
+            "precondition_frequency": 1,
+            "eval_every": 1,
+            "eval_windows": 1,
+            "checkpoint_every": 1,
+            "threads": 1,
+        }
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -84,8 +97,9 @@ class Settings:
         if self.seed >= 2**63:
             raise UserError(f"--seed must be below 2**63, got {self.seed}")
         if self.dim % (2 * self.heads) != 0:
-            raise UserError(f"--dim must be a multiple of 2 * --heads = {2 * self.heads}, "
-                            f"got {self.dim}")
+            raise UserError(
+                f"--dim must be a multiple of 2 * --heads = {2 * self.heads}, got {self.dim}"
+            )
         if self.warmup > self.steps:
             raise UserError(f"--warmup must be at most --steps = {self.steps}, got {self.warmup}")
         if self.out.exists() and not self.out.is_dir():
@@ -109,11 +123,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--optimizer", choices=OPTIMIZERS, default=base.optimizer)
-    add("--lr", type=float, default=argparse.SUPPRESS,
-        help="peak learning rate (default: the best of a small sweep, per optimizer)")
+    add(
+        "--lr",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="peak learning rate (default: the best of a small sweep, per optimizer)",
+    )
     add("--steps", type=int, default=base.steps)
-    add("--warmup", type=int, default=argparse.SUPPRESS,
-        help="steps of linear warm-up (default: a tenth of --steps)")
+    add(
+        "--warmup",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="steps of linear warm-up (default: a tenth of --steps)",
+    )
     add("--seed", type=int, default=base.seed, help="seed of the weights and of the batches")
     add("--dim", type=int, default=base.dim, help="model width")
     add("--layers", type=int, default=base.layers)
@@ -121,14 +143,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=base.context, help="bytes in a window")
     add("--batch", type=int, default=base.batch, help="windows in a batch")
     add("--weight-decay", type=float, default=base.weight_decay)
-    add("--precondition-frequency", type=int, default=base.precondition_frequency,
-        help="steps between basis refreshes (dykaf only)")
+    add(
+        "--precondition-frequency",
+        type=int,
+        default=base.precondition_frequency,
+        help="steps between basis refreshes (dykaf only)",
+    )
     add("--eval-every", type=int, default=base.eval_every, help="steps between validations")
     add("--eval-windows", type=int, default=base.eval_windows, help="windows in a validation")
     add("--checkpoint-every", type=int, default=base.checkpoint_every)
     add("--device", choices=("cpu", "cuda"), default=base.device)
-    add("--threads", type=int, default=argparse.SUPPRESS,
-        help="CPU threads (default: torch's choice)")
+    add(
+        "--threads",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="CPU threads (default: torch's choice)",
+    )
     add("--out", type=Path, default=base.out, help="folder of checkpoints, results and picture")
     add("--resume", action="store_true", help="continue this very run from its checkpoint in --out")
     return parser

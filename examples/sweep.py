@@ -34,14 +34,18 @@ Record = dict[str, Any]
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of sweep.py."""
-    parser = OneLineParser(prog="sweep.py", description=__doc__.splitlines()[0],
-                           allow_abbrev=False)
+    parser = OneLineParser(prog="sweep.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw", "dykaf", "muon"])
     add("--lrs", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2])
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--precondition-frequencies", nargs="+", type=int, default=[10],
-        help="refresh periods, for dykaf alone (default: 10)")
+    add(
+        "--precondition-frequencies",
+        nargs="+",
+        type=int,
+        default=[10],
+        help="refresh periods, for dykaf alone (default: 10)",
+    )
     add("--jobs", type=int, default=1, help="runs at a time; more than 1: one thread each")
     add("--out", type=Path, default=Path("runs/sweep"))
     return parser
@@ -89,13 +93,24 @@ def make_record(args: list[str], out: Path, exit_code: int) -> Record:
     """Read what a run left behind; a diverged run has no loss."""
     settings, _ = parse(args)
     record: Record = {
-        "args": args, "optimizer": settings.optimizer, "lr": settings.lr, "seed": settings.seed,
-        "precondition_frequency": settings.precondition_frequency, "val_loss": None,
+        "args": args,
+        "optimizer": settings.optimizer,
+        "lr": settings.lr,
+        "seed": settings.seed,
+        "precondition_frequency": settings.precondition_frequency,
+        "val_loss": None,
     }
     if exit_code != DIVERGED:
         run = json.loads((out / f"{settings.run_name}.json").read_text())
-        for key in ("val_loss", "train_seconds", "optimizer_share", "tokens_per_second",
-                    "num_parameters", "versions", "machine"):
+        for key in (
+            "val_loss",
+            "train_seconds",
+            "optimizer_share",
+            "tokens_per_second",
+            "num_parameters",
+            "versions",
+            "machine",
+        ):
             record[key] = run[key]
         record["corpus_sha256"] = run["corpus"]["sha256"]
     return record
@@ -122,8 +137,14 @@ def run_all(runs: list[list[str]], out: Path, jobs: int, results: Path) -> int:
                 args = waiting.pop(0)
                 threads = ["--threads", "1"] if jobs > 1 else []
                 command = [sys.executable, str(TRAIN), *threads, *args, "--out", str(out)]
-                running.append((subprocess.Popen(
-                    command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True), args))
+                running.append(
+                    (
+                        subprocess.Popen(
+                            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                        ),
+                        args,
+                    )
+                )
             time.sleep(0.2)
             for process, args in [job for job in running if job[0].poll() is not None]:
                 running.remove((process, args))
@@ -132,13 +153,17 @@ def run_all(runs: list[list[str]], out: Path, jobs: int, results: Path) -> int:
                     record = make_record(args, out, process.returncode)
                     append_record(results, record)
                     loss = record["val_loss"]
-                    print(f"{' '.join(args)}: {'diverged' if loss is None else f'{loss:.4f}'}",
-                          flush=True)
+                    print(
+                        f"{' '.join(args)}: {'diverged' if loss is None else f'{loss:.4f}'}",
+                        flush=True,
+                    )
                 else:
                     num_failed += 1
                     reason = (message.strip().splitlines() or ["no message"])[-1]
-                    print(f"{' '.join(args)}: failed ({process.returncode}): {reason}",
-                          file=sys.stderr)
+                    print(
+                        f"{' '.join(args)}: failed ({process.returncode}): {reason}",
+                        file=sys.stderr,
+                    )
     except KeyboardInterrupt:
         for process, _ in running:  # they got the signal too, and finish their step
             process.wait()
@@ -158,8 +183,11 @@ def table(records: Sequence[Record]) -> str:
     for key, group in cells.items():
         losses = [record["val_loss"] for record in group]
         means[key] = float("inf") if None in losses else statistics.fmean(losses)
-    lines = ["| optimizer | lr | seeds | val loss (nats/byte) | sd | training s | optimizer share "
-             "| tokens/s |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| optimizer | lr | seeds | val loss (nats/byte) | sd | training s | optimizer share "
+        "| tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, lr in sorted(cells):
         group, mean = cells[name, lr], means[name, lr]
         if mean == float("inf"):
@@ -174,8 +202,10 @@ def table(records: Sequence[Record]) -> str:
             statistics.fmean(record[key] for record in group)
             for key in ("train_seconds", "optimizer_share", "tokens_per_second")
         )
-        lines.append(f"| {name} | {lr:g} | {len(group)} | {loss} | {sd} | {seconds:.1f} "
-                     f"| {share:.1%} | {speed:,.0f} |")
+        lines.append(
+            f"| {name} | {lr:g} | {len(group)} | {loss} | {sd} | {seconds:.1f} "
+            f"| {share:.1%} | {speed:,.0f} |"
+        )
     return "\n".join(lines)
 
 

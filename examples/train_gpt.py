@@ -41,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + error.signal_number
     except KeyboardInterrupt:
         return fail("stopped at once; the last checkpoint, if any, is whole", 130)
-    print(f"{settings.run_name}: validation {result['val_loss']:.4f} nats/byte after "
-          f"{result['step']} steps, {result['train_seconds']:.1f} s, "
-          f"{result['tokens_per_second']:,.0f} tokens/s, "
-          f"optimizer {result['optimizer_share']:.1%}")
+    print(
+        f"{settings.run_name}: validation {result['val_loss']:.4f} nats/byte after "
+        f"{result['step']} steps, {result['train_seconds']:.1f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s, "
+        f"optimizer {result['optimizer_share']:.1%}"
+    )
     print(f"results in {settings.out}, picture {settings.out / PICTURE}")
     return 0
 

@@ -80,9 +80,7 @@ class Trainer:
         self.optimizer = make_optimizer(settings.optimizer, self.model, settings)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.sampler = torch.Generator().manual_seed(settings.seed)
-        windows = validation_windows(
-            corpus.validation, settings.eval_windows, settings.context
-        )
+        windows = validation_windows(corpus.validation, settings.eval_windows, settings.context)
         self.eval_batches = windows.to(settings.device).split(EVAL_BATCH)
         self.progress = Progress()
         self.checkpoint_path = settings.out / f"{settings.run_name}.pt"
@@ -133,28 +131,34 @@ class Trainer:
         total = sum(self.model.loss(batch).item() * len(batch) for batch in self.eval_batches)
         loss = total / self.settings.eval_windows
         if not math.isfinite(loss):
-            raise Diverged(f"validation loss is {loss} at step {self.progress.step}; "
-                           "try a smaller --lr")
-        self.progress.curve.append({
-            "step": self.progress.step,
-            "train_seconds": self.progress.train_seconds,
-            "val_loss": loss,
-        })
+            raise Diverged(
+                f"validation loss is {loss} at step {self.progress.step}; try a smaller --lr"
+            )
+        self.progress.curve.append(
+            {
+                "step": self.progress.step,
+                "train_seconds": self.progress.train_seconds,
+                "val_loss": loss,
+            }
+        )
         return loss
 
     def save(self) -> None:
         """Write the checkpoint: all that the rest of the run depends on."""
-        save_checkpoint(self.checkpoint_path, {
-            "settings": self.settings.to_json(),
-            "corpus_sha256": self.corpus.sha256,
-            "versions": versions(),
-            "num_threads": torch.get_num_threads(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.get_state(),
-            "global_rng": torch.get_rng_state(),
-            "progress": dataclasses.asdict(self.progress),
-        })
+        save_checkpoint(
+            self.checkpoint_path,
+            {
+                "settings": self.settings.to_json(),
+                "corpus_sha256": self.corpus.sha256,
+                "versions": versions(),
+                "num_threads": torch.get_num_threads(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "sampler": self.sampler.get_state(),
+                "global_rng": torch.get_rng_state(),
+                "progress": dataclasses.asdict(self.progress),
+            },
+        )
 
     def resume(self) -> None:
         """Continue from the run's checkpoint.
@@ -217,18 +221,28 @@ class Trainer:
             Diverged: the loss is not finite.
         """
         settings, progress = self.settings, self.progress
-        with InterruptGuard() as guard, tqdm(
-            total=settings.steps, initial=progress.step, desc=settings.optimizer, unit="step",
-            disable=None, dynamic_ncols=True,
-        ) as bar:
+        with (
+            InterruptGuard() as guard,
+            tqdm(
+                total=settings.steps,
+                initial=progress.step,
+                desc=settings.optimizer,
+                unit="step",
+                disable=None,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
             if not progress.curve:
                 self._report(bar, self.validate())
             while progress.step < settings.steps and guard.received is None:
                 before = progress.train_seconds
                 loss = self.train_step()
                 speed = settings.batch * settings.context / (progress.train_seconds - before)
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, "
-                                    f"optimizer {progress.optimizer_share:.0%}", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, {speed:,.0f} tokens/s, "
+                    f"optimizer {progress.optimizer_share:.0%}",
+                    refresh=False,
+                )
                 bar.update()
                 is_last = progress.step == settings.steps
                 if progress.step % settings.eval_every == 0 or is_last:
@@ -239,14 +253,19 @@ class Trainer:
             write_json(self.json_path, self.result())
             draw_folder(settings.out)
             if progress.step < settings.steps and guard.received is not None:
-                raise Interrupted(f"stopped after step {progress.step} of {settings.steps}, saved "
-                                  f"to {self.checkpoint_path}; the same command with --resume "
-                                  "continues", guard.received)
+                raise Interrupted(
+                    f"stopped after step {progress.step} of {settings.steps}, saved "
+                    f"to {self.checkpoint_path}; the same command with --resume "
+                    "continues",
+                    guard.received,
+                )
         return self.result()
 
     def _report(self, bar: Any, val_loss: float) -> None:
-        bar.write(f"step {self.progress.step:>5}  validation {val_loss:.4f} nats/byte  "
-                  f"{self.progress.train_seconds:7.1f} s")
+        bar.write(
+            f"step {self.progress.step:>5}  validation {val_loss:.4f} nats/byte  "
+            f"{self.progress.train_seconds:7.1f} s"
+        )
 
 
 def train(settings: Settings, *, resume: bool) -> dict[str, Any]:
@@ -263,8 +282,10 @@ def train(settings: Settings, *, resume: bool) -> dict[str, Any]:
         UserError, Interrupted, Diverged: see Trainer.
     """
     corpus = load_corpus()
-    print(f"corpus: {corpus.num_files} files, {corpus.train.numel():,} + "
-          f"{corpus.validation.numel():,} bytes, sha256 {corpus.sha256[:16]}")
+    print(
+        f"corpus: {corpus.num_files} files, {corpus.train.numel():,} + "
+        f"{corpus.validation.numel():,} bytes, sha256 {corpus.sha256[:16]}"
+    )
     settings.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(settings, corpus)
     if resume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,11 +32,16 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def gradient(param: Tensor, step: int, idx: int) -> Tensor:
     """The gradient of parameter ``idx`` at ``step``, with rows and columns of unequal size."""
-    grad = randn(*param.shape, seed=1000 * step + idx + 1)
-    if param.ndim >= 2:
-        grad = grad * torch.linspace(0.3, 2, param.shape[-1], dtype=torch.float64)
-        grad = grad + 0.5 * randn(*param.shape, seed=idx + 500_000)
-    return grad.to(param.dtype)
+    return _gradient(tuple(param.shape), step, idx).to(param.dtype, copy=True)
+
+
+@functools.cache
+def _gradient(shape: tuple[int, ...], step: int, idx: int) -> Tensor:
+    grad = randn(*shape, seed=1000 * step + idx + 1)
+    if len(shape) >= 2:
+        grad = grad * torch.linspace(0.3, 2, shape[-1], dtype=torch.float64)
+        grad = grad + 0.5 * randn(*shape, seed=idx + 500_000)
+    return grad
 
 
 def run(
@@ -92,9 +98,7 @@ def trajectory(optimizer: DyKAF) -> tuple[list[Bits], list[dict[str, Bits]], int
 
 
 @contextmanager
-def refuses(
-    optimizer: DyKAF, message: str, error: type[Exception] = ValueError
-) -> Iterator[None]:
+def refuses(optimizer: DyKAF, message: str, error: type[Exception] = ValueError) -> Iterator[None]:
     """Demands this error, word for word, and that the optimizer is as before, bit for bit."""
     before = frozen(optimizer)
     with pytest.raises(error) as caught:

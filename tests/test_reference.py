@@ -38,7 +38,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench.textbook import TextbookDyKAF  # noqa: E402
+from bench.textbook import TextbookDyKAF
 
 EXACT = 1e-12
 TRAJECTORY = 1e-8

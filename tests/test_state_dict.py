@@ -15,7 +15,7 @@ from torch import nn
 
 from dykaf import DyKAF
 
-STEPS = 26
+STEPS = 20
 
 # Groups of (shapes, dtype, options). Together: two factors, one factor, none; stacks.
 SHAPES = [(6, 4), (3, 9), (9, 9), (5,), ()]
@@ -30,7 +30,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "master_float16": {"dtype": torch.float16, "low_precision": "master"},
     "stack": {"batch_dims": 1, "shapes": [(3, 4, 2), (2, 3, 9), (4,)]},
     "stack_rank_one": {
-        "batch_dims": 1, "shapes": [(3, 4, 2)], "second_moment": "rank_one",
+        "batch_dims": 1,
+        "shapes": [(3, 4, 2)],
+        "second_moment": "rank_one",
         "dtype": torch.bfloat16,
     },
 }
@@ -42,7 +44,10 @@ def make(form: str) -> DyKAF:
     shapes = options.pop("shapes", SHAPES)
     return DyKAF(
         [parameter(*shape, seed=idx, dtype=dtype) for idx, shape in enumerate(shapes)],
-        max_precond_dim=7, precondition_frequency=5, lr=0.01, **options,
+        max_precond_dim=7,
+        precondition_frequency=5,
+        lr=0.01,
+        **options,
     )
 
 
@@ -63,10 +68,9 @@ def through_file(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cut", [0, 1, 2, 13])
+@pytest.mark.parametrize("cut", [0, 1, 9])
 def test_resumes_bit_for_bit(form: str, cut: int) -> None:
-    """Cuts before the first gradient, after it, after one update, in the middle: each with
-    refreshes to come."""
+    """Cuts before the first gradient, after it, in the middle: each with refreshes to come."""
     optimizer = make(form)
     run(optimizer, range(cut))
     resumed = continued(optimizer, through_file(optimizer.state_dict()), form)

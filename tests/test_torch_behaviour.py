@@ -31,9 +31,10 @@ TRAJECTORY = 1e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize(
+    ("maximize", "weight_decay", "tensor_lr"),
+    [(False, 0.0, False), (False, 0.3, True), (True, 0.3, False)],
+)
 def test_without_factors_it_is_adamw(
     dtype: torch.dtype, maximize: bool, weight_decay: float, tensor_lr: bool
 ) -> None:
@@ -150,9 +151,7 @@ def _reference(param: Tensor, **options: Any) -> ReferenceDyKAF:
 )
 def test_options_changed_in_flight(option: str, value: Any, changes: dict[str, Any]) -> None:
     """As the reference with the same change at the same step, and not as without it."""
-    options: dict[str, Any] = {
-        "lr": 0.01, "precondition_frequency": 7, "refresh_schedule": "fixed"
-    }
+    options: dict[str, Any] = {"lr": 0.01, "precondition_frequency": 7, "refresh_schedule": "fixed"}
     param = parameter(6, 4, dtype=torch.float64)
     optimizer = DyKAF([param], refresh_stagger=False, **options)
     changed, unchanged = _reference(param, **options), _reference(param, **options)
@@ -178,8 +177,10 @@ def test_options_of_groups_are_their_own() -> None:
         {"lr": 0.01, "integrator": "diagonal", "metric_power": -0.5, "maximize": True},
     ]
     together = DyKAF(
-        [{"params": [parameter(*shape)], **options}
-         for shape, options in zip(shapes, variants, strict=True)],
+        [
+            {"params": [parameter(*shape)], **options}
+            for shape, options in zip(shapes, variants, strict=True)
+        ],
         refresh_stagger=False,
     )
     run(together, range(15))
@@ -239,7 +240,7 @@ def test_closure_gives_the_gradient_and_its_loss_is_returned() -> None:
         optimizer.zero_grad()
         loss = with_closure.square().sum()
         loss.backward()
-        calls.append(float(loss))
+        calls.append(float(loss.detach()))
         return loss
 
     for step in range(1, 6):

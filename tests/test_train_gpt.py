@@ -45,20 +45,34 @@ SMALL = {"dim": 16, "layers": 2, "heads": 2, "context": 16, "batch": 2, "eval_wi
 
 
 def make_settings(out: Path, optimizer: str, **changes: Any) -> settings_module.Settings:
-    values = {**SMALL, "steps": 24, "warmup": 4, "lr": 4e-3, "eval_every": 8,
-              "precondition_frequency": 3, **changes}
+    values = {
+        **SMALL,
+        "steps": 24,
+        "warmup": 4,
+        "lr": 4e-3,
+        "eval_every": 8,
+        "precondition_frequency": 3,
+        **changes,
+    }
     return settings_module.Settings(optimizer=optimizer, out=out, **values)
 
 
 def command_line(out: Path, *extra: str) -> list[str]:
-    small = [part for name, value in SMALL.items()
-             for part in ("--" + name.replace("_", "-"), str(value))]
+    small = [
+        part
+        for name, value in SMALL.items()
+        for part in ("--" + name.replace("_", "-"), str(value))
+    ]
     return ["--out", str(out), *small, *extra]
 
 
 def run_command(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(EXAMPLES / "train_gpt.py"), *args],
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "train_gpt.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def assert_same_bits(a: Any, b: Any, path: str = "") -> None:
@@ -146,11 +160,15 @@ def test_loss_falls(tmp_path: Path, name: str) -> None:
 
 
 def test_ctrl_c_of_the_command(tmp_path: Path) -> None:
-    args = command_line(tmp_path, *ADAMW, "--steps", "100000", "--warmup", "2",
-                        "--eval-every", "5")
-    process = subprocess.Popen([sys.executable, str(EXAMPLES / "train_gpt.py"), *args],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1,
-                               env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    args = command_line(tmp_path, *ADAMW, "--steps", "100000", "--warmup", "2", "--eval-every", "5")
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "train_gpt.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step    10"):
@@ -168,7 +186,10 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     settings = make_settings(tmp_path, "adamw", seed=3)
     training.train(settings, resume=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "adamw-lr0.004-seed3.json", "adamw-lr0.004-seed3.pt", plot.PICTURE]
+        "adamw-lr0.004-seed3.json",
+        "adamw-lr0.004-seed3.pt",
+        plot.PICTURE,
+    ]
     run = json.loads((tmp_path / "adamw-lr0.004-seed3.json").read_text())
     assert [point["step"] for point in run["curve"]] == [0, 8, 16, 24]
     assert run["args"]["seed"] == 3 and len(run["corpus"]["sha256"]) == 64
@@ -178,20 +199,23 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     torch.load(tmp_path / "adamw-lr0.004-seed3.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("args, reason", [
-    (["--steps", "0"], "--steps must be at least 1, got 0"),
-    (["--steps", "many"], "invalid int value: 'many'"),
-    (["--lr", "-1"], "--lr must be positive and finite"),
-    (["--lr", "nan"], "--lr must be positive and finite"),
-    (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
-    (["--dim", "30", "--heads", "4"], "--dim must be a multiple of 2 * --heads = 8, got 30"),
-    (["--warmup", "400"], "--warmup must be at most --steps = 300, got 400"),
-    (["--threads", "0"], "--threads must be at least 1"),
-    (["--seed", "-1"], "--seed must be at least 0"),
-    (["--unknown"], "unrecognized arguments: --unknown"),
-    (["--optimizer", "adamw", "--resume"], "no checkpoint to resume from"),
-    (["--optimizer", "adamw", "--context", "100000000"], "--context must be below"),
-])
+@pytest.mark.parametrize(
+    "args, reason",
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--lr", "-1"], "--lr must be positive and finite"),
+        (["--lr", "nan"], "--lr must be positive and finite"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--dim", "30", "--heads", "4"], "--dim must be a multiple of 2 * --heads = 8, got 30"),
+        (["--warmup", "400"], "--warmup must be at most --steps = 300, got 400"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+        (["--optimizer", "adamw", "--resume"], "no checkpoint to resume from"),
+        (["--optimizer", "adamw", "--context", "100000000"], "--context must be below"),
+    ],
+)
 def test_bad_arguments_give_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], reason: str
 ) -> None:
@@ -219,7 +243,7 @@ def test_damaged_checkpoints_give_one_line(
     good = path.read_bytes()
     flips = [len(good) * part // 10 for part in range(10)]
     damaged = [good[: len(good) // 2], b"", b"not a checkpoint"]
-    damaged += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1:] for at in flips]
+    damaged += [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in flips]
     capsys.readouterr()
     num_refused = 0
     for data in damaged:
@@ -299,8 +323,16 @@ def test_corpus_is_fixed_and_split_by_file() -> None:
 
 
 def test_corpus_leaves_out_tests_and_build_files(tmp_path: Path) -> None:
-    for name in ("a.py", "b/c.py", "test/d.py", "b/tests/e.py", "site-packages/f.py",
-                 "config-3.11/g.py", "_sysconfigdata_x.py", "h.txt"):
+    for name in (
+        "a.py",
+        "b/c.py",
+        "test/d.py",
+        "b/tests/e.py",
+        "site-packages/f.py",
+        "config-3.11/g.py",
+        "_sysconfigdata_x.py",
+        "h.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert corpus_module.list_files(tmp_path) == ["a.py", "b/c.py"]
@@ -342,11 +374,17 @@ def test_every_parameter_is_optimized_once(tmp_path: Path, name: str) -> None:
 def test_dykaf_leaves_embedding_and_head_to_adamw(tmp_path: Path) -> None:
     model = training.GPT(16, 2, 2, 16)
     optimizer = optimizers.make_optimizer("dykaf", model, make_settings(tmp_path, "dykaf"))
-    to_adamw = {id(parameter) for group in optimizer.param_groups
-                if group["max_precond_dim"] == 0 for parameter in group["params"]}
+    to_adamw = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group["max_precond_dim"] == 0
+        for parameter in group["params"]
+    }
     matrices = {name: id(weight) for name, weight in model.named_parameters() if weight.ndim == 2}
     assert {name for name, key in matrices.items() if key in to_adamw} == {
-        "embedding.weight", "head.weight"}
+        "embedding.weight",
+        "head.weight",
+    }
 
 
 def test_lr_schedule() -> None:
@@ -360,8 +398,16 @@ def test_lr_schedule() -> None:
 
 
 def test_sweep_skips_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    args = [*command_line(tmp_path, "--steps", "2"), "--optimizers", "adamw", "--lrs", "1e-3",
-            "2e-3", "--jobs", "2"]
+    args = [
+        *command_line(tmp_path, "--steps", "2"),
+        "--optimizers",
+        "adamw",
+        "--lrs",
+        "1e-3",
+        "2e-3",
+        "--jobs",
+        "2",
+    ]
     assert sweep.main(args) == 0
     first = capsys.readouterr().out
     assert "2 runs, 0 of them done before" in first and first.count("(best)") == 1
@@ -371,18 +417,31 @@ def test_sweep_skips_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sweep.main(args) == 0
     second = capsys.readouterr().out
     assert "2 runs, 2 of them done before" in second
-    assert second.splitlines()[1:] == first.splitlines()[-len(second.splitlines()) + 1:]
+    assert second.splitlines()[1:] == first.splitlines()[-len(second.splitlines()) + 1 :]
     assert sweep.main([*args, "--lrs", "0"]) == 2
 
 
 def test_sweep_table() -> None:
     def record(name: str, lr: float, loss: float | None) -> dict[str, Any]:
-        return {"optimizer": name, "lr": lr, "precondition_frequency": 10, "val_loss": loss,
-                "train_seconds": 1.0, "optimizer_share": 0.1, "tokens_per_second": 100.0}
+        return {
+            "optimizer": name,
+            "lr": lr,
+            "precondition_frequency": 10,
+            "val_loss": loss,
+            "train_seconds": 1.0,
+            "optimizer_share": 0.1,
+            "tokens_per_second": 100.0,
+        }
 
-    text = sweep.table([record("adamw", 0.001, 2.0), record("adamw", 0.001, 3.0),
-                        record("adamw", 0.002, 2.25), record("adamw", 0.004, None),
-                        record("dykaf", 0.001, 1.5)])
+    text = sweep.table(
+        [
+            record("adamw", 0.001, 2.0),
+            record("adamw", 0.001, 3.0),
+            record("adamw", 0.002, 2.25),
+            record("adamw", 0.004, None),
+            record("dykaf", 0.001, 1.5),
+        ]
+    )
     assert "| adamw | 0.001 | 2 | 2.5000 | 0.7071 |" in text
     assert "| adamw | 0.002 | 1 | **2.2500** (best) | - |" in text
     assert "| adamw | 0.004 | 1 | diverged |" in text

@@ -1,8 +1,8 @@
 """Error bounds of the operations, from the rounding of each of their sums and products.
 
-u is the unit roundoff of the dtype and gamma(k) = k u / (1 - k u) bounds the relative error of a sum
-of k products in any order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
-Reductions run in double and add nothing to float32 results. All inputs are exact.
+u is the unit roundoff of the dtype and gamma(k) = k u / (1 - k u) bounds the relative error of a
+sum of k products in any order (Higham, Accuracy and Stability of Numerical Algorithms, section
+3.1). Reductions run in double and add nothing to float32 results. All inputs are exact.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def gamma(k: int, dtype: torch.dtype) -> float:
     return ku / (1 - ku)
 
 
-def rotate_bound(left: Tensor | None, X: Tensor, right: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rotate_bound(
+    left: Tensor | None, X: Tensor, right: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Entrywise bound on the error of left X right, one sum of length m and one of length n."""
     bound, length = X.abs(), 0
     if left is not None:
@@ -46,15 +48,21 @@ class AdamBounds:
 
 
 def adam_bounds(
-    exp_avg: Tensor, g: Tensor, exp_avg_sq: Tensor, update: Tensor, denominator: Tensor,
-    betas: tuple[float, float], correction1: float, dtype: torch.dtype,
+    exp_avg: Tensor,
+    g: Tensor,
+    exp_avg_sq: Tensor,
+    update: Tensor,
+    denominator: Tensor,
+    betas: tuple[float, float],
+    correction1: float,
+    dtype: torch.dtype,
 ) -> AdamBounds:
     """Bounds for one Adam step from exact state.
 
-    exp_avg: two rounded coefficients, two products, one sum: 3 u per term, absolutely (the terms may
-    cancel). exp_avg_sq: all terms positive, 5 u. The denominator: half of this, and a root, a
-    coefficient, a product, eps and a sum: 8 u; the quotient and its coefficient 3 u more. The compact
-    second moments round their two vectors and roots as well: 6 u.
+    exp_avg: two rounded coefficients, two products, one sum: 3 u per term, absolutely (the terms
+    may cancel). exp_avg_sq: all terms positive, 5 u. The denominator: half of this, and a root, a
+    coefficient, a product, eps and a sum: 8 u; the quotient and its coefficient 3 u more. The
+    compact second moments round their two vectors and roots as well: 6 u.
 
     Args:
         exp_avg, exp_avg_sq: before and after the step.
@@ -85,9 +93,14 @@ def _product_error(H: Tensor, M: Tensor, dtype: torch.dtype) -> float:
     return gamma(2 * M.shape[0] + 2, dtype) * float(magnitude.norm())
 
 
-def _factor_error(a: float, F: Tensor, b: float, P: Tensor, product_error: float, u: float) -> float:
-    """||error of (a F + b P) / ||.||  ||_F. Coefficients, products, sum and the factors' own departure
-    from unit norm: 8 u of the terms; an error e of K turns its direction and its norm by e / ||K||."""
+def _factor_error(
+    a: float, F: Tensor, b: float, P: Tensor, product_error: float, u: float
+) -> float:
+    """Frobenius norm of the error of K / ||K||, K = a F + b P.
+
+    Coefficients, products, sum and the factors' own departure from unit norm: 8 u of the terms. An
+    error e of K turns its direction and its norm by e / ||K|| each.
+    """
     K = a * F + b * P
     rounding = 8 * u * (a * float(F.norm()) + b * float(P.norm()))
     return 2 * (b * product_error + rounding) / float(K.norm())
@@ -137,8 +150,11 @@ def average_bound(
 
 
 def orthogonality_bound(n: int, dtype: torch.dtype) -> float:
-    """||Q^T Q - I||_F of a Householder QR of an n x n matrix: n reflectors, each orthogonal to a few
-    u, on n columns; errors of different reflectors add like a random walk (observed: below 2)."""
+    """||Q^T Q - I||_F of a Householder QR of an n x n matrix.
+
+    n reflectors, each orthogonal to 8 u, act on n columns; their errors add like a random walk in
+    each column: 8 u sqrt(n) sqrt(n), and as much again for a Q of the input's own rounding.
+    """
     return 16 * n * unit_roundoff(dtype)
 
 

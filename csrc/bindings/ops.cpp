@@ -1,4 +1,6 @@
 // The operations as Python functions: checks, dispatch by element type, the GIL released.
+#include "dykaf/ops.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -6,7 +8,6 @@
 #include "bindings/problems.h"
 #include "bindings/register.h"
 #include "cpu/matmul_precision.h"
-#include "dykaf/ops.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -31,15 +32,19 @@ void run(const py::dict& options, const Body& body) {
 std::vector<int64_t> matrices_per_state(const States& states) {
   std::vector<int64_t> counts;
   for (size_t i = 0; i < states.size(); ++i) {
-    if (!states[i].contains("step")) fail("states[" + std::to_string(i) + "]['step']", "a tensor", "nothing");
+    if (!states[i].contains("step"))
+      fail("states[" + std::to_string(i) + "]['step']", "a tensor", "nothing");
     counts.push_back(py::cast<at::Tensor>(states[i]["step"]).numel());
   }
   return counts;
 }
 
 Inputs with_grads(const TensorList& grads, const States& states) {
-  return {.params = {}, .grads = grads, .grad_max = grad_max(grads, matrices_per_state(states)),
-          .streams = {}, .offsets = {}};
+  return {.params = {},
+          .grads = grads,
+          .grad_max = grad_max(grads, matrices_per_state(states)),
+          .streams = {},
+          .offsets = {}};
 }
 
 // The pointers of the matrices of `tensors`, in the order of `list`.
@@ -106,7 +111,8 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
   if (updates.size() != params.size()) {
     fail("updates", std::to_string(params.size()) + " tensors", std::to_string(updates.size()));
   }
-  const Inputs inputs{.params = params, .grads = {}, .grad_max = {}, .streams = streams, .offsets = {}};
+  const Inputs inputs{
+      .params = params, .grads = {}, .grad_max = {}, .streams = streams, .offsets = {}};
   Problems problems(states, inputs, parsed.second_moment);
   run(options, [&] {
     problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
@@ -121,9 +127,8 @@ void factor_update_op(const TensorList& grads, const States& states, const py::d
   const Options parsed = parse_options(options);
   Problems problems(states, with_grads(grads, states), parsed.second_moment);
   run(options, [&] {
-    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
-      cpu::factor_update_<T>(list.problems, parsed);
-    });
+    problems.for_each_type(
+        [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.problems, parsed); });
   });
 }
 
@@ -134,9 +139,8 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   inputs.offsets = offsets;
   Problems problems(states, inputs, parsed.second_moment);
   run(options, [&] {
-    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
-      cpu::initialize_<T>(list.problems, parsed);
-    });
+    problems.for_each_type(
+        [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.problems, parsed); });
   });
 }
 
@@ -157,9 +161,8 @@ void step_op(const TensorList& params, const TensorList& grads, const std::vecto
   const Options parsed = parse_options(options);
   Problems problems(states, {params, grads, maxima, streams, offsets}, parsed.second_moment);
   run(options, [&] {
-    problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
-      cpu::step_<T>(list.problems, parsed);
-    });
+    problems.for_each_type(
+        [&]<typename T>(ProblemList<T>& list) { cpu::step_<T>(list.problems, parsed); });
     problems.write_back();
   });
 }
@@ -176,8 +179,8 @@ void register_ops(py::module_& module) {
              py::arg("states"), py::arg("streams"), py::arg("options"));
   module.def("factor_update_", &factor_update_op, py::arg("grads"), py::arg("states"),
              py::arg("options"));
-  module.def("initialize_", &initialize_op, py::arg("grads"), py::arg("states"),
-             py::arg("offsets"), py::arg("options"));
+  module.def("initialize_", &initialize_op, py::arg("grads"), py::arg("states"), py::arg("offsets"),
+             py::arg("options"));
   module.def("refresh_basis_", &refresh_basis_op, py::arg("states"), py::arg("side"),
              py::arg("options"));
   module.def("step_", &step_op, py::arg("params"), py::arg("grads"), py::arg("grad_max"),

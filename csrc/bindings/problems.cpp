@@ -224,7 +224,9 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
     }
     const DType dtype = dtype_of(name, tensor);
     if ((dtype == DType::kFloat64) != std::is_same_v<T, double>) {
-      fail(name, std::is_same_v<T, double> ? "float64, as the state has" : "a float32 or lower dtype, as the state has",
+      fail(name,
+           std::is_same_v<T, double> ? "float64, as the state has"
+                                     : "a float32 or lower dtype, as the state has",
            describe(tensor));
     }
     return dtype;

@@ -14,10 +14,10 @@ using TensorList = std::vector<at::Tensor>;
 
 // What an operation hands over beside the states. Empty lists: not used by the operation.
 struct Inputs {
-  TensorList params;                     // any strides, in the parameter's dtype
-  TensorList grads;                      // contiguous; of the parameter's dtype or the state's
-  std::vector<double> grad_max;          // one per matrix of each gradient; computed if empty
-  std::vector<uint64_t> streams;         // one per parameter
+  TensorList params;                          // any strides, in the parameter's dtype
+  TensorList grads;                           // contiguous; of the parameter's dtype or the state's
+  std::vector<double> grad_max;               // one per matrix of each gradient; computed if empty
+  std::vector<uint64_t> streams;              // one per parameter
   std::vector<std::vector<int64_t>> offsets;  // [left, right] per parameter
 };
 

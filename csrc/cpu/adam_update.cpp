@@ -75,8 +75,7 @@ void adamw_(const Problem<T>& p, const Options& options) {
 }
 
 template <typename T>
-void adam_update_(std::span<const Problem<T>> problems, const Options& options,
-                  T* const* updates) {
+void adam_update_(std::span<const Problem<T>> problems, const Options& options, T* const* updates) {
   Workspace<T> workspace(problems);
   for (size_t i = 0; i < problems.size(); ++i) {
     const T tau = gradient_scale(problems[i], options);

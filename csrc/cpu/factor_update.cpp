@@ -1,6 +1,7 @@
 // The integrator step of L, R and rho: the rank-one projector-splitting step of vec(L) vec(R)^T
 // towards beta rho^2 L (x) R + (1 - beta) g g^T (Yudin et al., arXiv 2511.06477; ksl: Lubich &
-// Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau: a = beta (rho / tau)^2, b = 1 - beta.
+// Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau: a = beta (rho / tau)^2, b = 1 -
+// beta.
 #include <cmath>
 #include <vector>
 
@@ -145,8 +146,8 @@ void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> grad
   if (!(norm_K > 0) || !(norm_J > 0)) return;
   const double q = coupling(p, gradient, workspace);
   const double with_gradient = a * a * K.FA + a * b * (K.AA + J.AA) + b * b * q;
-  const double s = (a * K.with_factor(a, b) * J.with_factor(a, b) + b * with_gradient) /
-                   (norm_K * norm_J);
+  const double s =
+      (a * K.with_factor(a, b) * J.with_factor(a, b) + b * with_gradient) / (norm_K * norm_J);
   if (!(s > 0)) return;
   blend_(p.L, workspace.left, a, b, norm_K, p.m);
   blend_(p.R, workspace.right, a, b, norm_J, p.n);

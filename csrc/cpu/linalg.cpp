@@ -29,9 +29,8 @@ void mirror(T* x, int64_t n, const Combine& combine) {
 
 template <typename Combine>
 void mirror(const at::Tensor& x, const Combine& combine) {
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mirror", [&] {
-    mirror(x.mutable_data_ptr<scalar_t>(), x.size(0), combine);
-  });
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "mirror",
+                             [&] { mirror(x.mutable_data_ptr<scalar_t>(), x.size(0), combine); });
 }
 
 }  // namespace
@@ -54,7 +53,8 @@ void symmetrize_(const at::Tensor& x) {
 QR signed_qr(const at::Tensor& a) {
   auto [Q, R] = at::linalg_qr(a);
   const at::Tensor diagonal = R.diagonal();
-  const at::Tensor signs = at::where(diagonal.lt(0), -at::ones_like(diagonal), at::ones_like(diagonal));
+  const at::Tensor signs =
+      at::where(diagonal.lt(0), -at::ones_like(diagonal), at::ones_like(diagonal));
   return {Q.mul_(signs), R.mul_(signs.unsqueeze(1))};
 }
 

@@ -1,10 +1,10 @@
 // Matrix products and decompositions of raw row-major arrays through ATen (BLAS and LAPACK).
 #pragma once
 
-#include "cpu/aten.h"
-
 #include <cstdint>
 #include <optional>
+
+#include "cpu/aten.h"
 
 namespace dykaf::cpu {
 
@@ -29,7 +29,8 @@ struct QR {
 // Householder QR, signs fixed so that R's diagonal is not negative.
 QR signed_qr(const at::Tensor& a);
 
-// Eigenvectors of symmetric a by descending eigenvalue, retried in float64; nothing where both fail.
+// Eigenvectors of symmetric a by descending eigenvalue, retried in float64; nothing where both
+// fail.
 std::optional<at::Tensor> eigenvectors(const at::Tensor& a);
 
 }  // namespace dykaf::cpu

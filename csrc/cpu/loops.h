@@ -35,9 +35,8 @@ void for_chunks(int64_t size, const Body& body) {
 template <size_t kNum, typename Body>
 std::array<double, kNum> sum_chunks(int64_t size, const Body& body) {
   std::vector<std::array<double, kNum>> partials((size + kChunk - 1) / kChunk);
-  for_chunks(size, [&](int64_t chunk, int64_t begin, int64_t end) {
-    partials[chunk] = body(begin, end);
-  });
+  for_chunks(
+      size, [&](int64_t chunk, int64_t begin, int64_t end) { partials[chunk] = body(begin, end); });
   std::array<double, kNum> total{};
   for (const auto& partial : partials) {
     for (size_t i = 0; i < kNum; ++i) total[i] += partial[i];

@@ -3,10 +3,9 @@
 // nothing overflows or vanishes and the scaling is exact.
 #pragma once
 
-#include "cpu/aten.h"
-
 #include <span>
 
+#include "cpu/aten.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cpu {

@@ -1,7 +1,7 @@
 """The operations of the optimizer, each over a list of parameters in one call.
 
-States are the dictionaries of :mod:`dykaf.state`; tensors named ``grads``, ``inputs`` or ``updates``
-are contiguous, ``[batch, m, n]``, in the state's dtype unless said otherwise. All of them raise
+States are the dictionaries of :mod:`dykaf.state`; tensors named ``grads``, ``inputs`` or
+``updates`` are contiguous, ``[batch, m, n]``, in the state's dtype unless said otherwise. All raise
 ``ValueError``, naming the tensor, what was expected and what came, before anything has changed.
 Formulas: docs/algorithm.md; source: Yudin et al., arXiv 2511.06477.
 """
@@ -67,9 +67,7 @@ def apply_update_(
     _C.apply_update_(params, updates, states, streams, options)
 
 
-def factor_update_(
-    grads: Sequence[Tensor], states: Sequence[State], options: StepOptions
-) -> None:
+def factor_update_(grads: Sequence[Tensor], states: Sequence[State], options: StepOptions) -> None:
     """Advances L, R and rho in place by one integrator step with rotated gradients."""
     _C.factor_update_(grads, states, options)
 

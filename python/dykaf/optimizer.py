@@ -254,12 +254,12 @@ class DyKAF(Optimizer):
             if policy == "propagate" or bool(grad_max.isfinite().all()):
                 continue
             if policy == "raise":
-                parts = grad_max.split([layout.count for layout in item.layouts])
-                name = next(
+                owners = [
                     name
-                    for name, part in zip(item.names, parts, strict=True)
-                    if not bool(part.isfinite().all())
-                )
+                    for name, layout in zip(item.names, item.layouts, strict=True)
+                    for _ in range(layout.count)
+                ]
+                name = owners[grad_max.isfinite().tolist().index(False)]
                 raise RuntimeError(
                     f"gradient of {name}: expected finite values, got NaN or infinity "
                     "(nonfinite='raise'); nothing has changed"
@@ -349,9 +349,7 @@ class DyKAF(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         states = state_dict["state"]
         return [
-            (param, states[idx])
-            for param, idx in zip(params, ids, strict=False)
-            if states.get(idx)
+            (param, states[idx]) for param, idx in zip(params, ids, strict=False) if states.get(idx)
         ]
 
     def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:

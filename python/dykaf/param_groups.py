@@ -52,7 +52,7 @@ def param_groups(
     Args:
         model: a module; parameters that need no gradient are left out.
         adam: name patterns (as in :mod:`fnmatch`, full parameter names) to send to AdamW.
-        precondition: name patterns to send to DyKAF against the rules above; they win over ``adam``.
+        precondition: name patterns to send to DyKAF against the rules; they win over ``adam``.
         no_decay: name patterns to send to the group without weight decay; they win over both.
         matrix_options: options for the DyKAF group, such as ``{"weight_decay": 0.1}``.
         adam_options: options for the group of embeddings and heads, such as ``{"lr": 1e-3}``.

@@ -25,7 +25,8 @@ template <typename T>
 void adam_update_(std::span<const Problem<T>> problems, const Options& options, T* const* updates);
 
 // param <- param (1 - lr weight_decay) - lr updates[i], updates: [m, n] in original coordinates.
-// bfloat16 and float16 parameters round stochastically, or to nearest from `master` if there is one.
+// bfloat16 and float16 parameters round stochastically, or to nearest from `master` if there is
+// one.
 template <typename T>
 void apply_update_(std::span<const Problem<T>> problems, const Options& options,
                    const T* const* updates);

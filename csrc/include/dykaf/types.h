@@ -46,14 +46,14 @@ struct Problem {
   T* Q_R;       // [n, n], orthogonal, one basis vector per column
   double* rho;  // [2], gradient units; the tracked Fisher matrix is rho^2 L (x) R
 
-  float* step;                  // [1], updates done
-  int64_t* next_refresh;        // [2], per Side: the step from which a refresh is due
-  int64_t* refreshes;           // [2], per Side: refreshes done
-  int64_t* refresh_fallbacks;   // [1], refreshes that failed and kept the old basis
-  float* update_rms;            // [1], root mean square of the last update before lr
-  int64_t refresh_offset[2];    // per Side: place in the refresh period
-  uint64_t stream;              // names the random numbers of this matrix
-  double grad_max;              // max|grad|
+  float* step;                 // [1], updates done
+  int64_t* next_refresh;       // [2], per Side: the step from which a refresh is due
+  int64_t* refreshes;          // [2], per Side: refreshes done
+  int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
+  float* update_rms;           // [1], root mean square of the last update before lr
+  int64_t refresh_offset[2];   // per Side: place in the refresh period
+  uint64_t stream;             // names the random numbers of this matrix
+  double grad_max;             // max|grad|
 
   bool is_unsided() const { return L == nullptr && R == nullptr; }
   int64_t size() const { return m * n; }

@@ -1,0 +1,89 @@
+# `make setup` makes everything the other targets need in .venv, from a bare machine with Python 3.11
+# or later (with venv) and a C++20 compiler. Each target does it first; done once, it costs nothing.
+#
+# TORCH chooses the version of torch: 2.13.0 (the default; small where it is a CPU build) and 2.14.1
+# are tested. Whether pip gets a CPU or a CUDA build of it depends on where pip looks.
+#   make test TORCH=2.14.1
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: setup test test-sanitize lint format demo clean
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+DYKAF_CUDA ?= auto
+export DYKAF_CUDA
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# What is done is stamped with the choices it was done with: another choice does it again.
+DEPS := $(VENV)/.deps-$(TORCH)
+BUILT := $(VENV)/.built-$(TORCH)-$(DYKAF_CUDA)
+
+BUILD_FILES := setup.py pyproject.toml CMakeLists.txt
+CPP_FILES := $(shell find csrc -type f)
+CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CPP_FILES))
+
+setup: $(BUILT)
+	@echo "==> ready: torch $(TORCH) and dykaf in $(VENV)"
+
+$(DEPS): requirements-dev.txt
+	@rm -f $(VENV)/.deps-* $(VENV)/.built-*
+	@test -x $(PY) || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing torch $(TORCH) and the tools of requirements-dev.txt (a minute or more)"
+	@$(PY) -m pip install --quiet "torch==$(TORCH)" -r requirements-dev.txt
+	@touch $@
+
+# The first command shows the compiler's progress; the second only registers its result in .venv.
+$(BUILT): $(DEPS) $(BUILD_FILES) $(CPP_FILES)
+	@rm -f $(VENV)/.built-*
+	@echo "==> building the extension (the first time a minute or more)"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@echo "==> installing dykaf, editable, in $(VENV)"
+	@$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+test: $(BUILT)
+	@echo "==> running the tests"
+	@$(PY) -m pytest
+
+# Built in a directory of its own and run from there, so the normal build stays as it is. libstdc++ is
+# preloaded too, since libasan looks up __cxa_throw as it starts, before Python has loaded any C++. No
+# capture: a sanitizer reports as it ends the process.
+SANITIZED := build/sanitized
+test-sanitize: $(BUILT)
+	@echo "==> building the extension with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@DYKAF_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib $(SANITIZED)
+	@echo "==> running tests/test_ops.py with it"
+	@preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
+	  PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$preload" \
+	  $(PY) -m pytest --capture=no tests/test_ops.py
+
+lint: $(BUILT)
+	@echo "==> ruff check"
+	@$(BIN)/ruff check
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check
+	@echo "==> mypy --strict python"
+	@$(BIN)/mypy --strict python
+	@echo "==> clang-format --dry-run"
+	@$(BIN)/clang-format --dry-run -Werror $(CLANG_FORMAT_FILES)
+
+format: $(DEPS)
+	@echo "==> formatting Python and C++"
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
+
+demo: $(BUILT)
+	@echo "==> running the demo"
+	@$(PY) examples/demo.py
+
+clean:
+	@echo "==> removing what was built ($(VENV) stays; rm -r $(VENV) removes it)"
+	@rm -rf build dist python/*.egg-info python/dykaf/_C.*.so python/dykaf/_build_info.py
+	@rm -f $(VENV)/.built-*
+	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,595 @@
+"""Bad input: the exact message, and everything as before, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from optim_helpers import (
+    bits,
+    frozen,
+    gradient,
+    parameter,
+    params_of,
+    randn,
+    refuses,
+    run,
+    trajectory,
+)
+from torch import Tensor, nn
+
+from dykaf import DyKAF
+
+# ---- Options -------------------------------------------------------------------------------------
+
+FINITE = "a finite number >= 0"
+FLAG = "True or False"
+DECAY = "two numbers in [0, 1)"
+LR = "a finite number or one-element tensor >= 0"
+NAN, INF = math.nan, math.inf
+NOT_NUMBERS = ["0.1", None, True, [0.1], 1j]
+
+BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
+    "lr": (
+        LR,
+        [
+            *NOT_NUMBERS,
+            -1e-9,
+            NAN,
+            INF,
+            torch.ones(2),
+            torch.tensor(-1.0),
+            torch.tensor(NAN),
+            torch.tensor(INF),
+            torch.tensor(True),
+            torch.tensor(1j),
+            torch.empty(0),
+        ],
+    ),
+    "betas": (
+        DECAY,
+        [
+            *NOT_NUMBERS,
+            0.9,
+            (0.9,),
+            (0.9, 0.9, 0.9),
+            (1.0, 0.9),
+            (0.9, 1.0),
+            (-0.1, 0.9),
+            (0.9, -0.1),
+            (NAN, 0.9),
+            (0.9, NAN),
+            ("0.9", 0.9),
+            (None, 0.9),
+            (0.9, True),
+            {0.9, 0.8},
+        ],
+    ),
+    "eps": (FINITE, [*NOT_NUMBERS, -1e-12, NAN, INF]),
+    "weight_decay": (FINITE, [*NOT_NUMBERS, -1e-12, NAN, INF]),
+    "factor_beta": (
+        "None or a number in [0, 1)",
+        [
+            "0.1",
+            True,
+            [0.1],
+            1j,
+            -0.1,
+            1.0,
+            1,
+            NAN,
+            INF,
+        ],
+    ),
+    "precondition_frequency": ("an integer >= 1", [*NOT_NUMBERS, 0, -1, 10.0, NAN, INF]),
+    "max_precond_dim": ("an integer >= 0", [*NOT_NUMBERS, -1, 10.0, NAN, INF]),
+    "integrator": ("one of 'ksl', 'bug', 'diagonal'", ["KSL", "", None, 0, b"ksl", ["ksl"]]),
+    "metric_power": ("a number in [-1, 1]", [*NOT_NUMBERS, -1.01, 1.01, NAN, INF, -INF]),
+    "init": ("one of 'identity', 'rank_one'", ["eye", "", None, 1]),
+    "second_moment": ("one of 'full', 'rank_one', 'factored'", ["half", None, 1, True]),
+    "refresh_schedule": ("one of 'geometric', 'fixed'", ["linear", None, 1]),
+    "rescale_exp_avg_sq": (FLAG, [0, 1, None, "True"]),
+    "refresh_stagger": (FLAG, [0, 1, None, "True"]),
+    "matmul_precision": (
+        "one of None, 'highest', 'high', 'medium'",
+        ["low", "", 0, False, "ieee"],
+    ),
+    "batch_dims": ("an integer >= 0", [*NOT_NUMBERS, -1, 1.0]),
+    "low_precision": ("one of 'stochastic', 'master'", ["nearest", None, 1]),
+    "seed": ("an integer in [0, 2**64)", [*NOT_NUMBERS, -1, 2**64, 0.0]),
+    "maximize": (FLAG, [0, 1, None, "True"]),
+    "nonfinite": ("one of 'skip', 'raise', 'propagate'", ["ignore", None, 0]),
+}
+
+CASES = [
+    pytest.param(name, expected, value, id=f"{name}-{value!r}")
+    for name, (expected, values) in BAD_OPTIONS.items()
+    for value in values
+]
+
+
+def test_every_option_has_its_bad_values() -> None:
+    defaults = DyKAF([parameter(2)]).defaults
+    assert set(BAD_OPTIONS) == set(defaults)
+
+
+@pytest.mark.parametrize(("name", "expected", "value"), CASES)
+def test_bad_options(name: str, expected: str, value: Any) -> None:
+    """At construction, in a group, in a group added late, and changed before a step."""
+    message = f"{name}: expected {expected}, got {value!r}"
+    for arguments in (
+        {"params": [parameter(3)], name: value},
+        {"params": [{"params": [parameter(3)], name: value}]},
+    ):
+        with pytest.raises(ValueError) as caught:
+            DyKAF(**arguments)
+        assert str(caught.value) == message
+
+    optimizer = DyKAF([parameter(4, 3), parameter(3)])
+    run(optimizer, range(3))
+    late = parameter(3)
+    with refuses(optimizer, message):
+        optimizer.add_param_group({"params": [late], name: value})
+    good = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    with refuses(optimizer, message):
+        optimizer.step()
+    optimizer.param_groups[0][name] = good
+    optimizer.add_param_group({"params": [late]})
+    run(optimizer, range(3, 5))
+
+    undisturbed = DyKAF([parameter(4, 3), parameter(3)])
+    run(undisturbed, range(3))
+    undisturbed.add_param_group({"params": [parameter(3)]})
+    run(undisturbed, range(3, 5))
+    assert trajectory(optimizer) == trajectory(undisturbed)
+
+
+def test_a_bad_option_of_a_later_group_stops_the_step_of_all() -> None:
+    optimizer = DyKAF([{"params": [parameter(4, 3)]}, {"params": [parameter(3)]}])
+    run(optimizer, range(3))
+    optimizer.param_groups[1]["eps"] = -1.0
+    with refuses(optimizer, f"eps: expected {FINITE}, got -1.0"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0),
+        ("lr", 0.0),
+        ("lr", torch.tensor([0.1])),
+        ("lr", torch.tensor(1)),
+        ("betas", (0, 0)),
+        ("betas", [0.9, 0.0]),
+        ("eps", 0),
+        ("weight_decay", 0),
+        ("weight_decay", 5),
+        ("factor_beta", 0),
+        ("factor_beta", 0.999),
+        ("precondition_frequency", 1),
+        ("precondition_frequency", 10**12),
+        ("precondition_frequency", 2**62),
+        ("max_precond_dim", 0),
+        ("max_precond_dim", 2**70),
+        ("metric_power", -1),
+        ("metric_power", 1),
+        ("batch_dims", 7),
+        ("seed", 2**64 - 1),
+    ],
+)
+def test_the_ends_of_the_ranges_are_accepted(name: str, value: Any) -> None:
+    """And work: a few steps leave everything finite. ("Never refresh" is a large period.)"""
+    optimizer = DyKAF([parameter(4, 3), parameter(3)], **{name: value})
+    run(optimizer, range(4))
+    for param in params_of(optimizer):
+        assert bool(param.isfinite().all())
+        state = optimizer.state[param]
+        assert all(bool(entry.isfinite().all()) for entry in state.values())
+        assert float(state["step"]) == (4 if "rho" not in state else 3)
+
+
+def test_a_period_beyond_64_bits_is_refused_or_works() -> None:
+    """It must not fail in a step, when other groups have changed already."""
+    try:
+        optimizer = DyKAF([parameter(4, 3)], precondition_frequency=2**63)
+    except ValueError as error:
+        assert str(error).startswith("precondition_frequency: expected an integer")
+        return
+    run(optimizer, range(3))
+    assert float(optimizer.state[params_of(optimizer)[0]]["step"]) == 2
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="precondition_freq"):
+        DyKAF([parameter(3)], precondition_freq=3)  # type: ignore[call-arg]
+
+
+# ---- Parameters ----------------------------------------------------------------------------------
+
+DTYPES = "torch.float64, torch.float32, torch.bfloat16, torch.float16"
+ON_CPU = "params: expected dense tensors on the CPU (the only backend of this build), got "
+
+
+def _sparse() -> Tensor:
+    return torch.eye(3).to_sparse()
+
+
+BAD_PARAMS = {
+    "complex": (
+        lambda: nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64)),
+        f"params: expected dtypes {DTYPES}, got torch.complex64",
+    ),
+    "integer": (
+        lambda: nn.Parameter(torch.zeros(3, 3, dtype=torch.int64), requires_grad=False),
+        f"params: expected dtypes {DTYPES}, got torch.int64",
+    ),
+    "bool": (
+        lambda: torch.zeros(3, dtype=torch.bool),
+        f"params: expected dtypes {DTYPES}, got torch.bool",
+    ),
+    "float8": (
+        lambda: nn.Parameter(torch.zeros(3, 3).to(torch.float8_e4m3fn), requires_grad=False),
+        f"params: expected dtypes {DTYPES}, got torch.float8_e4m3fn",
+    ),
+    "meta": (
+        lambda: nn.Parameter(torch.zeros(3, 3, device="meta")),
+        ON_CPU + "torch.strided on meta",
+    ),
+    "sparse": (lambda: nn.Parameter(_sparse()), ON_CPU + "torch.sparse_coo on cpu"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PARAMS)
+def test_bad_parameters(kind: str) -> None:
+    make, message = BAD_PARAMS[kind]
+    with pytest.raises(ValueError) as caught:
+        DyKAF([parameter(3), make()])
+    assert str(caught.value) == message
+    optimizer = DyKAF([parameter(3)])
+    run(optimizer, range(2))
+    good = parameter(4)
+    with refuses(optimizer, message):
+        optimizer.add_param_group({"params": [good, make()], "lr": 0.5})
+    optimizer.add_param_group({"params": [good]})
+    assert optimizer.param_groups[1]["lr"] == 3e-3
+    run(optimizer, range(2, 4))
+    assert float(optimizer.state[good]["step"]) == 2
+
+
+def test_a_parameter_that_overlaps_itself_is_refused() -> None:
+    """It cannot be written, at construction or at the latest before anything has changed."""
+    other = parameter(4, 3)
+    overlapping = nn.Parameter(torch.randn(1, 3).expand(4, 3))
+    before = bits(other)
+    try:
+        optimizer = DyKAF([other, overlapping])
+    except ValueError:
+        return
+    for param in (other, overlapping):
+        param.grad = gradient(param, 0, 0)
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.step()
+    assert bits(other) == before
+    assert not optimizer.state.get(other)
+
+
+@pytest.mark.parametrize(
+    ("params", "error"), [([], ValueError), (parameter(3), TypeError), ([3.0], TypeError)]
+)
+def test_what_is_no_list_of_parameters(params: Any, error: type[Exception]) -> None:
+    """torch's own checks."""
+    with pytest.raises(error):
+        DyKAF(params)
+
+
+def test_a_parameter_twice_is_refused() -> None:
+    param = parameter(3)
+    optimizer = DyKAF([param])
+    run(optimizer, range(2))
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match="appear in more than one parameter group"):
+        optimizer.add_param_group({"params": [param]})
+    assert frozen(optimizer) == before
+
+
+# ---- Gradients -----------------------------------------------------------------------------------
+
+NAME = "param_groups[0]['params'][1]"
+
+
+def _optimizer() -> DyKAF:
+    optimizer = DyKAF([parameter(5), parameter(3, 3), parameter(4, 3)])
+    run(optimizer, range(3))
+    for idx, param in enumerate(params_of(optimizer)):
+        param.grad = gradient(param, 3, idx)
+    return optimizer
+
+
+def test_sparse_gradients() -> None:
+    optimizer = _optimizer()
+    params_of(optimizer)[1].grad = _sparse()
+    with refuses(optimizer, f"gradient of {NAME}: expected a dense tensor, got torch.sparse_coo"):
+        optimizer.step()
+
+
+def test_sparse_gradient_of_an_embedding() -> None:
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = DyKAF(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    message = "gradient of weight: expected a dense tensor, got torch.sparse_coo"
+    with refuses(optimizer, message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_gradients_of_another_dtype(dtype: torch.dtype) -> None:
+    """torch keeps the two equal by itself, but for ``grad_dtype`` and for new ``data``."""
+    optimizer = _optimizer()
+    param = params_of(optimizer)[1]
+    if hasattr(param, "grad_dtype"):
+        param.grad = None
+        param.grad_dtype = dtype
+        param.grad = gradient(param, 3, 1).to(dtype)
+        expected = f"torch.float32 (3, 3) on cpu as the parameter, got {dtype} (3, 3) on cpu"
+    else:
+        param.data = param.detach().to(dtype)
+        expected = f"{dtype} (3, 3) on cpu as the parameter, got torch.float32 (3, 3) on cpu"
+    with refuses(optimizer, f"gradient of {NAME}: expected {expected}"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (9,), (1, 3, 3)])
+def test_gradients_of_another_shape(shape: tuple[int, ...]) -> None:
+    """Also of the same number of elements."""
+    optimizer = _optimizer()
+    param = params_of(optimizer)[1]
+    param.data = randn(*shape, dtype=torch.float32)
+    expected = f"torch.float32 {shape} on cpu as the parameter, got torch.float32 (3, 3) on cpu"
+    with refuses(optimizer, f"gradient of {NAME}: expected {expected}"):
+        optimizer.step()
+
+
+def test_parameters_that_moved_to_a_device_without_backend() -> None:
+    optimizer = _optimizer()
+    param = params_of(optimizer)[1]
+    before = frozen(optimizer)
+    param.grad = None
+    torch.utils.swap_tensors(param, nn.Parameter(param.detach().to("meta")))
+    param.grad = torch.zeros(3, 3, device="meta")
+    with pytest.raises(ValueError, match=r"expected .* on the CPU"):
+        optimizer.step()
+    others = [0, 2]
+    after = frozen(optimizer)
+    assert after["state"] == before["state"]
+    assert [bits(params_of(optimizer)[idx]) for idx in others] == [
+        before["params"][idx] for idx in others
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_parameters_that_became_of_a_dtype_without_backend(dtype: torch.dtype) -> None:
+    optimizer = _optimizer()
+    param = params_of(optimizer)[1]
+    param.grad = None
+    torch.utils.swap_tensors(param, nn.Parameter(param.detach().to(dtype), requires_grad=False))
+    param.grad = torch.zeros_like(param)
+    before = frozen(optimizer)
+    with pytest.raises(ValueError):
+        optimizer.step()
+    assert frozen(optimizer) == before
+
+
+# ---- Structure -----------------------------------------------------------------------------------
+
+
+def _state_message(key: str, expected: tuple[int, ...], got: tuple[int, ...]) -> str:
+    return (
+        f"state of param_groups[0]['params'][0]: {key!r}: expected torch.float32 of shape "
+        f"{expected}, got torch.float32 of shape {got}"
+    )
+
+
+STRUCTURE = "state of param_groups[0]['params'][0]: expected a tensor "
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shape", "dtype", "message"),
+    [
+        ("max_precond_dim", 0, (4, 3), torch.float32, None),
+        ("max_precond_dim", 3, (4, 3), torch.float32, None),
+        ("batch_dims", 1, (4, 3, 2), torch.float32, _state_message("step", (4,), ())),
+        (
+            "second_moment",
+            "factored",
+            (4, 3),
+            torch.float32,
+            STRUCTURE + "'exp_avg_sq_row', got None",
+        ),
+        (
+            "second_moment",
+            "rank_one",
+            (4, 3),
+            torch.float32,
+            STRUCTURE + "'exp_avg_sq_row', got None",
+        ),
+        ("low_precision", "master", (4, 3), torch.bfloat16, STRUCTURE + "'master', got None"),
+    ],
+)
+def test_structure_cannot_change(
+    option: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, message: str | None
+) -> None:
+    optimizer = DyKAF([parameter(*shape, dtype=dtype), parameter(3)])
+    run(optimizer, range(3))
+    good = optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = value
+    if message is None:
+        tensors = sorted(_layout_names(optimizer, shape))
+        extra = sorted(set(optimizer.state[params_of(optimizer)[0]]) - set(tensors))
+        message = (
+            f"state of param_groups[0]['params'][0]: expected the tensors {tensors}, "
+            f"got also {extra}"
+        )
+    with refuses(optimizer, message):
+        optimizer.step()
+    with refuses(optimizer, message):  # it does not pass at the second try either
+        optimizer.step()
+    optimizer.param_groups[0][option] = good
+    run(optimizer, range(3, 5))
+    undisturbed = DyKAF([parameter(*shape, dtype=dtype), parameter(3)])
+    run(undisturbed, range(5))
+    assert trajectory(optimizer) == trajectory(undisturbed)
+
+
+def _layout_names(optimizer: DyKAF, shape: tuple[int, ...]) -> list[str]:
+    """What a matrix has under the group's options, from an optimizer that began with them."""
+    fresh = DyKAF([parameter(*shape)], max_precond_dim=optimizer.param_groups[0]["max_precond_dim"])
+    run(fresh, range(1))
+    return list(fresh.state[params_of(fresh)[0]])
+
+
+def test_structure_of_what_has_no_factors_may_change() -> None:
+    """A vector's state is the same under all of them."""
+    optimizer = DyKAF([parameter(5)])
+    run(optimizer, range(2))
+    optimizer.param_groups[0].update(
+        max_precond_dim=0, batch_dims=1, second_moment="factored", low_precision="master"
+    )
+    run(optimizer, range(2, 4))
+    undisturbed = DyKAF([parameter(5)])
+    run(undisturbed, range(4))
+    assert trajectory(optimizer) == trajectory(undisturbed)
+
+
+# ---- state_dict ----------------------------------------------------------------------------------
+
+
+def _saved(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+    optimizer = DyKAF([parameter(*shape, dtype=dtype)], **options)
+    run(optimizer, range(3))
+    saved = optimizer.state_dict()
+    return {**saved, "state": {idx: dict(state) for idx, state in saved["state"].items()}}
+
+
+PREFIX = "state of param_groups[0]['params'][0]: "
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        (
+            "exp_avg",
+            lambda t: t[:2],
+            "'exp_avg': expected torch.float32 of shape (4, 3), got torch.float32 of shape (2, 3)",
+        ),
+        (
+            "exp_avg",
+            lambda t: t.t(),
+            "'exp_avg': expected torch.float32 of shape (4, 3), got torch.float32 of shape (3, 4)",
+        ),
+        (
+            "L",
+            lambda t: t.bfloat16(),
+            "'L': expected torch.float32 of shape (4, 4), got torch.bfloat16 of shape (4, 4)",
+        ),
+        (
+            "rho",
+            lambda t: t.float(),
+            "'rho': expected torch.float64 of shape (2,), got torch.float32 of shape (2,)",
+        ),
+        (
+            "refreshes",
+            lambda t: t.int(),
+            "'refreshes': expected torch.int64 of shape (2,), got torch.int32 of shape (2,)",
+        ),
+        (
+            "step",
+            lambda t: t.reshape(1),
+            "'step': expected torch.float32 of shape (), got torch.float32 of shape (1,)",
+        ),
+        ("step", lambda t: 3, "expected a tensor 'step', got 3"),
+        ("Q_R", lambda t: None, "expected a tensor 'Q_R', got None"),
+    ],
+    ids=lambda change: change[0],
+)
+def test_saved_tensors_that_do_not_fit(change: tuple[str, Any, str], has_state: bool) -> None:
+    key, spoil, message = change
+    saved = _saved(4, 3)
+    saved["state"][0][key] = spoil(saved["state"][0][key])
+    optimizer = DyKAF([parameter(4, 3)])
+    if has_state:
+        run(optimizer, range(5))
+    with refuses(optimizer, PREFIX + message):
+        optimizer.load_state_dict(saved)
+
+
+def test_missing_and_unknown_saved_tensors() -> None:
+    optimizer = DyKAF([parameter(4, 3)])
+    run(optimizer, range(2))
+    saved = _saved(4, 3)
+    del saved["state"][0]["exp_avg"]
+    with refuses(optimizer, PREFIX + "expected a tensor 'exp_avg', got None"):
+        optimizer.load_state_dict(saved)
+    saved = _saved(4, 3)
+    names = sorted(saved["state"][0])
+    saved["state"][0].update(momentum=torch.zeros(()), GG=[torch.zeros(2)])
+    message = f"expected the tensors {names}, got also ['GG', 'momentum']"
+    with refuses(optimizer, PREFIX + message):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "message"),
+    [
+        (
+            {"shape": (3, 4)},
+            "'exp_avg': expected torch.float32 of shape (4, 3), got torch.float32 of shape (3, 4)",
+        ),
+        (
+            {"shape": (4, 3), "dtype": torch.float64},
+            "'exp_avg': expected torch.float32 of shape (4, 3), got torch.float64 of shape (4, 3)",
+        ),
+    ],
+)
+def test_saved_state_of_another_parameter(saved_with: dict[str, Any], message: str) -> None:
+    optimizer = DyKAF([parameter(4, 3)])
+    run(optimizer, range(2))
+    shape = saved_with.pop("shape")
+    with refuses(optimizer, PREFIX + message):
+        optimizer.load_state_dict(_saved(*shape, **saved_with))
+
+
+def test_bad_options_in_a_saved_group() -> None:
+    optimizer = DyKAF([parameter(4, 3)])
+    run(optimizer, range(2))
+    saved = _saved(4, 3)
+    saved["param_groups"][0]["betas"] = (0.9, 1.5)
+    with refuses(optimizer, "betas: expected two numbers in [0, 1), got (0.9, 1.5)"):
+        optimizer.load_state_dict(saved)
+
+
+def test_saved_state_of_another_number_of_parameters() -> None:
+    """torch's own messages."""
+    optimizer = DyKAF([parameter(4, 3), parameter(3)])
+    run(optimizer, range(2))
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        optimizer.load_state_dict(_saved(4, 3))
+    two_groups = DyKAF([{"params": [parameter(4, 3)]}, {"params": [parameter(3)]}])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(two_groups.state_dict())
+    assert frozen(optimizer) == before
+
+
+def test_after_a_refused_load_pre_hooks_work_as_before() -> None:
+    optimizer = DyKAF([parameter(4, 3)])
+    good, bad = _saved(4, 3), _saved(3, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            optimizer.load_state_dict(bad)
+        assert not optimizer._optimizer_load_state_dict_pre_hooks
+        optimizer.load_state_dict(good)
+        assert not optimizer._optimizer_load_state_dict_pre_hooks

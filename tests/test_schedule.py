@@ -1,0 +1,343 @@
+"""When bases are refreshed, seen through state["next_refresh"] and state["refreshes"]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optim_helpers import bits, gradient, parameter, params_of, run
+
+from dykaf import DyKAF
+from dykaf.schedule import stagger_offsets
+from dykaf.state import Layout
+
+
+def interval(t: int, period: int, schedule: str) -> int:
+    """Steps until the next refresh after one at step t."""
+    return period if schedule == "fixed" else min(period, max(1, int(0.1 * t + 1e-9)))
+
+
+def due(t: int, period: int, schedule: str, offset: int | None) -> int:
+    """By search: the last step of the interval at the offset's place in the period."""
+    d = interval(t, period, schedule)
+    if offset is None:
+        return t + d
+    return max(u for u in range(t + 1, t + d + 1) if (u - offset) % d == 0)
+
+
+def refresh_dates(optimizer: DyKAF, steps: int) -> list[list[list[int]]]:
+    """The refresh dates of each side of each matrix, checked against the bases and next_refresh:
+    a basis changes exactly when its count goes up, and that is at the step announced."""
+    params = params_of(optimizer)
+    dates: list[list[list[int]]] = []
+    run(optimizer, range(1))  # the first gradient: no step
+    for param in params:
+        state = optimizer.state[param]
+        assert not bool(state["refreshes"].any())
+        dates += [[[], []] for _ in range(state["step"].numel())]
+    for step in range(1, steps + 1):
+        before = [
+            {key: value.clone() for key, value in optimizer.state[param].items()}
+            for param in params
+        ]
+        run(optimizer, range(step, step + 1))
+        place = 0
+        for param, old in zip(params, before, strict=True):
+            new = optimizer.state[param]
+            count = new["step"].numel()
+            announced = old["next_refresh"].view(count, 2).tolist()
+            done = (new["refreshes"] - old["refreshes"]).view(count, 2).tolist()
+            for idx in range(count):
+                for side, key in enumerate(("Q_L", "Q_R")):
+                    assert done[idx][side] == int(announced[idx][side] <= step)
+                    shape = (count, *new[key].shape[-2:])
+                    moved = bits(old[key].view(shape)[idx]) != bits(new[key].view(shape)[idx])
+                    assert moved == bool(done[idx][side])
+                    if done[idx][side]:
+                        assert announced[idx][side] == step
+                        dates[place][side].append(step)
+                place += 1
+    return dates
+
+
+def expected_dates(steps: int, period: int, schedule: str, offset: int | None) -> list[int]:
+    dates, t = [], 0
+    while (t := due(t, period, schedule, offset)) <= steps:
+        dates.append(t)
+    return dates
+
+
+def offsets_of(optimizer: DyKAF) -> list[tuple[int, int]]:
+    return stagger_offsets(
+        (Layout.of(param, group), group["precondition_frequency"])
+        for group in optimizer.param_groups
+        for param in group["params"]
+    )
+
+
+# ---- Dates ---------------------------------------------------------------------------------------
+
+
+def test_geometric_dates_by_hand() -> None:
+    """Every step up to 20, where a tenth of the steps is 2; then every second one, and so on."""
+    optimizer = DyKAF([parameter(3, 2)], precondition_frequency=4, refresh_stagger=False)
+    dates = [*range(1, 20), 20, 22, 24, 26, 28, 30, 33, 36, 39, 42, 46, 50, 54, 58]
+    assert refresh_dates(optimizer, 60) == [[dates, dates]]
+
+
+def test_fixed_dates_by_hand() -> None:
+    optimizer = DyKAF(
+        [parameter(3, 2)],
+        precondition_frequency=7,
+        refresh_schedule="fixed",
+        refresh_stagger=False,
+    )
+    assert refresh_dates(optimizer, 30) == [[[7, 14, 21, 28]] * 2]
+
+
+def test_staggered_fixed_dates_by_hand() -> None:
+    """Costs 27, 27, 8, 8 by the cube of the side: the dear ones first, to places 0 and 1, then
+    the cheap ones to 2 and to 0 again? No: to the emptiest, 2, which at 8 is the emptiest still."""
+    optimizer = DyKAF(
+        [parameter(3, 2), parameter(2, 3)], precondition_frequency=3, refresh_schedule="fixed"
+    )
+    assert offsets_of(optimizer) == [(0, 2), (2, 1)]
+    assert refresh_dates(optimizer, 9) == [
+        [[3, 6, 9], [2, 5, 8]],
+        [[2, 5, 8], [1, 4, 7]],
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["geometric", "fixed"])
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("period", [1, 2, 5, 7])
+def test_dates_follow_the_formula(schedule: str, stagger: bool, period: int) -> None:
+    shapes = [(4, 2), (3, 3), (2, 5)]
+    optimizer = DyKAF(
+        [parameter(*shape) for shape in shapes],
+        precondition_frequency=period,
+        refresh_schedule=schedule,
+        refresh_stagger=stagger,
+    )
+    offsets = offsets_of(optimizer)
+    dates = refresh_dates(optimizer, 75)
+    for sides, places in zip(dates, offsets, strict=True):
+        for side, place in zip(sides, places, strict=True):
+            assert side == expected_dates(75, period, schedule, place if stagger else None)
+            for last, following in zip([0, *side], side, strict=False):
+                assert following - last <= interval(last, period, schedule)
+
+
+def test_matrices_of_a_stack_take_turns() -> None:
+    optimizer = DyKAF(
+        [parameter(5, 2, 3)], batch_dims=1, precondition_frequency=4, refresh_schedule="fixed"
+    )
+    ((left, right),) = offsets_of(optimizer)
+    dates = refresh_dates(optimizer, 12)
+    for idx, sides in enumerate(dates):
+        assert sides[0] == expected_dates(12, 4, "fixed", left + idx)
+        assert sides[1] == expected_dates(12, 4, "fixed", right + idx)
+    assert dates[0] == dates[4] and dates[0] != dates[1]
+
+
+def test_steps_are_counted_from_the_first_gradient() -> None:
+    """Zero gradients before it shift everything; a missing gradient stops the clock."""
+    options: dict[str, Any] = {
+        "precondition_frequency": 3,
+        "refresh_schedule": "fixed",
+        "refresh_stagger": False,
+    }
+    late, other = parameter(3, 2), parameter(3, 2)
+    optimizer = DyKAF([late, other], **options)
+
+    def withhold(step: int) -> None:
+        if step < 4:
+            late.grad.zero_()
+        if step == 6:
+            late.grad = None
+
+    run(optimizer, range(9), before_step=withhold)
+    assert optimizer.state[other]["refreshes"].tolist() == [2, 2]
+    assert optimizer.state[other]["next_refresh"].tolist() == [9, 9]
+    assert float(optimizer.state[late]["step"]) == 3
+    assert optimizer.state[late]["refreshes"].tolist() == [1, 1]
+    assert optimizer.state[late]["next_refresh"].tolist() == [6, 6]
+
+
+def test_a_side_without_a_factor_is_not_refreshed() -> None:
+    optimizer = DyKAF([parameter(3, 6)], max_precond_dim=4, precondition_frequency=1)
+    run(optimizer, range(6))
+    assert optimizer.state[params_of(optimizer)[0]]["refreshes"].tolist() == [5, 0]
+
+
+def test_a_date_missed_is_made_up_for_at_once() -> None:
+    """As after a change of the state by hand, or of options: due means due."""
+    param = parameter(3, 2)
+    optimizer = DyKAF(
+        [param], precondition_frequency=50, refresh_schedule="fixed", refresh_stagger=False
+    )
+    run(optimizer, range(5))
+    state = optimizer.state[param]
+    state["next_refresh"].copy_(torch.tensor([2, 50]))
+    run(optimizer, range(5, 6))
+    assert state["refreshes"].tolist() == [1, 0]
+    assert state["next_refresh"].tolist() == [55, 50]
+
+
+def test_a_shorter_period_counts_from_the_next_refresh_on() -> None:
+    param = parameter(3, 2)
+    optimizer = DyKAF(
+        [param], precondition_frequency=6, refresh_schedule="fixed", refresh_stagger=False
+    )
+    run(optimizer, range(4))
+    optimizer.param_groups[0]["precondition_frequency"] = 2
+    run(optimizer, range(4, 13))
+    # Steps 6, 8, 10, 12.
+    assert optimizer.state[param]["refreshes"].tolist() == [4, 4]
+    assert optimizer.state[param]["next_refresh"].tolist() == [14, 14]
+
+
+def test_stagger_evens_out_the_steps() -> None:
+    """Twelve equal sides, period six: two at every step; without stagger all at once."""
+
+    def per_step(stagger: bool) -> list[int]:
+        optimizer = DyKAF(
+            [parameter(3, 3) for _ in range(6)],
+            precondition_frequency=6,
+            refresh_schedule="fixed",
+            refresh_stagger=stagger,
+        )
+        dates = refresh_dates(optimizer, 18)
+        return [sum(step in side for sides in dates for side in sides) for step in range(1, 19)]
+
+    assert per_step(True) == [2] * 18
+    assert per_step(False) == [0, 0, 0, 0, 0, 12] * 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    period=st.integers(1, 12),
+    schedule=st.sampled_from(["geometric", "fixed"]),
+    stagger=st.booleans(),
+    num_params=st.integers(1, 4),
+    steps=st.integers(1, 40),
+)
+def test_any_schedule(
+    period: int, schedule: str, stagger: bool, num_params: int, steps: int
+) -> None:
+    optimizer = DyKAF(
+        [parameter(2, 1 + idx) for idx in range(num_params)],
+        precondition_frequency=period,
+        refresh_schedule=schedule,
+        refresh_stagger=stagger,
+    )
+    offsets = offsets_of(optimizer)
+    run(optimizer, range(steps + 1))
+    for param, places in zip(params_of(optimizer), offsets, strict=True):
+        state = optimizer.state[param]
+        for side, place in enumerate(places):
+            used = place if stagger else None
+            dates = expected_dates(steps, period, schedule, used)
+            assert int(state["refreshes"][side]) == len(dates)
+            following = due(dates[-1] if dates else 0, period, schedule, used)
+            assert int(state["next_refresh"][side]) == following
+
+
+# ---- Offsets -------------------------------------------------------------------------------------
+
+
+def layout(*shape: int, batch_dims: int = 0, max_precond_dim: int = 10_000) -> Layout:
+    group = {
+        "batch_dims": batch_dims,
+        "max_precond_dim": max_precond_dim,
+        "second_moment": "full",
+        "low_precision": "stochastic",
+    }
+    return Layout.of(torch.empty(shape, device="meta"), group)
+
+
+def loads(layouts: list[Layout], offsets: list[tuple[int, int]], period: int) -> list[int]:
+    """The work in each slot of a period, counted matrix by matrix."""
+    slots = [0] * period
+    for each, places in zip(layouts, offsets, strict=True):
+        for size, kept, place in ((each.m, each.left, places[0]), (each.n, each.right, places[1])):
+            for idx in range(each.count if kept else 0):
+                slots[(place + idx) % period] += size**3
+    return slots
+
+
+def test_no_parameters() -> None:
+    assert stagger_offsets([]) == []
+
+
+def test_what_has_no_factor_takes_no_place() -> None:
+    layouts = [layout(5), layout(), layout(9, 9, max_precond_dim=4), layout(0, 3), layout(2, 2)]
+    assert stagger_offsets((each, 3) for each in layouts) == [(0, 0)] * 4 + [(0, 1)]
+    one_sided = [layout(2, 9, max_precond_dim=4), layout(9, 2, max_precond_dim=4)]
+    assert stagger_offsets((each, 3) for each in one_sided) == [(0, 0), (0, 1)]
+
+
+def test_periods_have_slots_of_their_own() -> None:
+    layouts = [layout(3, 3), layout(3, 3)]
+    assert stagger_offsets(zip(layouts, [4, 7], strict=True)) == [(0, 1), (0, 1)]
+
+
+def test_a_long_period_costs_nothing() -> None:
+    """ "Never" is a large number; the work must follow the number of sides."""
+    assert stagger_offsets([(layout(3, 2), 10**12), (layout(4, 4), 10**12)]) == [(2, 3), (0, 1)]
+
+
+def test_a_stack_as_long_as_the_period_is_even_by_itself() -> None:
+    layouts = [layout(6, 4, 4, batch_dims=1)]
+    offsets = stagger_offsets((each, 6) for each in layouts)
+    assert loads(layouts, offsets, 6) == [2 * 64] * 6
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20),
+    period=st.integers(1, 12),
+)
+def test_offsets_balance_the_work(shapes: list[tuple[int, int]], period: int) -> None:
+    """Each goes to the emptiest slot, whose load is at most the mean: no slot exceeds the mean by
+    more than one side. Dearest first makes it four thirds of the best possible (Graham 1969)."""
+    layouts = [layout(*shape) for shape in shapes]
+    offsets = stagger_offsets((each, period) for each in layouts)
+    assert all(0 <= place < period for places in offsets for place in places)
+    slots = loads(layouts, offsets, period)
+    costs = sorted((size**3 for shape in shapes for size in shape), reverse=True)
+    assert sum(slots) == sum(costs)
+    assert max(slots) <= sum(costs) / period + costs[0]
+    pairs = costs[period - 1] + costs[period] if len(costs) > period else 0
+    best_possible = max(sum(costs) / period, costs[0], pairs)
+    assert max(slots) <= (4 / 3) * best_possible * (1 + 1e-9) or len(costs) > 2 * period
+    again = stagger_offsets((each, period) for each in layouts)
+    assert again == offsets
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_params=st.integers(1, 15), period=st.integers(1, 12))
+def test_equal_sides_differ_by_one_at_most(num_params: int, period: int) -> None:
+    layouts = [layout(3, 3)] * num_params
+    slots = loads(layouts, stagger_offsets((each, period) for each in layouts), period)
+    assert max(slots) - min(slots) <= 27
+
+
+def test_offsets_do_not_hang_on_gradients() -> None:
+    """All parameters have their place from the start, so that the dates of one do not hang on
+    which others happen to have a gradient."""
+
+    def dates_of_last(with_first: bool) -> list[int]:
+        params = [parameter(3, 3) for _ in range(3)]
+        optimizer = DyKAF(params, precondition_frequency=6, refresh_schedule="fixed")
+        for step in range(2):
+            for idx, param in enumerate(params):
+                param.grad = gradient(param, step, idx) if idx == 2 or with_first else None
+            optimizer.step()
+        dates: list[int] = optimizer.state[params[2]]["next_refresh"].tolist()
+        return dates
+
+    assert dates_of_last(True) == dates_of_last(False) == [4, 5]
