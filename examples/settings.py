@@ -12,7 +12,7 @@ from typing import NoReturn
 OPTIMIZERS = ("dykaf", "adamw", "muon")
 
 # Best of the learning rates tried by sweep.py at the default model size (see README.md).
-DEFAULT_LR = {"dykaf": 4e-3, "adamw": 2e-3, "muon": 1.6e-2}
+DEFAULT_LR = {"dykaf": 1.6e-2, "adamw": 2e-3, "muon": 1.6e-2}
 
 # May change between an interrupted run and its continuation: they do not touch the trajectory
 # (the number of threads may change the last bits; the run says so).

@@ -99,8 +99,8 @@ def test_fixed_dates_by_hand() -> None:
 
 
 def test_staggered_fixed_dates_by_hand() -> None:
-    """Costs 27, 27, 8, 8 by the cube of the side: the dear ones first, to places 0 and 1, then
-    the cheap ones to 2 and to 0 again? No: to the emptiest, 2, which at 8 is the emptiest still."""
+    """Costs are 27, 8 and 8, 27, the cubes of the sides. The dear ones go first, to places 0 and
+    1; then the cheap ones to the emptiest place, which is 2 both times."""
     optimizer = DyKAF(
         [parameter(3, 2), parameter(2, 3)], precondition_frequency=3, refresh_schedule="fixed"
     )
@@ -113,7 +113,7 @@ def test_staggered_fixed_dates_by_hand() -> None:
 
 @pytest.mark.parametrize("schedule", ["geometric", "fixed"])
 @pytest.mark.parametrize("stagger", [False, True])
-@pytest.mark.parametrize("period", [1, 2, 5, 7])
+@pytest.mark.parametrize("period", [1, 3, 5])
 def test_dates_follow_the_formula(schedule: str, stagger: bool, period: int) -> None:
     shapes = [(4, 2), (3, 3), (2, 5)]
     optimizer = DyKAF(
@@ -123,10 +123,10 @@ def test_dates_follow_the_formula(schedule: str, stagger: bool, period: int) -> 
         refresh_stagger=stagger,
     )
     offsets = offsets_of(optimizer)
-    dates = refresh_dates(optimizer, 75)
+    dates = refresh_dates(optimizer, 62)
     for sides, places in zip(dates, offsets, strict=True):
         for side, place in zip(sides, places, strict=True):
-            assert side == expected_dates(75, period, schedule, place if stagger else None)
+            assert side == expected_dates(62, period, schedule, place if stagger else None)
             for last, following in zip([0, *side], side, strict=False):
                 assert following - last <= interval(last, period, schedule)
 
@@ -217,13 +217,13 @@ def test_stagger_evens_out_the_steps() -> None:
     assert per_step(False) == [0, 0, 0, 0, 0, 12] * 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     period=st.integers(1, 12),
     schedule=st.sampled_from(["geometric", "fixed"]),
     stagger=st.booleans(),
-    num_params=st.integers(1, 4),
-    steps=st.integers(1, 40),
+    num_params=st.integers(1, 3),
+    steps=st.integers(1, 30),
 )
 def test_any_schedule(
     period: int, schedule: str, stagger: bool, num_params: int, steps: int
@@ -274,8 +274,8 @@ def test_no_parameters() -> None:
 
 
 def test_what_has_no_factor_takes_no_place() -> None:
-    layouts = [layout(5), layout(), layout(9, 9, max_precond_dim=4), layout(0, 3), layout(2, 2)]
-    assert stagger_offsets((each, 3) for each in layouts) == [(0, 0)] * 4 + [(0, 1)]
+    layouts = [layout(5), layout(), layout(9, 9, max_precond_dim=4), layout(2, 2)]
+    assert stagger_offsets((each, 3) for each in layouts) == [(0, 0)] * 3 + [(0, 1)]
     one_sided = [layout(2, 9, max_precond_dim=4), layout(9, 2, max_precond_dim=4)]
     assert stagger_offsets((each, 3) for each in one_sided) == [(0, 0), (0, 1)]
 

@@ -12,16 +12,22 @@ namespace {
 constexpr int64_t kPanel = 256;
 constexpr int64_t kTile = 32;
 
-// combine(lower, upper) gives the value for both places; tiles keep the strided side in cache.
+// combine(lower, upper) gives the value for both places. Both tiles of a pair fit in cache, so that
+// the strided side costs no more than the other. Threads own rows of the lower triangle.
 template <typename T, typename Combine>
 void mirror(T* x, int64_t n, const Combine& combine) {
   const int64_t num_tiles = (n + kTile - 1) / kTile;
   at::parallel_for(0, num_tiles, 4, [&](int64_t first, int64_t last) {
-    for (int64_t row = first * kTile; row < std::min(n, last * kTile); ++row) {
-      for (int64_t col = 0; col < row; ++col) {
-        const T value = combine(x[row * n + col], x[col * n + row]);
-        x[row * n + col] = value;
-        x[col * n + row] = value;
+    for (int64_t row_begin = first * kTile; row_begin < std::min(n, last * kTile);
+         row_begin += kTile) {
+      for (int64_t col_begin = 0; col_begin <= row_begin; col_begin += kTile) {
+        for (int64_t row = row_begin; row < std::min(n, row_begin + kTile); ++row) {
+          for (int64_t col = col_begin; col < std::min(row, col_begin + kTile); ++col) {
+            const T value = combine(x[row * n + col], x[col * n + row]);
+            x[row * n + col] = value;
+            x[col * n + row] = value;
+          }
+        }
       }
     }
   });
