@@ -6,11 +6,26 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import DEVIATIONS
 from torch import Tensor
 
 import dykaf
 from dykaf.options import StepOptions, step_options
 from dykaf.state import Layout, State, new_state
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deviations", action="store_true", help="print the largest deviations from the reference"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--deviations"):
+        terminalreporter.section("largest relative deviation from the float64 reference")
+        for (test, dtype), deviation in sorted(DEVIATIONS.items()):
+            terminalreporter.write_line(f"{test:64} {dtype:8} {deviation:.1e}")
+
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 7), (5, 1), (2, 16), (6, 4), (16, 16), (33, 17), (17, 33), (65, 33)]

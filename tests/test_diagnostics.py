@@ -280,6 +280,30 @@ VECTOR_SCALARS = 4 + 4
             },
         ),
         (
+            (4, 6),
+            torch.float32,
+            {"max_precond_dim": 4},
+            {
+                "exp_avg": 4 * 24,
+                "exp_avg_sq": 4 * 24,
+                "factors": 4 * 16,
+                "bases": 4 * 16,
+                "scalars": MATRIX_SCALARS,
+            },
+        ),
+        (
+            (4, 4),
+            torch.float32,
+            {"max_precond_dim": 4},
+            {
+                "exp_avg": 4 * 16,
+                "exp_avg_sq": 4 * 16,
+                "factors": 4 * 32,
+                "bases": 4 * 32,
+                "scalars": MATRIX_SCALARS,
+            },
+        ),
+        (
             (6, 4),
             torch.bfloat16,
             {"low_precision": "master"},

@@ -330,7 +330,7 @@ def test_initialize(
     assert state["next_refresh"].tolist() == [1, 1]
 
 
-@all_shapes
+@factor_shapes
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_refresh_basis(

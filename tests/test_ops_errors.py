@@ -179,23 +179,24 @@ def test_gradients_that_do_not_fit(operation: str) -> None:
         if operation == "step_":
             call = _step_with(inputs, maxima)
         expected = "float64, float32, bfloat16 or float16"
-        refuses(inputs, call, f"grads[1]: expected {expected}, got {text}")
+        name = "inputs" if operation == "rotate" else "grads"
+        refuses(inputs, call, f"{name}[1]: expected {expected}, got {text}")
 
+    name = "inputs" if operation == "rotate" else "grads"
+    owner = "parameter" if operation == "step_" else "state"
     inputs = Inputs()
     maxima = inputs.maxima
     inputs.grads[1] = randn(5, 2, dtype=torch.float32).t()
     call = _step_with(inputs, maxima) if operation == "step_" else inputs.calls()[operation]
-    message = "grads[1]: expected a contiguous tensor, got Float [2, 5] on cpu, not contiguous"
+    message = f"{name}[1]: expected a contiguous tensor, got Float [2, 5] on cpu, not contiguous"
     refuses(inputs, call, message)
 
     inputs.grads[1] = torch.ones(3, 3)
-    message = "grads[1]: expected 10 elements, as the state has, got Float [3, 3] on cpu"
+    message = f"{name}[1]: expected 10 elements, as the state has, got Float [3, 3] on cpu"
     refuses(inputs, call, message)
 
     inputs.grads[1] = torch.ones(2, 5, dtype=torch.float64)
-    message = (
-        "grads[1]: expected a float32 or lower dtype, as the state has, got Double [2, 5] on cpu"
-    )
+    message = f"{name}[1]: expected the {owner}'s dtype, got Double [2, 5] on cpu"
     refuses(inputs, call, message)
 
 
@@ -214,7 +215,7 @@ def _step_with(inputs: Inputs, maxima: Tensor) -> Callable[[], Any]:
 def test_a_float64_state_wants_float64() -> None:
     inputs = Inputs(torch.float64)
     inputs.grads[0] = inputs.grads[0].float()
-    message = "grads[0]: expected float64, as the state has, got Float [4, 3] on cpu"
+    message = "grads[0]: expected the state's dtype, got Float [4, 3] on cpu"
     refuses(inputs, inputs.calls()["factor_update_"], message)
 
 

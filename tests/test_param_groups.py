@@ -160,6 +160,13 @@ def test_a_module_used_twice_counts_once() -> None:
     assert groups == [["0.weight"], ["0.bias"]]
 
 
+def test_a_module_that_is_also_a_head_is_a_head() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    groups = param_groups(nn.ModuleDict({"mlp": layer, "head": layer}))
+    assert names(groups) == [["mlp.weight"]]
+    assert groups[0]["max_precond_dim"] == 0
+
+
 def test_parameters_of_the_model_itself() -> None:
     layer = nn.Linear(3, 3)
     assert names(param_groups(layer)) == [["weight"], ["bias"]]

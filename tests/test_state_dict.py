@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +191,30 @@ def test_options_that_an_old_checkpoint_lacks_come_from_the_constructor() -> Non
     other = DyKAF([parameter(4, 3)], integrator="diagonal")
     other.load_state_dict(saved)
     assert other.param_groups[0]["integrator"] == "diagonal"
+
+
+def test_options_that_an_old_pickle_lacks_come_from_its_defaults() -> None:
+    state = DyKAF([parameter(4, 3)], integrator="bug").__getstate__()
+    del state["param_groups"][0]["integrator"]
+    del state["param_groups"][0]["seed"]
+    del state["skipped_steps"]
+    other = DyKAF.__new__(DyKAF)
+    other.__setstate__(state)
+    assert other.param_groups[0]["integrator"] == "bug"
+    assert other.param_groups[0]["seed"] == 0
+    run(other, range(3))
+    assert float(other.state[params_of(other)[0]]["step"]) == 2
+
+
+def test_what_was_loaded_is_not_kept_alive() -> None:
+    optimizer, other = make("float32"), make("float32")
+    run(optimizer, range(3))
+    saved = through_file(optimizer.state_dict())
+    other.load_state_dict(saved)
+    tensor = weakref.ref(saved["state"][0]["exp_avg"])
+    del saved
+    gc.collect()
+    assert tensor() is None
 
 
 # ---- Hooks ---------------------------------------------------------------------------------------

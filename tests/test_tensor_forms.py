@@ -349,3 +349,22 @@ def test_seed_and_place_name_the_random_numbers() -> None:
 
     assert final(1, 0) == final(1, 0)
     assert len({final(1, 0), final(2, 0), final(1, 1), final(2**64 - 1, 0)}) == 4
+
+
+def test_random_numbers_go_by_the_place_in_the_whole_optimizer() -> None:
+    """Not in the group, and not among those that have a gradient at the step."""
+
+    def final(groups: list[int], without: tuple[int, ...] = ()) -> list[Any]:
+        params = [parameter(7, dtype=torch.bfloat16) for _ in range(sum(groups))]
+        parts = iter(params)
+        optimizer = DyKAF([{"params": [next(parts) for _ in range(size)]} for size in groups])
+        for step in range(3):
+            for idx, param in enumerate(params):
+                param.grad = None if idx in without else gradient(param, step, 0)
+            optimizer.step()
+        return [bits(param) for param in params]
+
+    together = final([3])
+    assert len(set(together)) == 3
+    assert final([1, 2]) == final([2, 1]) == final([1, 1, 1]) == together
+    assert final([3], without=(0, 1))[2] == together[2]

@@ -29,39 +29,19 @@ void run(const py::dict& options, const Body& body) {
   body();
 }
 
-std::vector<int64_t> matrices_per_state(const States& states) {
-  std::vector<int64_t> counts;
-  for (size_t i = 0; i < states.size(); ++i) {
-    if (!states[i].contains("step"))
-      fail("states[" + std::to_string(i) + "]['step']", "a tensor", "nothing");
-    counts.push_back(py::cast<at::Tensor>(states[i]["step"]).numel());
-  }
-  return counts;
-}
-
+// Rotated or plain gradients in the state's dtype, with their maxima.
 Inputs with_grads(const TensorList& grads, const States& states) {
-  return {.params = {},
-          .grads = grads,
-          .grad_max = grad_max(grads, matrices_per_state(states)),
-          .streams = {},
-          .offsets = {}};
+  return {.grads = grads, .grad_max = grad_max(grads, count_matrices(states))};
 }
 
-// The pointers of the matrices of `tensors`, in the order of `list`.
+// The pointers of the matrices of `tensors`, which `Problems` has checked, in the order of `list`.
 template <typename T>
 std::vector<T*> matrix_pointers(const ProblemList<T>& list, const TensorList& tensors) {
   std::vector<T*> pointers;
   for (size_t i = 0; i < list.problems.size(); ++i) {
-    const size_t source = list.sources[i];
-    const bool continues = i > 0 && list.sources[i - 1] == source;
-    const at::Tensor& tensor = tensors[source];
-    const auto dtype = c10::CppTypeToScalarType<T>::value;
-    if (!continues && (tensor.scalar_type() != dtype || !tensor.is_contiguous())) {
-      fail("tensor " + std::to_string(source), "a contiguous tensor of the state's dtype",
-           c10::toString(tensor.scalar_type()));
-    }
+    const bool continues = i > 0 && list.sources[i - 1] == list.sources[i];
     pointers.push_back(continues ? pointers.back() + list.problems[i].size()
-                                 : tensor.mutable_data_ptr<T>());
+                                 : tensors[list.sources[i]].template mutable_data_ptr<T>());
   }
   return pointers;
 }
@@ -81,7 +61,8 @@ at::Tensor grad_max_op(const TensorList& grads, const std::vector<int64_t>& coun
 
 TensorList rotate_op(const TensorList& inputs, const States& states, bool into_basis,
                      const py::dict& options) {
-  Problems problems(states, with_grads(inputs, states), parse_options(options).second_moment);
+  Problems problems(states, {.grads = inputs, .grads_name = "inputs"},
+                    parse_options(options).second_moment);
   TensorList outputs = allocate_like(inputs);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(options, [&] {
@@ -108,12 +89,8 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
 void apply_update_op(const TensorList& params, const TensorList& updates, const States& states,
                      const std::vector<uint64_t>& streams, const py::dict& options) {
   const Options parsed = parse_options(options);
-  if (updates.size() != params.size()) {
-    fail("updates", std::to_string(params.size()) + " tensors", std::to_string(updates.size()));
-  }
-  const Inputs inputs{
-      .params = params, .grads = {}, .grad_max = {}, .streams = streams, .offsets = {}};
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, {.params = params, .updates = updates, .streams = streams},
+                    parsed.second_moment);
   run(options, [&] {
     problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
       const std::vector<T*> pointers = matrix_pointers(list, updates);
@@ -125,7 +102,9 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
 
 void factor_update_op(const TensorList& grads, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options);
-  Problems problems(states, with_grads(grads, states), parsed.second_moment);
+  Inputs inputs = with_grads(grads, states);
+  inputs.needs_factors = true;
+  Problems problems(states, inputs, parsed.second_moment);
   run(options, [&] {
     problems.for_each_type(
         [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.problems, parsed); });
@@ -137,6 +116,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   const Options parsed = parse_options(options);
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
+  inputs.needs_factors = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(options, [&] {
     problems.for_each_type(
@@ -147,7 +127,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
 void refresh_basis_op(const States& states, const std::string& side, const py::dict& options) {
   const Options parsed = parse_options(options);
   if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
-  Problems problems(states, {}, parsed.second_moment);
+  Problems problems(states, {.needs_factors = true}, parsed.second_moment);
   run(options, [&] {
     problems.for_each_type([&]<typename T>(ProblemList<T>& list) {
       cpu::refresh_basis_<T>(list.problems, parsed, side == "left" ? Side::kLeft : Side::kRight);
@@ -159,7 +139,13 @@ void step_op(const TensorList& params, const TensorList& grads, const std::vecto
              const States& states, const std::vector<uint64_t>& streams, const Offsets& offsets,
              const py::dict& options) {
   const Options parsed = parse_options(options);
-  Problems problems(states, {params, grads, maxima, streams, offsets}, parsed.second_moment);
+  Problems problems(states,
+                    {.params = params,
+                     .grads = grads,
+                     .grad_max = maxima,
+                     .streams = streams,
+                     .offsets = offsets},
+                    parsed.second_moment);
   run(options, [&] {
     problems.for_each_type(
         [&]<typename T>(ProblemList<T>& list) { cpu::step_<T>(list.problems, parsed); });

@@ -46,7 +46,11 @@ class StateReader {
 
   at::Tensor tensor(const char* key) const {
     if (!has(key)) fail(name(key), "a tensor", "nothing");
-    return py::cast<at::Tensor>(state_[key]);
+    try {
+      return py::cast<at::Tensor>(state_[key]);
+    } catch (const py::cast_error&) {
+      fail(name(key), "a tensor", py::cast<std::string>(py::repr(state_[key])));
+    }
   }
 
   template <typename T>
@@ -154,9 +158,10 @@ Problem<T> matrix_of_stack(Problem<T> p, int64_t i, size_t element_size) {
   return p;
 }
 
-void check_length(const char* name, size_t length, size_t expected) {
-  if (length != 0 && length != expected) {
-    fail(name, "one entry per state (" + std::to_string(expected) + ")", std::to_string(length));
+template <typename List>
+void check_length(const char* name, const std::optional<List>& list, size_t expected) {
+  if (list && list->size() != expected) {
+    fail(name, std::to_string(expected) + " entries", std::to_string(list->size()));
   }
 }
 
@@ -164,6 +169,14 @@ void check_length(const char* name, size_t length, size_t expected) {
 
 void fail(const std::string& name, const std::string& expected, const std::string& got) {
   throw py::value_error(name + ": expected " + expected + ", got " + got);
+}
+
+std::vector<int64_t> count_matrices(const std::vector<py::dict>& states) {
+  std::vector<int64_t> counts;
+  for (size_t i = 0; i < states.size(); ++i) {
+    counts.push_back(StateReader(i, states[i]).tensor("step").numel());
+  }
+  return counts;
 }
 
 std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>& counts) {
@@ -201,6 +214,9 @@ const at::Tensor& Problems::contiguous_param(const at::Tensor& param) {
 
 void Problems::write_back() {
   for (auto& [copy, original] : copies_) original.copy_(copy);
+  for (const at::Tensor& param : params_) {
+    if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 template <typename T>
@@ -208,6 +224,7 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
                       const Inputs& inputs, SecondMoment second_moment) {
   const StateReader state(index, state_dict);
   const bool factored = state.has("rho");
+  if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();
   Problem<T> p = factored ? read_factored<T>(state, second_moment, batch) : read_unsided<T>(state);
@@ -222,51 +239,60 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
     if (tensor.numel() != numel) {
       fail(name, std::to_string(numel) + " elements, as the state has", describe(tensor));
     }
-    const DType dtype = dtype_of(name, tensor);
-    if ((dtype == DType::kFloat64) != std::is_same_v<T, double>) {
+    return dtype_of(name, tensor);
+  };
+  const auto check_contiguous = [&](const std::string& name, const at::Tensor& tensor,
+                                    DType expected) {
+    if (check_input(name, tensor) != expected) {
       fail(name,
-           std::is_same_v<T, double> ? "float64, as the state has"
-                                     : "a float32 or lower dtype, as the state has",
+           inputs.params && name.starts_with("grads") ? "the parameter's dtype"
+                                                      : "the state's dtype",
            describe(tensor));
     }
-    return dtype;
+    if (!tensor.is_contiguous()) fail(name, "a contiguous tensor", describe(tensor));
+  };
+  const auto indexed = [&](const char* name) {
+    return std::string(name) + "[" + std::to_string(index) + "]";
   };
 
-  size_t element_size = 0;
-  if (!inputs.params.empty()) {
-    const at::Tensor& param = inputs.params[index];
-    const std::string name = "params[" + std::to_string(index) + "]";
-    p.dtype = check_input(name, param);
+  constexpr bool kWide = std::is_same_v<T, double>;
+  p.dtype = kWide ? DType::kFloat64 : DType::kFloat32;
+  size_t element_size = sizeof(T);
+  if (inputs.params) {
+    const at::Tensor& param = (*inputs.params)[index];
+    p.dtype = check_input(indexed("params"), param);
+    if ((p.dtype == DType::kFloat64) != kWide) {
+      fail(indexed("params"), kWide ? "float64, as the state has" : "a dtype of 32 or 16 bits",
+           describe(param));
+    }
     p.master = state.optional<T>("master", param.sizes());
     p.param = contiguous_param(param).mutable_data_ptr();
+    params_.push_back(param);
     element_size = param.element_size();
   }
-  if (!inputs.grads.empty()) {
-    const at::Tensor& grad = inputs.grads[index];
-    const std::string name = "grads[" + std::to_string(index) + "]";
-    const DType dtype = check_input(name, grad);
-    if (!grad.is_contiguous()) fail(name, "a contiguous tensor", describe(grad));
-    if (!inputs.params.empty() && dtype != p.dtype) {
-      fail(name, "the parameter's dtype", describe(grad));
-    }
-    p.dtype = dtype;
+  if (inputs.grads) {
+    const at::Tensor& grad = (*inputs.grads)[index];
+    check_contiguous(indexed(inputs.grads_name), grad, p.dtype);
     p.grad = grad.const_data_ptr();
-    element_size = grad.element_size();
   }
-  if (!inputs.streams.empty()) p.stream = inputs.streams[index];
-  if (!inputs.offsets.empty()) {
-    const auto& offsets = inputs.offsets[index];
+  if (inputs.updates) {
+    check_contiguous(indexed("updates"), (*inputs.updates)[index],
+                     kWide ? DType::kFloat64 : DType::kFloat32);
+  }
+  if (inputs.streams) p.stream = (*inputs.streams)[index];
+  if (inputs.offsets) {
+    const auto& offsets = (*inputs.offsets)[index];
     if (offsets.size() != 2) fail("offsets", "two entries", std::to_string(offsets.size()));
     std::copy(offsets.begin(), offsets.end(), p.refresh_offset);
   }
 
   for (int64_t i = 0; i < count; ++i) {
     Problem<T> matrix = matrix_of_stack(p, i, element_size);
-    if (!inputs.grads.empty()) {
-      if (num_matrices_ >= inputs.grad_max.size()) {
-        fail("grad_max", "one entry per matrix", std::to_string(inputs.grad_max.size()));
+    if (inputs.grad_max) {
+      if (num_matrices_ >= inputs.grad_max->size()) {
+        fail("grad_max", "one entry per matrix", std::to_string(inputs.grad_max->size()));
       }
-      matrix.grad_max = inputs.grad_max[num_matrices_];
+      matrix.grad_max = (*inputs.grad_max)[num_matrices_];
     }
     ++num_matrices_;
     list.problems.push_back(matrix);
@@ -276,10 +302,11 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
 
 Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
                    SecondMoment second_moment) {
-  check_length("params", inputs.params.size(), states.size());
-  check_length("grads", inputs.grads.size(), states.size());
-  check_length("streams", inputs.streams.size(), states.size());
-  check_length("offsets", inputs.offsets.size(), states.size());
+  check_length("params", inputs.params, states.size());
+  check_length(inputs.grads_name, inputs.grads, states.size());
+  check_length("updates", inputs.updates, states.size());
+  check_length("streams", inputs.streams, states.size());
+  check_length("offsets", inputs.offsets, states.size());
   for (size_t i = 0; i < states.size(); ++i) {
     const at::Tensor exp_avg = StateReader(i, states[i]).tensor("exp_avg");
     if (exp_avg.scalar_type() == at::kDouble) {
@@ -288,7 +315,7 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
       append(single, i, states[i], inputs, second_moment);
     }
   }
-  if (!inputs.grads.empty()) check_length("grad_max", inputs.grad_max.size(), num_matrices_);
+  check_length("grad_max", inputs.grad_max, num_matrices_);
 }
 
 }  // namespace dykaf::bindings

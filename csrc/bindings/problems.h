@@ -3,6 +3,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,13 +13,17 @@ namespace dykaf::bindings {
 
 using TensorList = std::vector<at::Tensor>;
 
-// What an operation hands over beside the states. Empty lists: not used by the operation.
+// What an operation hands over beside the states; what it does not use is left out. Lists have one
+// entry per state.
 struct Inputs {
-  TensorList params;                          // any strides, in the parameter's dtype
-  TensorList grads;                           // contiguous; of the parameter's dtype or the state's
-  std::vector<double> grad_max;               // one per matrix of each gradient; computed if empty
-  std::vector<uint64_t> streams;              // one per parameter
-  std::vector<std::vector<int64_t>> offsets;  // [left, right] per parameter
+  std::optional<TensorList> params = {};   // any strides, in the parameter's dtype
+  std::optional<TensorList> grads = {};    // contiguous; of the parameters' dtype, if given, or T
+  std::optional<TensorList> updates = {};  // contiguous; of type T
+  std::optional<std::vector<double>> grad_max = {};  // one per matrix of each gradient
+  std::optional<std::vector<uint64_t>> streams = {};
+  std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
+  bool needs_factors = false;        // a parameter without factors is an error
+  const char* grads_name = "grads";  // in messages
 };
 
 template <typename T>
@@ -42,7 +47,8 @@ class Problems {
     if (!wide.problems.empty()) body(wide);
   }
 
-  // Copies parameters that are not contiguous back to where they came from.
+  // Copies parameters that are not contiguous back to where they came from, and tells autograd that
+  // all of them were changed in place.
   void write_back();
 
  private:
@@ -51,9 +57,13 @@ class Problems {
               SecondMoment second_moment);
   const at::Tensor& contiguous_param(const at::Tensor& param);
 
+  TensorList params_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // contiguous copy, original
   size_t num_matrices_ = 0;
 };
+
+// The number of matrices that each state holds.
+std::vector<int64_t> count_matrices(const std::vector<py::dict>& states);
 
 // max|G| per matrix: gradient i is cut into counts[i] equal parts. Not finite: NaN.
 std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>& counts);
@@ -61,7 +71,7 @@ std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>
 // From the group's dictionary; raises ValueError for a name that is missing or not known.
 Options parse_options(const py::dict& options);
 
-// Parsed from the group's "second_moment" and so on; raises ValueError naming `name`.
+// Raises ValueError "name: expected ..., got ...".
 [[noreturn]] void fail(const std::string& name, const std::string& expected,
                        const std::string& got);
 

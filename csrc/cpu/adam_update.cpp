@@ -76,11 +76,11 @@ void adamw_(const Problem<T>& p, const Options& options) {
 
 template <typename T>
 void adam_update_(std::span<const Problem<T>> problems, const Options& options, T* const* updates) {
-  Workspace<T> workspace(problems);
   for (size_t i = 0; i < problems.size(); ++i) {
+    // The update serves as H, which Adam reads before it writes.
     const T tau = gradient_scale(problems[i], options);
-    load_gradient(problems[i], options, tau, workspace.gradient);
-    adam_update_(problems[i], options, workspace.gradient, tau, updates[i]);
+    load_gradient(problems[i], options, tau, updates[i]);
+    adam_update_(problems[i], options, updates[i], tau, updates[i]);
   }
 }
 

@@ -39,17 +39,33 @@ void mirror(const at::Tensor& x, const Combine& combine) {
                              [&] { mirror(x.mutable_data_ptr<scalar_t>(), x.size(0), combine); });
 }
 
+// Small products go in one piece, large ones in eight panels.
+int64_t panel_height(int64_t n) { return n < 2 * kPanel ? n : std::max(kPanel, (n + 7) / 8); }
+
 }  // namespace
 
 void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
   const int64_t n = out.size(0);
-  const int64_t panel = n < 2 * kPanel ? n : std::max(kPanel, (n + 7) / 8);
+  const int64_t panel = panel_height(n);
   for (int64_t begin = 0; begin < n; begin += panel) {
     const int64_t end = std::min(n, begin + panel);
     at::Tensor block = out.slice(0, begin, end).slice(1, 0, end);
     at::mm_out(block, a.slice(0, begin, end), b.slice(1, 0, end));
   }
   mirror(out, [](auto lower, auto) { return lower; });
+}
+
+void triangular_symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+  const int64_t n = out.size(0);
+  const int64_t panel = panel_height(n);
+  for (int64_t begin = 0; begin < n; begin += panel) {
+    // Left of `begin` these rows of a are zero.
+    const int64_t end = std::min(n, begin + panel);
+    at::Tensor block = out.slice(0, begin, end).slice(1, begin, n);
+    at::mm_out(block, a.slice(0, begin, end).slice(1, begin, n),
+               b.slice(0, begin, n).slice(1, begin, n));
+  }
+  mirror(out, [](auto, auto upper) { return upper; });
 }
 
 void symmetrize_(const at::Tensor& x) {

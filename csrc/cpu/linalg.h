@@ -18,6 +18,9 @@ at::Tensor view(const T* data, int64_t rows, int64_t cols) {
 // computed by row panels up to the diagonal alone. The upper triangle mirrors the lower exactly.
 void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
+// out = a b for a product known to be symmetric with a upper triangular; all [n, n].
+void triangular_symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+
 // x <- (x + x^T) / 2, x [n, n].
 void symmetrize_(const at::Tensor& x);
 

@@ -1,4 +1,4 @@
-// The float32 matmul precision of ATen, set while the object lives.
+// The float32 matmul precision of the CPU, set while the object lives.
 #pragma once
 
 #include <ATen/Context.h>
@@ -11,30 +11,30 @@ namespace dykaf::cpu {
 class MatmulPrecision {
  public:
   // "highest", "high" or "medium", as torch.set_float32_matmul_precision; nothing: torch's own.
+  // Only the setting that CPU products read is touched: the one for all backends refuses to be read
+  // when they differ.
   explicit MatmulPrecision(const std::optional<std::string>& precision) {
     if (!precision) return;
-    previous_ = at::globalContext().float32MatmulPrecision();
-    at::globalContext().setFloat32MatmulPrecision(*precision);
+    previous_ = at::globalContext().float32Precision(kBackend, kOp);
+    set(*precision == "highest" ? at::Float32Precision::IEEE
+        : *precision == "high"  ? at::Float32Precision::TF32
+                                : at::Float32Precision::BF16);
   }
   ~MatmulPrecision() {
-    if (previous_) at::globalContext().setFloat32MatmulPrecision(name(*previous_));
+    if (previous_) set(*previous_);
   }
   MatmulPrecision(const MatmulPrecision&) = delete;
   MatmulPrecision& operator=(const MatmulPrecision&) = delete;
 
  private:
-  static const char* name(at::Float32MatmulPrecision precision) {
-    switch (precision) {
-      case at::Float32MatmulPrecision::MEDIUM:
-        return "medium";
-      case at::Float32MatmulPrecision::HIGH:
-        return "high";
-      default:
-        return "highest";
-    }
+  static constexpr auto kBackend = at::Float32Backend::MKLDNN;
+  static constexpr auto kOp = at::Float32Op::MATMUL;
+
+  static void set(at::Float32Precision precision) {
+    at::globalContext().setFloat32Precision(kBackend, kOp, precision);
   }
 
-  std::optional<at::Float32MatmulPrecision> previous_;
+  std::optional<at::Float32Precision> previous_;
 };
 
 }  // namespace dykaf::cpu

@@ -49,8 +49,7 @@ void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
   }
   Q.copy_(Q.mm(P));
   if (p.refreshes[i] % kRefreshesPerCorrection == 0) orthonormalize_(Q);
-  at::mm_out(F, S, P.index_select(0, order));
-  symmetrize_(F);
+  triangular_symmetric_product(F, S, P.index_select(0, order));
 
   at::Tensor exp_avg = view(p.exp_avg, p.m, p.n);
   exp_avg.copy_(left ? P.t().mm(exp_avg) : exp_avg.mm(P));

@@ -19,19 +19,26 @@ Workspace<T>::Workspace(std::span<const Problem<T>> problems) {
     if (p.L != nullptr) rows = std::max(rows, p.m);
     if (p.R != nullptr) cols = std::max(cols, p.n);
   }
-  memory = at::empty({3 * size + rows * rows + cols * cols}, c10::CppTypeToScalarType<T>::value);
+  // Each array starts on a cache line: BLAS's bits may hang on the alignment, and so would not be
+  // the same for a matrix alone and beside a larger one.
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const auto aligned = [](int64_t count) { return (count + kLine - 1) / kLine * kLine; };
+  const int64_t left_size = aligned(rows * rows);
+  size = aligned(size);
+  memory = at::empty({3 * size + left_size + cols * cols}, c10::CppTypeToScalarType<T>::value);
   gradient = memory.mutable_data_ptr<T>();
   product = gradient + size;
   update = product + size;
   left = update + size;
-  right = left + rows * rows;
+  right = left + left_size;
 }
 
 template <typename T>
 T gradient_scale(const Problem<T>& p, const Options& options) {
   // Two powers of two short of the limits: tau and 1 / tau are normal, and 4 tau is finite.
   constexpr int kMaxExponent = std::numeric_limits<T>::max_exponent - 3;
-  const double largest = std::max({p.grad_max * std::abs(options.grad_scale), p.rho[0], p.rho[1]});
+  double largest = p.grad_max * std::abs(options.grad_scale);
+  if (p.rho != nullptr) largest = std::max({largest, p.rho[0], p.rho[1]});
   if (!(largest > 0)) return T(1);
   int exponent = 0;
   const double fraction = std::frexp(largest, &exponent);  // largest = fraction 2^exponent

@@ -124,6 +124,7 @@ class DyKAF(Optimizer):
         defaults = {name: arguments[name] for name in RULES}
         check_options(defaults)
         self.skipped_steps = 0
+        self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
         self._reset_caches()
         super().__init__(params, defaults)
 
@@ -219,7 +220,7 @@ class DyKAF(Optimizer):
                     name = _param_name(group, group_idx, idx)
                     _check_grad(name, param, param.grad)
                     item.params.append(param)
-                    item.grads.append(param.grad.contiguous())
+                    item.grads.append(param.grad.resolve_neg().contiguous())
                     item.layouts.append(self._layout(name, param, group, structure))
                     item.indices.append(num_params + idx)
                     item.names.append(name)
@@ -318,67 +319,71 @@ class DyKAF(Optimizer):
             ValueError: for state that does not fit the parameters and options, naming the
                 parameter and tensor; the optimizer is as it was.
         """
-        incoming: dict[str, Any] = {}
 
-        def inspect(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
-            self._check_state_dict(loaded)
-            incoming.update(loaded)
+        def prepare(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            self._incoming = self._checked_state_dict(loaded)
+            return self._incoming
 
         # Registered last, so that it sees what other pre-hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(inspect)
+        handle = self.register_load_state_dict_pre_hook(prepare)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        for param, saved in self._pair_params(incoming):
-            self.state[param] = {
-                name: value.detach().clone().to(param.device) for name, value in saved.items()
-            }
-        self._fill_missing_state()
-        self.skipped_steps = incoming.get("skipped_steps", 0)
+            self._incoming = None
 
-    def _fill_missing_state(self) -> None:
-        """State of torch.optim.AdamW, for parameters without factors, has no update_rms."""
-        for state in self.state.values():
-            if state and "update_rms" not in state:
-                state["update_rms"] = torch.zeros_like(state["step"])
-
-    def _pair_params(self, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, State]]:
-        """The parameters that have state in ``state_dict``, with this state."""
-        ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        states = state_dict["state"]
-        return [
-            (param, states[idx]) for param, idx in zip(params, ids, strict=False) if states.get(idx)
-        ]
-
-    def _check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``state_dict`` after all checks, with the options that it lacks taken from the groups."""
         groups = state_dict["param_groups"]
         lengths = [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in groups] != lengths:
-            return  # torch raises its own message
-        states = state_dict["state"]
+            return state_dict  # torch raises its own message
+        filled = []
         for group_idx, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
-            options = {**self.defaults, **saved}
+            options = dict(saved)
+            for name in RULES:
+                options.setdefault(name, group[name])
             check_options(options)
             for idx, (param, saved_idx) in enumerate(
                 zip(group["params"], saved["params"], strict=True)
             ):
-                if states.get(saved_idx):
+                state = state_dict["state"].get(saved_idx)
+                if state:
                     name = _param_name(group, group_idx, idx)
-                    check_state(name, states[saved_idx], Layout.of(param, options))
+                    check_state(name, state, Layout.of(param, options))
+            filled.append(options)
+        return {**state_dict, "param_groups": filled}
+
+    def _take_exactly(self, state_dict: Mapping[str, Any]) -> None:
+        """Replaces state that torch has cast to the parameters' dtypes."""
+        ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param, idx in zip(params, ids, strict=True):
+            if state_dict["state"].get(idx):
+                self.state[param] = {
+                    name: value.detach()
+                    .to(param.device)
+                    .clone(memory_format=torch.contiguous_format)
+                    for name, value in state_dict["state"][idx].items()
+                }
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.skipped_steps = getattr(self, "skipped_steps", 0)
         self._reset_caches()
+        incoming = getattr(self, "_incoming", None)
+        if incoming is not None:
+            self._take_exactly(incoming)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-        self._fill_missing_state()
+            for name in RULES:
+                group.setdefault(name, self.defaults[name])
+        for param_state in self.state.values():
+            # State of torch.optim.AdamW, for parameters without factors.
+            if param_state and "update_rms" not in param_state:
+                param_state["update_rms"] = torch.zeros_like(param_state["step"])
 
 
 def _param_name(group: Mapping[str, Any], group_idx: int, idx: int) -> str:
@@ -390,6 +395,12 @@ def _check_param(param: Tensor) -> None:
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
         raise ValueError(f"params: expected dtypes {expected}, got {param.dtype}")
+    strides = zip(param.stride(), param.shape, strict=True) if param.layout == torch.strided else ()
+    if any(stride == 0 and size > 1 for stride, size in strides):
+        raise ValueError(
+            "params: expected tensors whose elements do not share memory, "
+            f"got shape {tuple(param.shape)} with strides {param.stride()}"
+        )
     if param.device.type != "cpu" or param.layout != torch.strided:
         raise ValueError(
             "params: expected dense tensors on the CPU (the only backend of this build), "

@@ -87,7 +87,9 @@ RULES: dict[str, _Rule] = {
         lambda value: value is None or (_is_number(value) and 0 <= value < 1),
         "None or a number in [0, 1)",
     ),
-    "precondition_frequency": _integer(lambda value: value >= 1, "an integer >= 1"),
+    "precondition_frequency": _integer(
+        lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"
+    ),
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
     "integrator": _one_of("ksl", "bug", "diagonal"),
     "metric_power": _number(lambda value: -1 <= value <= 1, "a number in [-1, 1]"),

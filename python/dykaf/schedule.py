@@ -30,13 +30,15 @@ def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, in
             sides.append((turns * layout.n**3, idx, 1))
     sides.sort(key=lambda side: (-side[0], side[1], side[2]))
 
+    # Slots beyond the number of refreshes would stay empty.
+    num_refreshes = sum(parameters[idx][0].count for _, idx, _ in sides)
     offsets = [[0, 0] for _ in parameters]
     loads: dict[int, list[int]] = {}  # the work in each slot, by period
     for cost, idx, side_idx in sides:
         layout, period = parameters[idx]
-        load = loads.setdefault(period, [0] * period)
+        load = loads.setdefault(period, [0] * min(period, num_refreshes))
         slot = load.index(min(load))
         offsets[idx][side_idx] = slot
-        for turn in range(min(period, layout.count)):
-            load[(slot + turn) % period] += cost
+        for turn in range(min(len(load), layout.count)):
+            load[(slot + turn) % len(load)] += cost
     return [(left, right) for left, right in offsets]
