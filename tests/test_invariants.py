@@ -169,6 +169,24 @@ def test_the_same_inputs_give_the_same_bits(second_moment: str) -> None:
         assert torch.equal(first[key], second[key]), key
 
 
+def test_a_matrix_has_the_same_bits_alone_and_in_company() -> None:
+    """The workspace is laid out by the largest matrix of the call."""
+    shapes = [(6, 4), (5, 7), (33, 9)]
+    results = []
+    for company in (shapes[:1], shapes):
+        matrices = Matrices(torch.float32)
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in company]
+        optimizer = dykaf.DyKAF(params, refresh_stagger=False)
+        for _ in range(20):
+            params[0].grad = matrices.randn(*shapes[0])
+            for param in params[1:]:
+                param.grad = torch.full_like(param, 0.5)
+            optimizer.step()
+        results.append([params[0].detach(), *optimizer.state[params[0]].values()])
+    for alone, beside in zip(*results, strict=True):
+        assert torch.equal(alone, beside)
+
+
 @pytest.fixture
 def restore_threads() -> Any:
     threads = torch.get_num_threads()
