@@ -143,11 +143,11 @@ void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> grad
   const Products J = products(p.R, workspace.right, p.n);
   const double norm_K = K.norm(a, b);
   const double norm_J = J.norm(a, b);
-  if (!(norm_K > 0) || !(norm_J > 0)) return;
   const double q = coupling(p, gradient, workspace);
   const double with_gradient = a * a * K.FA + a * b * (K.AA + J.AA) + b * b * q;
   const double s =
       (a * K.with_factor(a, b) * J.with_factor(a, b) + b * with_gradient) / (norm_K * norm_J);
+  // Where K or J vanishes so does the numerator: s is NaN and the factors stay.
   if (!(s > 0)) return;
   blend_(p.L, workspace.left, a, b, norm_K, p.m);
   blend_(p.R, workspace.right, a, b, norm_J, p.n);
