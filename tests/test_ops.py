@@ -407,6 +407,13 @@ def test_refresh_moves_the_compact_second_moment_as_the_full_one(
         assert means[0] == pytest.approx(means[1], rel=(8 + m + n) * u)
 
 
+def test_initialize_waits_for_a_gradient_that_is_not_zero(matrices: Matrices) -> None:
+    state = matrices.zero_state(4, 3)
+    zero = torch.zeros(4, 3, dtype=matrices.dtype)
+    ops.initialize_([zero], [state], [(0, 0)], matrices.options())
+    assert not any(bool(value.any()) for value in state.values())
+
+
 def test_a_failed_refresh_keeps_the_old_basis_and_counts(matrices: Matrices) -> None:
     state = matrices.state(4, 3)
     state["L"][1, 2] = math.nan
