@@ -249,12 +249,15 @@ def test_medium_stays_near_highest(m: int, n: int, source: str) -> None:
 
 
 def test_refreshed_bases_are_orthogonal_at_medium() -> None:
-    """Bases are made at full precision: the error stays that of float32, not of bfloat16."""
-    param = parameter(32, 24)
+    """Bases are made at full precision: the error stays that of float32, not of bfloat16.
+
+    Where oneDNN has no bfloat16 kernels for float32 inputs, both settings give float32.
+    """
+    param = parameter(320, 288)
     optimizer = DyKAF([param], matmul_precision="medium", precondition_frequency=1)
-    run(optimizer, range(40))
+    run(optimizer, range(6))
     state = optimizer.state[param]
-    for key, size in (("Q_L", 32), ("Q_R", 24)):
+    for key, size in (("Q_L", 320), ("Q_R", 288)):
         Q = state[key].double()
         error = Q.T @ Q - torch.eye(size, dtype=torch.float64)
         assert float(error.abs().max()) < 1e-5
