@@ -357,3 +357,16 @@ def test_offsets_do_not_hang_on_gradients() -> None:
         return dates
 
     assert dates_of_last(True) == dates_of_last(False) == [4, 5]
+
+
+def test_no_matrix_of_a_large_stack_waits_longer_than_the_interval() -> None:
+    """Offsets grow along the stack, beyond the step itself in the first steps."""
+    param = torch.nn.Parameter(torch.zeros(40, 2, 2))
+    optimizer = DyKAF([param], batch_dims=1)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(30):
+        param.grad = torch.randn(40, 2, 2, generator=generator)
+        optimizer.step()
+        wait = optimizer.state[param]["next_refresh"] - t
+        assert int(wait.min()) >= 1
+        assert int(wait.max()) <= min(10, max(1, t // 10))
