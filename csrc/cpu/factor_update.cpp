@@ -1,7 +1,7 @@
 // The integrator step of L, R and rho: the rank-one projector-splitting step of vec(L) vec(R)^T
 // towards beta rho^2 L (x) R + (1 - beta) g g^T (Yudin et al., arXiv 2511.06477; ksl: Lubich &
-// Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau: a = beta (rho / tau)^2, b = 1 -
-// beta.
+// Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau, a = beta (rho / tau)^2 and
+// b = 1 - beta.
 #include <cmath>
 #include <vector>
 

@@ -72,8 +72,7 @@ void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
                  Workspace<T>& workspace) {
   if (p.grad_max == 0) return;
   set_prior_(p, options, options.init, H, tau);
-  // The prior can exceed tau, by which H is scaled, without harm: both are near the gradient's
-  // size.
+  // The prior can exceed tau without harm: both are near the gradient's size.
   factor_update_(p, options, H, tau, workspace);
   for (const Side side : {Side::kLeft, Side::kRight}) {
     const auto i = static_cast<int>(side);

@@ -32,8 +32,7 @@ struct QR {
 // Householder QR, signs fixed so that R's diagonal is not negative.
 QR signed_qr(const at::Tensor& a);
 
-// Eigenvectors of symmetric a by descending eigenvalue, retried in float64; nothing where both
-// fail.
+// Eigenvectors of symmetric a by descending eigenvalue, retried in float64; nothing if both fail.
 std::optional<at::Tensor> eigenvectors(const at::Tensor& a);
 
 }  // namespace dykaf::cpu
