@@ -1,0 +1,241 @@
+// Element-wise work: loading gradients, Adam, the parameters' update, blending factors.
+#include "cuda/device/elements.cuh"
+#include "cuda/device/lookup.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/grouped.h"
+#include "cuda/kernels.h"
+
+namespace dykaf::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnitsPerThread = 2;
+constexpr int kUnitsPerBlock = kThreads * kUnitsPerThread;
+
+// A unit of an m x n array: units do not cross rows.
+struct UnitPlace {
+  int64_t row;
+  int64_t col;
+  int64_t start;  // row n + col
+  int count;
+};
+
+DYKAF_DEVICE UnitPlace locate_unit(int64_t unit, int64_t n) {
+  const int64_t units_per_row = ceil_div(n, kUnit);
+  UnitPlace place;
+  place.row = unit / units_per_row;
+  place.col = unit % units_per_row * kUnit;
+  place.start = place.row * n + place.col;
+  place.count = static_cast<int>(min(int64_t{kUnit}, n - place.col));
+  return place;
+}
+
+DYKAF_DEVICE void load_gradient_unit(const Problem<float>& p, const MatrixScalars& s,
+                                     const UnitPlace& place, float (&x)[kUnit]) {
+  load_unit(p.grad, p.dtype, place.start, place.count,
+            is_aligned(p.grad, place.start, element_size(p.dtype)), x);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) x[i] *= s.load_scale;
+}
+
+DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s,
+                              const UnitPlace& place, const float (&update)[kUnit]) {
+  apply_unit_(p, s, place.start, place.count,
+              is_aligned(p.param, place.start, element_size(p.dtype)),
+              is_aligned(p.master, place.start, 4), update);
+}
+
+// Adam on a unit with gradient tau h; returns the update.
+DYKAF_DEVICE void full_adam_unit_(const Problem<float>& p, const MatrixScalars& s,
+                                  const UnitPlace& place, const float (&h)[kUnit],
+                                  float (&update)[kUnit]) {
+  const bool aligned =
+      is_aligned(p.exp_avg, place.start, 4) && is_aligned(p.exp_avg_sq, place.start, 4);
+  float exp_avg[kUnit];
+  float exp_avg_sq[kUnit];
+  load_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
+  load_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
+  adam_unit(exp_avg, exp_avg_sq, h, s, update);
+  store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
+  store_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
+}
+
+// The same with row_root col_root^T in place of the root of exp_avg_sq.
+DYKAF_DEVICE void compact_adam_unit_(const Problem<float>& p, const MatrixScalars& s,
+                                     const UnitPlace& place, const float* row_root,
+                                     const float* col_root, const float (&h)[kUnit],
+                                     float (&update)[kUnit]) {
+  const bool aligned = is_aligned(p.exp_avg, place.start, 4);
+  float exp_avg[kUnit];
+  float root[kUnit];
+  load_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
+  load_unit(col_root + place.col, place.count, true, root);
+  const float row = row_root[place.row] * s.correction2;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    exp_avg[i] = blend_momentum(exp_avg[i], s.tau * h[i], s);
+    update[i] = exp_avg[i] * s.correction1 / (row * root[i] + s.eps);
+  }
+  store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
+}
+
+DYKAF_DEVICE void weigh_unit(const ElementProblem& e, const UnitPlace& place, float (&x)[kUnit]) {
+  if (e.row != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) x[i] *= e.row[place.row];
+  }
+  if (e.col != nullptr) {
+    float weights[kUnit];
+    load_unit(e.col + place.col, place.count, true, weights);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) x[i] *= weights[i];
+  }
+}
+
+// One block per kUnitsPerBlock units, in the order of the problems; each thread takes every
+// kThreads-th unit. Weights and roots start at multiples of 256 bytes.
+template <ElementOp kOp>
+__global__ void __launch_bounds__(kThreads)
+    elements_kernel(const __grid_constant__ Grouped<ElementProblem> launch,
+                    const __grid_constant__ Matrices matrices) {
+  constexpr bool kReadsIn = kOp != ElementOp::kLoad && kOp != ElementOp::kAdamW;
+  constexpr bool kWritesOut = kOp != ElementOp::kApply && kOp != ElementOp::kAdamW;
+  constexpr bool kSums =
+      kOp == ElementOp::kAdam || kOp == ElementOp::kCompact || kOp == ElementOp::kAdamW;
+  DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
+  const int block = static_cast<int>(blockIdx.x);
+  const ElementProblem e = launch.problems[find_problem(launch.problems, launch.num, block)];
+  const Problem<float>& p = matrices.problems[e.matrix_idx];
+  const MatrixScalars& s = matrices.scalars[e.matrix_idx];
+  if (s.active == 0) return;
+
+  const int64_t num_units = e.m * ceil_div(e.n, kUnit);
+  const int64_t first = static_cast<int64_t>(block - e.tile_begin) * kUnitsPerBlock;
+  double sum[1] = {0.0};
+#pragma unroll
+  for (int u = 0; u < kUnitsPerThread; ++u) {
+    const int64_t unit = first + u * kThreads + static_cast<int>(threadIdx.x);
+    if (unit >= num_units) break;
+    const UnitPlace place = locate_unit(unit, e.n);
+    float x[kUnit];
+    float update[kUnit];
+    if constexpr (kReadsIn) {
+      load_unit(e.in + place.start, place.count, is_aligned(e.in, place.start, 4), x);
+    } else {
+      load_gradient_unit(p, s, place, x);
+    }
+    if constexpr (kOp == ElementOp::kAdam) full_adam_unit_(p, s, place, x, update);
+    if constexpr (kOp == ElementOp::kCompact) {
+      compact_adam_unit_(p, s, place, e.row, e.col, x, update);
+    }
+    if constexpr (kOp == ElementOp::kApply) apply_unit_(p, s, place, x);
+    if constexpr (kOp == ElementOp::kAdamW) {
+      full_adam_unit_(p, s, place, x, update);
+      apply_unit_(p, s, place, update);
+    }
+    if constexpr (kOp == ElementOp::kWeigh) weigh_unit(e, place, x);
+    if constexpr (kSums) {
+      float squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) squares += i < place.count ? update[i] * update[i] : 0.0f;
+      sum[0] += squares;
+    }
+    if constexpr (kWritesOut) {
+      store_unit(e.out + place.start, place.count, is_aligned(e.out, place.start, 4),
+                 kSums ? update : x);
+    }
+  }
+  if constexpr (kSums) {
+    block_sum(sum, scratch, kThreads);
+    if (threadIdx.x == 0) e.partials[block - e.tile_begin] = sum[0];
+  }
+}
+
+// As above; the factor is one long row.
+__global__ void __launch_bounds__(kThreads)
+    blend_kernel(const __grid_constant__ Grouped<BlendProblem> launch,
+                 const __grid_constant__ Matrices matrices) {
+  const int block = static_cast<int>(blockIdx.x);
+  const BlendProblem b = launch.problems[find_problem(launch.problems, launch.num, block)];
+  const MatrixScalars& s = matrices.scalars[b.matrix_idx];
+  if (s.active == 0 || s.zero_gradient != 0 || s.stopped != 0) return;
+  const float keep = s.keep_factor[static_cast<int>(b.side)];
+  const float gain = s.gain[static_cast<int>(b.side)];
+  if (keep == 1.0f && gain == 0.0f) return;  // the increment may be NaN
+  const int64_t first = static_cast<int64_t>(block - b.tile_begin) * kUnitsPerBlock;
+#pragma unroll
+  for (int u = 0; u < kUnitsPerThread; ++u) {
+    const int64_t start = (first + u * kThreads + static_cast<int>(threadIdx.x)) * kUnit;
+    if (start >= b.size) return;
+    const int count = static_cast<int>(min(int64_t{kUnit}, b.size - start));
+    const bool aligned = is_aligned(b.factor, start, 4) && is_aligned(b.increment, start, 4);
+    float factor[kUnit];
+    float increment[kUnit];
+    load_unit(b.factor + start, count, aligned, factor);
+    load_unit(b.increment + start, count, aligned, increment);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) factor[i] = keep * factor[i] + gain * increment[i];
+    store_unit(b.factor + start, count, aligned, factor);
+  }
+}
+
+// One block of one warp per matrix.
+__global__ void __launch_bounds__(kWarpSize)
+    update_rms_kernel(const __grid_constant__ Grouped<RmsProblem> launch,
+                      const __grid_constant__ Matrices matrices) {
+  DYKAF_SHARED(double, scratch, [1]);
+  const RmsProblem r = launch.problems[blockIdx.x];
+  const Problem<float>& p = matrices.problems[r.matrix_idx];
+  if (matrices.scalars[r.matrix_idx].active == 0) return;
+  double sum[1] = {0.0};
+  for (int i = static_cast<int>(threadIdx.x); i < r.num_partials; i += kWarpSize) {
+    sum[0] += r.partials[static_cast<int64_t>(i) * r.stride];
+  }
+  block_sum(sum, scratch, kWarpSize);
+  if (threadIdx.x == 0) {
+    *p.update_rms = static_cast<float>(sqrt(sum[0] / static_cast<double>(p.m * p.n)));
+  }
+}
+
+template <ElementOp kOp>
+int launch_op(const Grouped<ElementProblem>& launch, const Matrices& matrices, Stream stream) {
+  return DYKAF_LAUNCH(elements_kernel<kOp>, dim3(static_cast<unsigned>(launch.grid)),
+                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, matrices);
+}
+
+}  // namespace
+
+int64_t element_tiles(int64_t m, int64_t n) {
+  return ceil_div(m * ceil_div(n, kUnit), kUnitsPerBlock);
+}
+
+int launch_elements(ElementOp op, const Grouped<ElementProblem>& launch, const Matrices& matrices,
+                    Stream stream) {
+  switch (op) {
+    case ElementOp::kLoad:
+      return launch_op<ElementOp::kLoad>(launch, matrices, stream);
+    case ElementOp::kAdam:
+      return launch_op<ElementOp::kAdam>(launch, matrices, stream);
+    case ElementOp::kCompact:
+      return launch_op<ElementOp::kCompact>(launch, matrices, stream);
+    case ElementOp::kApply:
+      return launch_op<ElementOp::kApply>(launch, matrices, stream);
+    case ElementOp::kAdamW:
+      return launch_op<ElementOp::kAdamW>(launch, matrices, stream);
+    case ElementOp::kWeigh:
+      return launch_op<ElementOp::kWeigh>(launch, matrices, stream);
+  }
+  return static_cast<int>(cudaErrorInvalidValue);
+}
+
+int launch_blend(const Grouped<BlendProblem>& launch, const Matrices& matrices, Stream stream) {
+  return DYKAF_LAUNCH(blend_kernel, dim3(static_cast<unsigned>(launch.grid)), dim3(kThreads), 0,
+                      static_cast<cudaStream_t>(stream), launch, matrices);
+}
+
+int launch_update_rms(const Grouped<RmsProblem>& launch, const Matrices& matrices, Stream stream) {
+  return DYKAF_LAUNCH(update_rms_kernel, dim3(static_cast<unsigned>(launch.num)), dim3(kWarpSize),
+                      0, static_cast<cudaStream_t>(stream), launch, matrices);
+}
+
+}  // namespace dykaf::cuda

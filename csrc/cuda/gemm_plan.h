@@ -1,0 +1,31 @@
+// Planning of the grouped products.
+#pragma once
+
+#include <array>
+
+#include "cuda/gemm.h"
+#include "cuda/plan_builder.h"
+
+namespace dykaf::cuda {
+
+// The products of one launch site: one grid per block shape that occurs.
+class Products {
+ public:
+  explicit Products(ProductForm form) : form_(form) {}
+
+  // Adds a product; gives it `partials` if its epilogue leaves sums. Returns it as it will run.
+  GemmProblem add(GemmProblem problem, PlanBuilder& builder);
+
+  // matrices and scalars: on the device when the plan runs; scalars may be null.
+  void launch(PlanBuilder& builder, size_t matrices_offset, const MatrixScalars* scalars,
+              MatmulPrecision precision) const;
+
+  // The number of rows of the problem's partials.
+  int32_t num_partials(const GemmProblem& problem) const;
+
+ private:
+  ProductForm form_;
+  std::array<std::vector<GemmProblem>, kNumTileClasses> problems_;
+};
+
+}  // namespace dykaf::cuda

@@ -1,0 +1,157 @@
+// Planning of the rotations and of the whole step, and running of plans.
+#include "cuda/group_plan.h"
+
+namespace dykaf::cuda {
+namespace {
+
+// One step over all matrices: with factors, and without.
+class StepPlan {
+ public:
+  StepPlan(std::span<const Problem<float>> problems, const Options& options,
+           const DeviceInputs& inputs, MatmulPrecision precision, void* workspace)
+      : plan_(problems, workspace), options_(options), inputs_(inputs), precision_(precision) {}
+
+  Plan build() {
+    for (int32_t i = 0; i < plan_.num(); ++i) {
+      if (plan_.problem(i).is_unsided()) {
+        add_adamw(i);
+      } else {
+        add_matrix(i);
+      }
+    }
+    plan_.prepare(options_, inputs_, StepCount::kAdvance);
+    plan_.elements(ElementOp::kAdamW, adamws_);
+    plan_.elements(ElementOp::kLoad, loads_);
+    plan_.products(into_.left(), precision_);
+    plan_.products(into_.right(), precision_);
+    if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
+    plan_.update_rms(sums_);
+    plan_.products(out_of_.left(), precision_);
+    plan_.products(out_of_.right(), precision_);
+    add_factor_update(plan_, options_, precision_, H_, products_);
+    return plan_.finish();
+  }
+
+ private:
+  void add_adamw(int32_t i) {
+    ElementProblem e = element_problem(1, plan_.problem(i).size(), i);
+    const auto num_tiles = static_cast<int32_t>(element_tiles(e.m, e.n));
+    e.partials = plan_.builder().take<double>(num_tiles);
+    adamws_.push_back(e);
+    sums_.push_back({e.partials, num_tiles, /*stride=*/1, i});
+    H_.push_back(nullptr);
+    products_.push_back(nullptr);
+  }
+
+  void add_matrix(int32_t i) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
+    auto* H = plan_.builder().take<float>(p.size());
+    auto* product = plan_.builder().take<float>(p.size());
+    auto* update = plan_.builder().take<float>(p.size());
+    H_.push_back(H);
+    products_.push_back(product);
+
+    // With one basis the update must not land where the product still reads the gradient.
+    float* loaded = both ? update : product;
+    loads_.push_back(element_problem(1, p.size(), i));
+    loads_.back().out = loaded;
+    if (p.exp_avg_sq != nullptr) {
+      const auto [adam, num_partials] =
+          into_.add(plan_, i, loaded, product, H, [&](GemmProblem& last) {
+            last.epilogue = Epilogue::kAdam;
+            last.update = update;
+          });
+      sums_.push_back({adam.partials, num_partials, kNumSums, i});
+    } else {
+      into_.add(plan_, i, loaded, product, H, [](GemmProblem&) {});
+      add_compact(i, H, update);
+    }
+    out_of_.add(plan_, i, update, product, nullptr,
+                [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
+  }
+
+  void add_compact(int32_t i, const float* H, float* update) {
+    const Problem<float>& p = plan_.problem(i);
+    ElementProblem adam = element_problem(p.m, p.n, i);
+    const auto num_tiles = static_cast<int32_t>(element_tiles(p.m, p.n));
+    adam.in = H;
+    adam.out = update;
+    adam.partials = plan_.builder().take<double>(num_tiles);
+    compact_.push_back(adam);
+    sums_.push_back({adam.partials, num_tiles, /*stride=*/1, i});
+  }
+
+  GroupPlan plan_;
+  const Options& options_;
+  const DeviceInputs& inputs_;
+  MatmulPrecision precision_;
+  RotationProducts into_{Rotation::kIntoBasis};
+  RotationProducts out_of_{Rotation::kOutOfBasis};
+  std::vector<ElementProblem> adamws_;
+  std::vector<ElementProblem> loads_;
+  std::vector<ElementProblem> compact_;
+  std::vector<RmsProblem> sums_;
+  std::vector<const float*> H_;
+  std::vector<float*> products_;
+};
+
+}  // namespace
+
+int Plan::run(const void* device_image, Stream stream) const {
+  for (const Launch& launch : launches) {
+    const int error = launch(static_cast<const std::byte*>(device_image), stream);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
+                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
+                 void* workspace) {
+  GroupPlan plan(problems, workspace);
+  RotationProducts products(rotation);
+  for (int32_t i = 0; i < plan.num(); ++i) {
+    const Problem<float>& p = plan.problem(i);
+    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
+    float* scratch = both ? plan.builder().take<float>(p.size()) : nullptr;
+    products.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
+  }
+  plan.plain_products(products.left(), precision);
+  plan.plain_products(products.right(), precision);
+  return plan.finish();
+}
+
+Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
+               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
+  return StepPlan(problems, options, inputs, precision, workspace).build();
+}
+
+Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace) {
+  PlanBuilder builder(workspace);
+  std::vector<GradMaxProblem> problems;
+  for (const Gradient& gradient : gradients) {
+    GradMaxProblem p{};
+    p.gradient = gradient;
+    p.num_tiles = static_cast<int32_t>(grad_max_tiles(gradient.size));
+    p.partials = builder.take<float>(p.num_tiles);
+    p.maximum = maxima + problems.size();
+    problems.push_back(p);
+  }
+  const int64_t grid =
+      assign_tiles(problems, [](const GradMaxProblem& p) { return int64_t{p.num_tiles}; });
+  if (problems.empty()) return builder.finish();
+  const size_t offset = builder.add(problems);
+  const auto num = static_cast<int32_t>(problems.size());
+  const auto launch = [&](auto launch_stage) {
+    builder.launch([=](const std::byte* image, Stream stream) {
+      return launch_stage(Grouped<GradMaxProblem>{as<GradMaxProblem>(image + offset), num, grid},
+                          stream);
+    });
+  };
+  launch(launch_grad_max);
+  launch(launch_grad_max_finish);
+  return builder.finish();
+}
+
+}  // namespace dykaf::cuda

@@ -1,0 +1,70 @@
+// The operations of ops.h on a GPU. An operation over a list of matrices is planned on the host:
+// the plan holds an image of all problem descriptions, which the caller copies to the device, and a
+// fixed sequence of launches, whose number does not hang on the number of matrices. Nothing here
+// allocates device memory, copies or synchronises; the caller brings memory and stream. All
+// pointers in problems and inputs are device pointers, apart from Problem::next_refresh and
+// Problem::refreshes. float32 state only. Sources: as in ops.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "dykaf/types.h"
+
+namespace dykaf::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// How float32 products run on the tensor cores: three TF32 products (close to float32), one TF32
+// product, bfloat16 inputs; sums are float32.
+enum class MatmulPrecision : int32_t { kHighest, kHigh, kMedium };
+
+// What a step needs beside the matrices and is on the device already.
+struct DeviceInputs {
+  const double* grad_max;  // [num_matrices], max|grad|
+  const int32_t* skip;     // [1], not 0: the step changes nothing; null: never
+  const float* amp_scale;  // [1], GradScaler's; gradients are divided by it; null: 1
+  const float* lr;         // [1], in place of Options::lr; null: none
+};
+
+class Plan {
+ public:
+  using Launch = std::function<int(const std::byte* image, Stream stream)>;
+
+  // Bytes of scratch memory that the plan's launches use from the `workspace` it was made with.
+  int64_t workspace_bytes = 0;
+  // To be copied to the device, to an address that is a multiple of 256.
+  std::vector<std::byte> image;
+  std::vector<Launch> launches;
+
+  // Launches everything on `stream` with the copy of `image` at `device_image`. Returns the first
+  // cudaError_t that is not cudaSuccess, or 0.
+  int run(const void* device_image, Stream stream) const;
+};
+
+// Each plan_* below describes the operation of ops.h with the same name. `workspace` may be null to
+// learn workspace_bytes; such a plan must not run. It is a multiple of 256.
+
+Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace);
+
+Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
+                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
+                 void* workspace);
+
+Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& options,
+                      const DeviceInputs& inputs, float* const* updates, void* workspace);
+
+Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& options,
+                       const DeviceInputs& inputs, const float* const* updates, void* workspace);
+
+Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
+                        const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
+
+// The step without initialisation and refreshes: every matrix has factors and bases already.
+Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
+               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
+
+}  // namespace dykaf::cuda
