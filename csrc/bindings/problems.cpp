@@ -1,18 +1,15 @@
 #include "bindings/problems.h"
 
+#include <ATen/ops/empty.h>
+
+#include <numeric>
 #include <sstream>
 
+#include "bindings/device_ops.h"
 #include "dykaf/ops.h"
 
 namespace dykaf::bindings {
 namespace {
-
-std::string describe(const at::Tensor& tensor) {
-  std::ostringstream out;
-  out << tensor.scalar_type() << " " << tensor.sizes() << " on " << tensor.device();
-  if (!tensor.is_contiguous()) out << ", not contiguous";
-  return out.str();
-}
 
 DType dtype_of(const std::string& name, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -29,9 +26,9 @@ DType dtype_of(const std::string& name, const at::Tensor& tensor) {
   }
 }
 
-void check_dense_cpu(const std::string& name, const at::Tensor& tensor) {
-  if (tensor.layout() != at::kStrided || !tensor.device().is_cpu()) {
-    fail(name, "a dense tensor on the CPU (this build has no other backend)",
+void check_dense(const std::string& name, const at::Tensor& tensor, const at::Device& device) {
+  if (tensor.layout() != at::kStrided || tensor.device() != device) {
+    fail(name, "a dense tensor on " + (device.is_cpu() ? "the CPU" : device.str()),
          tensor.layout() != at::kStrided ? "layout " + std::string("sparse") : describe(tensor));
   }
 }
@@ -39,8 +36,8 @@ void check_dense_cpu(const std::string& name, const at::Tensor& tensor) {
 // One parameter's state, read by name.
 class StateReader {
  public:
-  StateReader(size_t index, const py::dict& state)
-      : prefix_("states[" + std::to_string(index) + "]"), state_(state) {}
+  StateReader(size_t index, const py::dict& state, const at::Device& device)
+      : prefix_("states[" + std::to_string(index) + "]"), state_(state), device_(device) {}
 
   bool has(const char* key) const { return state_.contains(key); }
 
@@ -55,15 +52,13 @@ class StateReader {
 
   template <typename T>
   T* pointer(const char* key, at::IntArrayRef shape) const {
-    const at::Tensor value = tensor(key);
-    const auto dtype = c10::CppTypeToScalarType<T>::value;
-    if (value.scalar_type() != dtype || value.sizes() != shape || !value.is_contiguous() ||
-        !value.device().is_cpu()) {
-      std::ostringstream expected;
-      expected << "contiguous " << dtype << " " << shape << " on cpu";
-      fail(name(key), expected.str(), describe(value));
-    }
-    return value.mutable_data_ptr<T>();
+    return checked<T>(key, shape, device_);
+  }
+
+  // For what the host reads and writes on any backend.
+  template <typename T>
+  T* host_pointer(const char* key, at::IntArrayRef shape) const {
+    return checked<T>(key, shape, at::Device(at::kCPU));
   }
 
   template <typename T>
@@ -74,8 +69,22 @@ class StateReader {
   std::string name(const char* key) const { return prefix_ + "['" + key + "']"; }
 
  private:
+  template <typename T>
+  T* checked(const char* key, at::IntArrayRef shape, const at::Device& device) const {
+    const at::Tensor value = tensor(key);
+    const auto dtype = c10::CppTypeToScalarType<T>::value;
+    if (value.scalar_type() != dtype || value.sizes() != shape || !value.is_contiguous() ||
+        value.device() != device) {
+      std::ostringstream expected;
+      expected << "contiguous " << dtype << " " << shape << " on " << device;
+      fail(name(key), expected.str(), describe(value));
+    }
+    return value.mutable_data_ptr<T>();
+  }
+
   std::string prefix_;
   const py::dict& state_;
+  at::Device device_;
 };
 
 std::vector<int64_t> extend(at::IntArrayRef batch, std::initializer_list<int64_t> tail) {
@@ -113,8 +122,11 @@ Problem<T> read_factored(const StateReader& state, SecondMoment second_moment,
   if (p.R != nullptr) p.Q_R = state.pointer<T>("Q_R", extend(batch, {p.n, p.n}));
   if (p.is_unsided()) fail(state.name("L"), "a factor on one side at least", "neither L nor R");
   p.rho = state.pointer<double>("rho", extend(batch, {2}));
-  p.next_refresh = state.pointer<int64_t>("next_refresh", extend(batch, {2}));
-  p.refreshes = state.pointer<int64_t>("refreshes", extend(batch, {2}));
+  p.next_refresh = state.host_pointer<int64_t>("next_refresh", extend(batch, {2}));
+  p.refreshes = state.host_pointer<int64_t>("refreshes", extend(batch, {2}));
+  if (state.has("schedule_step")) {
+    p.schedule_step = state.host_pointer<int64_t>("schedule_step", batch);
+  }
   p.refresh_fallbacks = state.pointer<int64_t>("refresh_fallbacks", batch);
   return p;
 }
@@ -151,6 +163,7 @@ Problem<T> matrix_of_stack(Problem<T> p, int64_t i, size_t element_size) {
   p.step = advance(p.step, i);
   p.next_refresh = advance(p.next_refresh, 2 * i);
   p.refreshes = advance(p.refreshes, 2 * i);
+  p.schedule_step = advance(p.schedule_step, i);
   p.refresh_fallbacks = advance(p.refresh_fallbacks, i);
   p.update_rms = advance(p.update_rms, i);
   for (int64_t& offset : p.refresh_offset) offset += i;
@@ -167,6 +180,13 @@ void check_length(const char* name, const std::optional<List>& list, size_t expe
 
 }  // namespace
 
+std::string describe(const at::Tensor& tensor) {
+  std::ostringstream out;
+  out << tensor.scalar_type() << " " << tensor.sizes() << " on " << tensor.device();
+  if (!tensor.is_contiguous()) out << ", not contiguous";
+  return out.str();
+}
+
 void fail(const std::string& name, const std::string& expected, const std::string& got) {
   throw py::value_error(name + ": expected " + expected + ", got " + got);
 }
@@ -174,21 +194,24 @@ void fail(const std::string& name, const std::string& expected, const std::strin
 std::vector<int64_t> count_matrices(const std::vector<py::dict>& states) {
   std::vector<int64_t> counts;
   for (size_t i = 0; i < states.size(); ++i) {
-    counts.push_back(StateReader(i, states[i]).tensor("step").numel());
+    counts.push_back(StateReader(i, states[i], at::kCPU).tensor("step").numel());
   }
   return counts;
 }
 
-std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>& counts) {
+at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts) {
   if (grads.size() != counts.size()) {
     fail("counts", "one entry per gradient (" + std::to_string(grads.size()) + ")",
          std::to_string(counts.size()));
   }
+  const at::Device device = grads.empty() ? at::Device(at::kCPU) : grads[0].device();
+  [[maybe_unused]] const Backend backend =
+      grads.empty() ? Backend::kCpu : backend_of("grads[0]", grads[0]);
   std::vector<Gradient> parts;
   for (size_t i = 0; i < grads.size(); ++i) {
     const at::Tensor& grad = grads[i];
     const std::string name = "grads[" + std::to_string(i) + "]";
-    check_dense_cpu(name, grad);
+    check_dense(name, grad, device);
     const DType dtype = dtype_of(name, grad);
     if (!grad.is_contiguous()) fail(name, "a contiguous tensor", describe(grad));
     if (counts[i] < 1 || grad.numel() % counts[i] != 0) {
@@ -201,8 +224,19 @@ std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>
       parts.push_back({data + j * size * grad.element_size(), size, dtype});
     }
   }
-  std::vector<double> maxima(parts.size());
-  cpu::grad_max(parts, maxima.data());
+#if defined(DYKAF_WITH_CUDA)
+  if (backend == Backend::kCuda) {
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (grads[i].scalar_type() == at::kDouble) {
+        fail("grads[" + std::to_string(i) + "]", "float32, bfloat16 or float16 on a GPU",
+             describe(grads[i]));
+      }
+    }
+    return grad_max_on_device(parts, device);
+  }
+#endif
+  at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
+  cpu::grad_max(parts, maxima.mutable_data_ptr<double>());
   return maxima;
 }
 
@@ -222,7 +256,7 @@ void Problems::write_back() {
 template <typename T>
 void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_dict,
                       const Inputs& inputs, SecondMoment second_moment) {
-  const StateReader state(index, state_dict);
+  const StateReader state(index, state_dict, device_);
   const bool factored = state.has("rho");
   if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
   const at::Tensor step = state.tensor("step");
@@ -235,7 +269,7 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
   if (!factored && count != 1) fail(state.name("step"), "one entry", std::to_string(count));
 
   const auto check_input = [&](const std::string& name, const at::Tensor& tensor) {
-    check_dense_cpu(name, tensor);
+    check_dense(name, tensor, device_);
     if (tensor.numel() != numel) {
       fail(name, std::to_string(numel) + " elements, as the state has", describe(tensor));
     }
@@ -288,11 +322,8 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
 
   for (int64_t i = 0; i < count; ++i) {
     Problem<T> matrix = matrix_of_stack(p, i, element_size);
-    if (inputs.grad_max) {
-      if (num_matrices_ >= inputs.grad_max->size()) {
-        fail("grad_max", "one entry per matrix", std::to_string(inputs.grad_max->size()));
-      }
-      matrix.grad_max = (*inputs.grad_max)[num_matrices_];
+    if (inputs.grad_max && backend_ == Backend::kCpu) {
+      matrix.grad_max = inputs.grad_max->const_data_ptr<double>()[num_matrices_];
     }
     ++num_matrices_;
     list.problems.push_back(matrix);
@@ -301,21 +332,40 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
 }
 
 Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
-                   SecondMoment second_moment) {
+                   SecondMoment second_moment)
+    : device_(states.empty() ? at::Device(at::kCPU)
+                             : StateReader(0, states[0], at::kCPU).tensor("exp_avg").device()),
+      backend_(states.empty() ? Backend::kCpu
+                              : backend_of("states[0]['exp_avg']",
+                                           StateReader(0, states[0], at::kCPU).tensor("exp_avg"))) {
   check_length("params", inputs.params, states.size());
   check_length(inputs.grads_name, inputs.grads, states.size());
   check_length("updates", inputs.updates, states.size());
   check_length("streams", inputs.streams, states.size());
   check_length("offsets", inputs.offsets, states.size());
+  if (inputs.grad_max) {
+    const std::vector<int64_t> counts = count_matrices(states);
+    const auto num = std::accumulate(counts.begin(), counts.end(), int64_t{0});
+    const at::Tensor& maxima = *inputs.grad_max;
+    if (maxima.numel() != num || maxima.scalar_type() != at::kDouble ||
+        maxima.device() != device_ || !maxima.is_contiguous()) {
+      fail("grad_max",
+           "float64 on " + device_.str() + ", one entry per matrix (" + std::to_string(num) + ")",
+           describe(maxima));
+    }
+  }
   for (size_t i = 0; i < states.size(); ++i) {
-    const at::Tensor exp_avg = StateReader(i, states[i]).tensor("exp_avg");
+    const StateReader state(i, states[i], device_);
+    const at::Tensor exp_avg = state.tensor("exp_avg");
     if (exp_avg.scalar_type() == at::kDouble) {
+      if (backend_ == Backend::kCuda) {
+        fail(state.name("exp_avg"), "float32 on a GPU", describe(exp_avg));
+      }
       append(wide, i, states[i], inputs, second_moment);
     } else {
       append(single, i, states[i], inputs, second_moment);
     }
   }
-  check_length("grad_max", inputs.grad_max, num_matrices_);
 }
 
 }  // namespace dykaf::bindings

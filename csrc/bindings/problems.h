@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/device.h"
 #include "dykaf/types.h"
 
 namespace dykaf::bindings {
@@ -16,10 +17,10 @@ using TensorList = std::vector<at::Tensor>;
 // What an operation hands over beside the states; what it does not use is left out. Lists have one
 // entry per state.
 struct Inputs {
-  std::optional<TensorList> params = {};   // any strides, in the parameter's dtype
-  std::optional<TensorList> grads = {};    // contiguous; of the parameters' dtype, if given, or T
-  std::optional<TensorList> updates = {};  // contiguous; of type T
-  std::optional<std::vector<double>> grad_max = {};  // one per matrix of each gradient
+  std::optional<TensorList> params = {};    // any strides, in the parameter's dtype
+  std::optional<TensorList> grads = {};     // contiguous; of the parameters' dtype, if given, or T
+  std::optional<TensorList> updates = {};   // contiguous; of type T
+  std::optional<at::Tensor> grad_max = {};  // float64, one per matrix of each gradient
   std::optional<std::vector<uint64_t>> streams = {};
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
   bool needs_factors = false;        // a parameter without factors is an error
@@ -38,7 +39,11 @@ class Problems {
   Problems(const std::vector<py::dict>& states, const Inputs& inputs, SecondMoment second_moment);
 
   ProblemList<float> single;
-  ProblemList<double> wide;
+  ProblemList<double> wide;  // empty on the CUDA backend
+
+  // Where all tensors are, but those that types.h places on the host.
+  const at::Device& device() const { return device_; }
+  Backend backend() const { return backend_; }
 
   // Calls body(ProblemList<T>&) for each element type that occurs.
   template <typename Body>
@@ -57,6 +62,8 @@ class Problems {
               SecondMoment second_moment);
   const at::Tensor& contiguous_param(const at::Tensor& param);
 
+  at::Device device_;
+  Backend backend_;
   TensorList params_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // contiguous copy, original
   size_t num_matrices_ = 0;
@@ -65,11 +72,15 @@ class Problems {
 // The number of matrices that each state holds.
 std::vector<int64_t> count_matrices(const std::vector<py::dict>& states);
 
-// max|G| per matrix: gradient i is cut into counts[i] equal parts. Not finite: NaN.
-std::vector<double> grad_max(const TensorList& grads, const std::vector<int64_t>& counts);
+// max|G| per matrix, float64 on the gradients' device: gradient i is cut into counts[i] equal
+// parts. Not finite: NaN.
+at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts);
 
 // From the group's dictionary; raises ValueError for a name that is missing or not known.
 Options parse_options(const py::dict& options);
+
+// Dtype, shape, device and layout, for messages.
+std::string describe(const at::Tensor& tensor);
 
 // Raises ValueError "name: expected ..., got ...".
 [[noreturn]] void fail(const std::string& name, const std::string& expected,

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/loops.h"
 #include "cpu/matrix.h"
@@ -211,17 +212,12 @@ void set_scaled_identity(T* factor, int64_t n) {
 // The best Kronecker approximation of g g^T: u u^T and v v^T of the top singular triple of G.
 template <typename T>
 bool set_rank_one_prior_(const Problem<T>& p, const T* H, double tau) {
-  try {
-    const auto [U, S, Vh] = at::linalg_svd(view(H, p.m, p.n), /*full_matrices=*/false);
-    const at::Tensor u = U.select(1, 0);
-    const at::Tensor v = Vh.select(0, 0);
-    view(p.L, p.m, p.m).copy_(at::outer(u, u));
-    view(p.R, p.n, p.n).copy_(at::outer(v, v));
-    set_rho(p, tau * S[0].template item<double>());
-    return true;
-  } catch (const c10::LinAlgError&) {
-    return false;
-  }
+  const std::optional<SingularTriple> top = top_singular_triple(view(H, p.m, p.n));
+  if (!top) return false;
+  view(p.L, p.m, p.m).copy_(at::outer(top->u, top->u));
+  view(p.R, p.n, p.n).copy_(at::outer(top->v, top->v));
+  set_rho(p, tau * top->sigma);
+  return true;
 }
 
 }  // namespace

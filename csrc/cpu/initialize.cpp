@@ -1,6 +1,7 @@
 // The first gradient of a matrix: factors, first bases, first refresh dates.
 #include <cmath>
 
+#include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
 #include "cpu/matrix.h"
@@ -9,35 +10,6 @@
 
 namespace dykaf::cpu {
 namespace {
-
-// Eigenvectors of the `rank` largest eigenvalues of the factor F [n, n], descending. All others are
-// equal, the identity prior's: H's part of F lives in the range of `gradient` [n, rank], so that a
-// Rayleigh-Ritz step in this range is exact.
-std::optional<at::Tensor> leading_eigenvectors(const at::Tensor& F, const at::Tensor& gradient) {
-  if (gradient.size(1) >= F.size(0)) return eigenvectors(F);
-  const at::Tensor range = signed_qr(gradient).Q;
-  const at::Tensor projected = range.t().mm(F).mm(range);
-  symmetrize_(projected);
-  const std::optional<at::Tensor> inner = eigenvectors(projected);
-  if (!inner) return std::nullopt;
-  return range.mm(*inner);
-}
-
-// The orthogonal matrix [vectors | completion] by unit vectors: unique and continuous in the
-// vectors' span, where an eigensolver's own choice among equal eigenvalues hangs on rounding.
-at::Tensor complete_basis(const at::Tensor& vectors) {
-  const int64_t n = vectors.size(0);
-  const int64_t rank = vectors.size(1);
-  if (rank == n) return vectors;
-  const at::Tensor units = at::eye(n, vectors.options()).slice(1, 0, n - rank);
-  return signed_qr(at::cat({vectors, units}, 1)).Q;
-}
-
-// The vector u of a factor u u^T.
-at::Tensor rank_one_vector(const at::Tensor& F) {
-  const at::Tensor column = F.select(1, F.diagonal().argmax().item<int64_t>());
-  return column.div(column.norm()).unsqueeze(1);
-}
 
 template <typename T>
 void first_basis_(const Problem<T>& p, const Options& options, const T* H, Side side) {

@@ -68,16 +68,12 @@ void triangular_symmetric_product(const at::Tensor& out, const at::Tensor& a, co
   mirror(out, [](auto, auto upper) { return upper; });
 }
 
-void symmetrize_(const at::Tensor& x) {
-  mirror(x, [](auto lower, auto upper) { return (lower + upper) / 2; });
-}
-
 QR signed_qr(const at::Tensor& a) {
   auto [Q, R] = at::linalg_qr(a);
-  const at::Tensor diagonal = R.diagonal();
+  const at::Tensor diagonal = R.diagonal(0, -2, -1);
   const at::Tensor signs =
       at::where(diagonal.lt(0), -at::ones_like(diagonal), at::ones_like(diagonal));
-  return {Q.mul_(signs), R.mul_(signs.unsqueeze(1))};
+  return {Q.mul_(signs.unsqueeze(-2)), R.mul_(signs.unsqueeze(-1))};
 }
 
 std::optional<at::Tensor> eigenvectors(const at::Tensor& a) {

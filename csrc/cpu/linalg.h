@@ -21,15 +21,13 @@ void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Ten
 // out = a b for a product known to be symmetric with a upper triangular; all [n, n].
 void triangular_symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
-// x <- (x + x^T) / 2, x [n, n].
-void symmetrize_(const at::Tensor& x);
-
 struct QR {
-  at::Tensor Q;  // [n, n], or [n, k] for a tall reduced input
+  at::Tensor Q;  // [..., n, n], or [..., n, k] for a tall reduced input
   at::Tensor R;  // upper triangular, diagonal >= 0
 };
 
-// Householder QR, signs fixed so that R's diagonal is not negative.
+// Householder QR of one matrix or a batch, on any device, signs fixed so that R's diagonal is not
+// negative.
 QR signed_qr(const at::Tensor& a);
 
 // Eigenvectors of symmetric a by descending eigenvalue, retried in float64; nothing if both fail.

@@ -1,4 +1,4 @@
-// The float32 matmul precision of the CPU, set while the object lives.
+// The float32 matmul precision of a backend of torch, set while the object lives.
 #pragma once
 
 #include <ATen/Context.h>
@@ -11,11 +11,13 @@ namespace dykaf::cpu {
 class MatmulPrecision {
  public:
   // "highest", "high" or "medium", as torch.set_float32_matmul_precision; nothing: torch's own.
-  // Only the setting that CPU products read is touched: the one for all backends refuses to be read
-  // when they differ.
-  explicit MatmulPrecision(const std::optional<std::string>& precision) {
+  // Only the setting that this backend's products read is touched: the one for all backends refuses
+  // to be read when they differ.
+  explicit MatmulPrecision(const std::optional<std::string>& precision,
+                           at::Float32Backend backend = at::Float32Backend::MKLDNN)
+      : backend_(backend) {
     if (!precision) return;
-    previous_ = at::globalContext().float32Precision(kBackend, kOp);
+    previous_ = at::globalContext().float32Precision(backend_, kOp);
     set(*precision == "highest" ? at::Float32Precision::IEEE
         : *precision == "high"  ? at::Float32Precision::TF32
                                 : at::Float32Precision::BF16);
@@ -27,13 +29,13 @@ class MatmulPrecision {
   MatmulPrecision& operator=(const MatmulPrecision&) = delete;
 
  private:
-  static constexpr auto kBackend = at::Float32Backend::MKLDNN;
   static constexpr auto kOp = at::Float32Op::MATMUL;
 
-  static void set(at::Float32Precision precision) {
-    at::globalContext().setFloat32Precision(kBackend, kOp, precision);
+  void set(at::Float32Precision precision) {
+    at::globalContext().setFloat32Precision(backend_, kOp, precision);
   }
 
+  at::Float32Backend backend_;
   std::optional<at::Float32Precision> previous_;
 };
 

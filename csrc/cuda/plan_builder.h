@@ -10,12 +10,12 @@ namespace dykaf::cuda {
 
 class PlanBuilder {
  public:
-  explicit PlanBuilder(void* workspace) : workspace_(static_cast<std::byte*>(workspace)) {}
+  explicit PlanBuilder(void* workspace) : workspace_(reinterpret_cast<uintptr_t>(workspace)) {}
 
   // `count` elements of scratch memory on the device, not initialised.
   template <typename T>
   T* take(int64_t count) {
-    std::byte* start = workspace_ + plan_.workspace_bytes;
+    const uintptr_t start = workspace_ + static_cast<uintptr_t>(plan_.workspace_bytes);
     plan_.workspace_bytes += round_up(count * static_cast<int64_t>(sizeof(T)));
     return reinterpret_cast<T*>(start);
   }
@@ -38,7 +38,7 @@ class PlanBuilder {
  private:
   static int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-  std::byte* workspace_;
+  uintptr_t workspace_;  // a number, since it may be null
   Plan plan_;
 };
 

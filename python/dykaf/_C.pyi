@@ -33,9 +33,12 @@ def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> 
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    grad_max: Sequence[float],
+    grad_max: Tensor,
     states: Sequence[State],
     streams: Sequence[int],
     offsets: Sequence[tuple[int, int]],
     options: StepOptions,
+    skip: Tensor | None = None,
+    amp_scale: Tensor | None = None,
+    lr: Tensor | None = None,
 ) -> None: ...

@@ -1,5 +1,6 @@
 """The operations of the optimizer, each over a list of parameters in one call.
 
+All tensors of a call are on one device, but for what :mod:`dykaf.state` keeps on the host.
 States are the dictionaries of :mod:`dykaf.state`; tensors named ``grads``, ``inputs`` or
 ``updates`` are contiguous, ``[batch, m, n]``, in the state's dtype unless said otherwise. All raise
 ``ValueError``, naming the tensor, what was expected and what came, before anything has changed.
@@ -106,6 +107,10 @@ def step_(
     streams: Sequence[int],
     offsets: Sequence[tuple[int, int]],
     options: StepOptions,
+    *,
+    skip: Tensor | None = None,
+    amp_scale: Tensor | None = None,
+    lr: Tensor | None = None,
 ) -> None:
     """The whole step of each parameter, in place: all of the above in their order.
 
@@ -117,5 +122,8 @@ def step_(
         streams: see :func:`apply_update_`.
         offsets: see :func:`initialize_`.
         options: the group's.
+        skip: on a GPU, int32 ``[1]``: where it is not 0 the step changes nothing.
+        amp_scale: on a GPU, float32 ``[1]``: gradients are divided by it.
+        lr: on a GPU, float32 ``[1]``: used in place of the option.
     """
-    _C.step_(params, grads, grad_max.tolist(), states, streams, offsets, options)
+    _C.step_(params, grads, grad_max, states, streams, offsets, options, skip, amp_scale, lr)

@@ -1,0 +1,82 @@
+#include "bindings/device.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <stdexcept>
+
+#include "bindings/problems.h"
+
+#if defined(DYKAF_WITH_CUDA) && !defined(DYKAF_SIMT)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace dykaf::bindings {
+
+Backend backend_of(const std::string& name, const at::Tensor& tensor) {
+#if defined(DYKAF_SIMT)
+  // The CUDA backend runs on the CPU.
+  if (tensor.device().is_cpu()) return Backend::kCuda;
+#else
+  if (tensor.device().is_cpu()) return Backend::kCpu;
+#endif
+#if defined(DYKAF_WITH_CUDA)
+  if (tensor.device().is_cuda()) return Backend::kCuda;
+  fail(name, "a dense tensor on the CPU or a GPU", describe(tensor));
+#else
+  fail(name, "a dense tensor on the CPU (this build has no other backend)", describe(tensor));
+#endif
+}
+
+at::Tensor device_view(const float* data, at::IntArrayRef shape, const at::Device& device) {
+  const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
+  return at::from_blob(const_cast<float*>(data), shape, options);
+}
+
+#if defined(DYKAF_WITH_CUDA)
+
+namespace {
+
+cuda::Stream current_stream([[maybe_unused]] const at::Device& device) {
+#if defined(DYKAF_SIMT)
+  return nullptr;
+#else
+  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+#endif
+}
+
+void check_launch(int error) {
+  if (error == 0) return;
+#if defined(DYKAF_SIMT)
+  throw std::runtime_error("launch error " + std::to_string(error));
+#else
+  throw std::runtime_error(std::string("CUDA launch: ") +
+                           cudaGetErrorString(static_cast<cudaError_t>(error)));
+#endif
+}
+
+// Through pinned memory, so that the copy does not wait; torch keeps the memory until it is done.
+at::Tensor copy_to_device(const std::vector<std::byte>& image, const at::Device& device) {
+  const auto size = static_cast<int64_t>(image.size());
+  at::Tensor host =
+      at::empty({size}, at::TensorOptions().dtype(at::kByte).pinned_memory(device.is_cuda()));
+  std::copy(image.begin(), image.end(), static_cast<std::byte*>(host.mutable_data_ptr()));
+  return host.to(device, /*non_blocking=*/true, /*copy=*/true);
+}
+
+}  // namespace
+
+void run_plan(const at::Device& device, const std::function<cuda::Plan(void*)>& make_plan) {
+  const c10::DeviceGuard guard(device);
+  const at::Tensor workspace = at::empty({make_plan(nullptr).workspace_bytes},
+                                         at::TensorOptions().dtype(at::kByte).device(device));
+  const cuda::Plan plan = make_plan(workspace.mutable_data_ptr());
+  const at::Tensor image = copy_to_device(plan.image, device);
+  check_launch(plan.run(image.const_data_ptr(), current_stream(device)));
+}
+
+#endif
+
+}  // namespace dykaf::bindings

@@ -1,0 +1,149 @@
+// The first gradient of matrices on a device: csrc/cpu/initialize.cpp has the mathematics. It waits
+// for the device, once per matrix in a training run.
+#include <ATen/ops/eye.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/outer.h>
+#include <ATen/ops/tensor.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <cmath>
+
+#include "bindings/device_ops.h"
+#include "cpu/first_basis.h"
+#include "cpu/linalg.h"
+#include "cpu/matmul_precision.h"
+#include "dykaf/schedule.h"
+
+#if defined(DYKAF_WITH_CUDA)
+
+namespace dykaf::bindings {
+namespace {
+
+// One matrix, as tensors.
+class FirstGradient {
+ public:
+  FirstGradient(const DeviceGroup& group, const Problem<float>& p, double grad_max,
+                double grad_scale)
+      : group_(group), p_(p) {
+    int exponent = 0;
+    if (std::isfinite(grad_max)) std::frexp(grad_max, &exponent);
+    const double unit = std::ldexp(1.0, exponent);
+    tau_ = unit * std::fabs(grad_scale);
+    const auto dtype = p.dtype == DType::kFloat32    ? at::kFloat
+                       : p.dtype == DType::kBFloat16 ? at::kBFloat16
+                                                     : at::kHalf;
+    const auto options = at::TensorOptions().dtype(dtype).device(group.device);
+    H_ = at::from_blob(const_cast<void*>(p.grad), {p.m, p.n}, options).to(at::kDouble);
+    H_ = H_.div_(std::copysign(unit, grad_scale)).to(at::kFloat);
+  }
+
+  void set_prior_() {
+    const bool two_sided = p_.L != nullptr && p_.R != nullptr;
+    if (group_.options.init == Init::kRankOne && two_sided && set_rank_one_prior_()) return;
+    if (p_.L != nullptr) set_scaled_identity_(p_.L, p_.m);
+    if (p_.R != nullptr) set_scaled_identity_(p_.R, p_.n);
+    const auto m = static_cast<double>(p_.m);
+    const auto n = static_cast<double>(p_.n);
+    const double beta = group_.options.factor_beta;
+    const double odds = beta > 0 ? (1 - beta) / beta : 0;
+    const double size = tau_ * H_.to(at::kDouble).norm().item<double>() * std::sqrt(odds);
+    if (two_sided && group_.options.integrator == Integrator::kDiagonal) {
+      set_rho(size / std::sqrt(n * std::sqrt(m)), size / std::sqrt(m * std::sqrt(n)));
+    } else {
+      const double rho = size / std::sqrt(std::sqrt(m * n));
+      set_rho(rho, rho);
+    }
+  }
+
+  void first_basis_(Side side) {
+    const bool left = side == Side::kLeft;
+    if ((left ? p_.L : p_.R) == nullptr) return;
+    const int64_t n = left ? p_.m : p_.n;
+    at::Tensor F = device_view(left ? p_.L : p_.R, {n, n}, group_.device);
+    at::Tensor Q = device_view(left ? p_.Q_L : p_.Q_R, {n, n}, group_.device);
+    // With init "rank_one" the splitting integrators keep the factors at rank one.
+    const bool rank_one = group_.options.init == Init::kRankOne && p_.L != nullptr &&
+                          p_.R != nullptr && group_.options.integrator != Integrator::kDiagonal;
+    const auto vectors = rank_one ? std::optional(cpu::rank_one_vector(F))
+                                  : cpu::leading_eigenvectors(F, left ? H_ : H_.t());
+    if (!vectors) {
+      Q.copy_(at::eye(n, Q.options()));
+      const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
+      at::from_blob(p_.refresh_fallbacks, {1}, options).add_(1);
+      return;
+    }
+    Q.copy_(cpu::complete_basis(*vectors));
+    const at::Tensor lower = Q.t().mm(F.mm(Q)).tril();
+    F.copy_(lower.add(lower.tril(-1).t()));
+  }
+
+ private:
+  void set_scaled_identity_(float* factor, int64_t n) {
+    at::Tensor F = device_view(factor, {n, n}, group_.device);
+    F.copy_(at::eye(n, F.options()).div_(std::sqrt(static_cast<double>(n))));
+  }
+
+  bool set_rank_one_prior_() {
+    const auto top = cpu::top_singular_triple(H_);
+    if (!top) return false;
+    device_view(p_.L, {p_.m, p_.m}, group_.device).copy_(at::outer(top->u, top->u));
+    device_view(p_.R, {p_.n, p_.n}, group_.device).copy_(at::outer(top->v, top->v));
+    set_rho(tau_ * top->sigma, tau_ * top->sigma);
+    return true;
+  }
+
+  void set_rho(double left, double right) {
+    const auto options = at::TensorOptions().dtype(at::kDouble).device(group_.device);
+    at::Tensor rho = at::from_blob(p_.rho, {2}, options);
+    rho[0].fill_(left);
+    rho[1].fill_(right);
+  }
+
+  const DeviceGroup& group_;
+  const Problem<float>& p_;
+  double tau_;    // grad_scale gradient = tau H
+  at::Tensor H_;  // [m, n], the gradient over a power of two of its size
+};
+
+}  // namespace
+
+void initialize_on_device_(const DeviceGroup& group) {
+  const c10::DeviceGuard guard(group.device);
+  if (group.skip && group.skip->item<int32_t>() != 0) return;
+  const auto backend =
+      group.device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
+  const cpu::MatmulPrecision precision("highest", backend);
+  const double amp_scale = group.amp_scale ? group.amp_scale->item<double>() : 1.0;
+  const at::Tensor maxima = group.grad_max->to(at::kCPU);
+
+  std::vector<Problem<float>> problems;
+  std::vector<FirstGradient> gradients;
+  std::vector<int64_t> indices;
+  for (int64_t i = 0; i < maxima.numel(); ++i) {
+    const double grad_max = maxima.const_data_ptr<double>()[i];
+    if (grad_max == 0) continue;
+    indices.push_back(i);
+    gradients.emplace_back(group, group.problems[static_cast<size_t>(i)], grad_max,
+                           group.options.grad_scale / amp_scale);
+    gradients.back().set_prior_();
+  }
+  if (indices.empty()) return;
+  for (int64_t i : indices) problems.push_back(group.problems[static_cast<size_t>(i)]);
+  DeviceGroup started{problems, group.options, group.device, cuda::MatmulPrecision::kHighest};
+  started.amp_scale = group.amp_scale;
+  started.grad_max = group.grad_max->index_select(0, at::tensor(indices).to(group.device));
+  factor_update_on_device_(started);
+
+  for (size_t i = 0; i < problems.size(); ++i) {
+    for (const Side side : {Side::kLeft, Side::kRight}) {
+      const auto s = static_cast<size_t>(side);
+      gradients[i].first_basis_(side);
+      problems[i].next_refresh[s] = next_refresh(0, group.options, problems[i].refresh_offset[s]);
+    }
+  }
+}
+
+}  // namespace dykaf::bindings
+
+#endif

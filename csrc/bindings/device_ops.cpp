@@ -1,0 +1,159 @@
+#include "bindings/device_ops.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+
+#include "dykaf/schedule.h"
+
+#if defined(DYKAF_WITH_CUDA)
+
+namespace dykaf::bindings {
+namespace {
+
+// The scratch memory of one pass over a group; a group that needs more goes in several passes, each
+// with enough work to fill a GPU.
+constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 29;
+
+template <typename T>
+const T* pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+cuda::DeviceInputs inputs_of(const DeviceGroup& group) {
+  return {.grad_max = pointer<double>(group.grad_max),
+          .skip = pointer<int32_t>(group.skip),
+          .amp_scale = pointer<float>(group.amp_scale),
+          .lr = pointer<float>(group.lr)};
+}
+
+// What a step of the matrix takes: three arrays of its size and an increment per factor.
+int64_t workspace_bytes(const Problem<float>& p) {
+  if (p.is_unsided()) return 0;
+  const int64_t factors = (p.L != nullptr ? p.m * p.m : 0) + (p.R != nullptr ? p.n * p.n : 0);
+  return static_cast<int64_t>(sizeof(float)) * (3 * p.size() + factors);
+}
+
+// The matrices `indices` of the group, as a group of their own over `problems`.
+DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indices,
+                     std::vector<Problem<float>>& problems) {
+  problems.clear();
+  for (int64_t i : indices) problems.push_back(group.problems[static_cast<size_t>(i)]);
+  DeviceGroup part{problems, group.options, group.device, group.precision};
+  part.skip = group.skip;
+  part.amp_scale = group.amp_scale;
+  part.lr = group.lr;
+  if (group.grad_max) {
+    const bool all = indices.size() == group.problems.size();
+    part.grad_max =
+        all ? *group.grad_max
+            : group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
+  }
+  return part;
+}
+
+void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+  std::vector<Problem<float>> problems;
+  for (size_t begin = 0; begin < indices.size();) {
+    int64_t bytes = 0;
+    size_t end = begin;
+    while (end < indices.size()) {
+      bytes += workspace_bytes(group.problems[static_cast<size_t>(indices[end])]);
+      if (end > begin && bytes > kMaxWorkspaceBytes) break;
+      ++end;
+    }
+    const std::vector<int64_t> pass(indices.begin() + begin, indices.begin() + end);
+    const DeviceGroup part = subgroup(group, pass, problems);
+    run_plan(group.device, [&](void* workspace) {
+      return cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision,
+                             workspace);
+    });
+    begin = end;
+  }
+}
+
+// The step that the schedule counts, after this one.
+int64_t advance_schedule(const Problem<float>& p) {
+  if (p.schedule_step == nullptr) return static_cast<int64_t>(*p.step);
+  return *p.schedule_step += 1;
+}
+
+void refresh_due_(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+  std::vector<int64_t> due[2];
+  for (int64_t i : indices) {
+    const Problem<float>& p = group.problems[static_cast<size_t>(i)];
+    if (p.is_unsided()) continue;
+    const int64_t t = advance_schedule(p);
+    for (const Side side : {Side::kLeft, Side::kRight}) {
+      const auto s = static_cast<size_t>(side);
+      const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;
+      if (!has_factor || t < p.next_refresh[s]) continue;
+      due[s].push_back(i);
+      p.next_refresh[s] = next_refresh(t, group.options, p.refresh_offset[s]);
+    }
+  }
+  std::vector<Problem<float>> problems;
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    const auto& sides_due = due[static_cast<size_t>(side)];
+    if (!sides_due.empty()) refresh_basis_on_device_(subgroup(group, sides_due, problems), side);
+  }
+}
+
+// Refresh dates are at least 1 once there are bases.
+bool awaits_first_gradient(const Problem<float>& p) {
+  return !p.is_unsided() && p.next_refresh[0] == 0 && p.next_refresh[1] == 0;
+}
+
+}  // namespace
+
+at::Tensor grad_max_on_device(std::span<const Gradient> gradients, const at::Device& device) {
+  const at::Tensor maxima = at::empty({static_cast<int64_t>(gradients.size())},
+                                      at::TensorOptions().dtype(at::kDouble).device(device));
+  run_plan(device, [&](void* workspace) {
+    return cuda::plan_grad_max(gradients, maxima.mutable_data_ptr<double>(), workspace);
+  });
+  return maxima;
+}
+
+void rotate_on_device(const DeviceGroup& group, Rotation rotation, const float* const* inputs,
+                      float* const* outputs) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_rotate(group.problems, rotation, inputs, outputs, group.precision, workspace);
+  });
+}
+
+void adam_update_on_device_(const DeviceGroup& group, float* const* updates) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_adam_update(group.problems, group.options, inputs_of(group), updates,
+                                  workspace);
+  });
+}
+
+void apply_update_on_device_(const DeviceGroup& group, const float* const* updates) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_apply_update(group.problems, group.options, inputs_of(group), updates,
+                                   workspace);
+  });
+}
+
+void factor_update_on_device_(const DeviceGroup& group) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_factor_update(group.problems, group.options, inputs_of(group),
+                                    group.precision, workspace);
+  });
+}
+
+void step_on_device_(const DeviceGroup& group) {
+  std::vector<int64_t> fresh;
+  std::vector<int64_t> running;
+  for (size_t i = 0; i < group.problems.size(); ++i) {
+    (awaits_first_gradient(group.problems[i]) ? fresh : running).push_back(static_cast<int64_t>(i));
+  }
+  plain_step_(group, running);
+  refresh_due_(group, running);
+  std::vector<Problem<float>> problems;
+  if (!fresh.empty()) initialize_on_device_(subgroup(group, fresh, problems));
+}
+
+}  // namespace dykaf::bindings
+
+#endif

@@ -1,0 +1,166 @@
+// One power iteration with orthonormalisation on a device, batched over bases of one size and
+// without waiting for the device: csrc/cpu/refresh_basis.cpp has the mathematics.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <map>
+
+#include "bindings/device_ops.h"
+#include "cpu/linalg.h"
+#include "cpu/matmul_precision.h"
+
+#if defined(DYKAF_WITH_CUDA)
+
+namespace dykaf::bindings {
+namespace {
+
+// As on the CPU.
+constexpr int64_t kRefreshesPerCorrection = 32;
+// Bases of one batch, by memory: a batch takes a few arrays of this many entries.
+constexpr int64_t kMaxBatchEntries = int64_t{1} << 25;
+
+// The bases of one side and size, [b, n, n] each.
+class RefreshBatch {
+ public:
+  RefreshBatch(const DeviceGroup& group, Side side, std::vector<const Problem<float>*> problems)
+      : group_(group), left_(side == Side::kLeft), side_(side), problems_(std::move(problems)) {}
+
+  void run() {
+    const int64_t n = size_of(*problems_[0]);
+    std::vector<at::Tensor> factors;
+    std::vector<at::Tensor> bases;
+    for (const auto* p : problems_) {
+      factors.push_back(device_view(left_ ? p->L : p->R, {n, n}, group_.device));
+      bases.push_back(device_view(left_ ? p->Q_L : p->Q_R, {n, n}, group_.device));
+    }
+    const at::Tensor F = at::stack(factors);
+    const auto [old_diagonal, sorting] = at::sort(F.diagonal(0, 1, 2), /*stable=*/true, /*dim=*/1,
+                                                  /*descending=*/true);
+    auto [P, S] = cpu::signed_qr(F.gather(2, sorting.unsqueeze(1).expand({-1, n, n})));
+    const at::Tensor finite = at::isfinite(P).all(2).all(1);
+    const at::Tensor moves = may_move(finite);
+    count_failures(finite);
+
+    // Where a basis must stay, P = I and nothing is sorted.
+    const at::Tensor stays = moves.logical_not().unsqueeze(1);
+    const at::Tensor order =
+        at::where(stays, at::arange(n, sorting.options()).unsqueeze(0), sorting);
+    P = at::where(stays.unsqueeze(2), at::eye(n, P.options()).unsqueeze(0), P);
+    const at::Tensor upper = at::bmm(S, P.gather(1, order.unsqueeze(2).expand({-1, n, n}))).triu();
+    const at::Tensor symmetric = upper.add(upper.triu(1).transpose(1, 2));
+    const at::Tensor new_F = at::where(stays.unsqueeze(2), F, symmetric);
+    const at::Tensor new_Q = at::bmm(at::stack(bases), P);
+    const at::Tensor growth =
+        at::where(stays, at::ones_like(old_diagonal), growth_of(old_diagonal, new_F));
+
+    for (size_t i = 0; i < problems_.size(); ++i) {
+      const auto b = static_cast<int64_t>(i);
+      factors[i].copy_(new_F[b]);
+      bases[i].copy_(corrected(*problems_[i], new_Q[b]));
+      move_momentum(*problems_[i], P[b]);
+      move_second_moment(*problems_[i], order[b], growth[b]);
+    }
+  }
+
+ private:
+  int64_t size_of(const Problem<float>& p) const { return left_ ? p.m : p.n; }
+
+  at::Tensor may_move(const at::Tensor& finite) const {
+    return group_.skip ? finite.logical_and(group_.skip->eq(0)) : finite;
+  }
+
+  void count_failures(const at::Tensor& finite) const {
+    at::Tensor failed = finite.logical_not();
+    if (group_.skip) failed = failed.logical_and(group_.skip->eq(0));
+    for (size_t i = 0; i < problems_.size(); ++i) {
+      const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
+      at::from_blob(problems_[i]->refresh_fallbacks, {1}, options)
+          .add_(failed[static_cast<int64_t>(i)]);
+      problems_[i]->refreshes[static_cast<size_t>(side_)] += 1;
+    }
+  }
+
+  // clamp(new_i / old_i, 0.1, 10), or 1 without rescaling or where the old entry is 0.
+  at::Tensor growth_of(const at::Tensor& old_diagonal, const at::Tensor& new_F) const {
+    if (!group_.options.rescale_exp_avg_sq) return at::ones_like(old_diagonal);
+    const at::Tensor ratio = new_F.diagonal(0, 1, 2).div(old_diagonal).clamp(0.1, 10.0);
+    return at::where(old_diagonal.gt(0), ratio, at::ones_like(ratio));
+  }
+
+  // Now and then one Newton-Schulz step: Q (3 I - Q^T Q) / 2.
+  at::Tensor corrected(const Problem<float>& p, const at::Tensor& Q) const {
+    if (p.refreshes[static_cast<size_t>(side_)] % kRefreshesPerCorrection != 0) return Q;
+    return Q.mul(1.5).sub(Q.mm(Q.t().mm(Q)), 0.5);
+  }
+
+  void move_momentum(const Problem<float>& p, const at::Tensor& P) const {
+    at::Tensor exp_avg = device_view(p.exp_avg, {p.m, p.n}, group_.device);
+    exp_avg.copy_(left_ ? P.t().mm(exp_avg) : exp_avg.mm(P));
+  }
+
+  void move_second_moment(const Problem<float>& p, const at::Tensor& order,
+                          const at::Tensor& growth) const {
+    if (p.exp_avg_sq != nullptr) {
+      at::Tensor v = device_view(p.exp_avg_sq, {p.m, p.n}, group_.device);
+      v.copy_(v.index_select(left_ ? 0 : 1, order).mul_(growth.unsqueeze(left_ ? 1 : 0)));
+      return;
+    }
+    at::Tensor vector =
+        device_view(left_ ? p.exp_avg_sq_row : p.exp_avg_sq_col, {size_of(p)}, group_.device);
+    const at::Tensor old = vector.index_select(0, order).to(at::kDouble);
+    const at::Tensor moved = old.mul(growth);
+    if (group_.options.second_moment == SecondMoment::kRankOne) {
+      const auto options = at::TensorOptions().dtype(at::kDouble).device(group_.device);
+      const at::Tensor norm = moved.norm();
+      const at::Tensor divisor = at::where(norm.gt(0), norm, at::ones_like(norm));
+      at::from_blob(p.exp_avg_sq_scale, {1}, options).mul_(divisor.sqrt());
+      vector.copy_(moved.div(divisor));
+      return;
+    }
+    // Both means move alike, for the mean of the row vector divides row_i col_j.
+    const at::Tensor total = old.sum();
+    const at::Tensor ratio = at::where(total.gt(0), moved.sum().div(total), at::ones_like(total));
+    vector.copy_(moved);
+    device_view(left_ ? p.exp_avg_sq_col : p.exp_avg_sq_row, {left_ ? p.n : p.m}, group_.device)
+        .mul_(ratio.to(at::kFloat));
+  }
+
+  const DeviceGroup& group_;
+  bool left_;
+  Side side_;
+  std::vector<const Problem<float>*> problems_;
+};
+
+}  // namespace
+
+void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
+  const c10::DeviceGuard guard(group.device);
+  // Rounding here would turn the bases away from orthogonality for good.
+  const auto backend =
+      group.device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
+  const cpu::MatmulPrecision precision("highest", backend);
+  std::map<int64_t, std::vector<const Problem<float>*>> by_size;
+  for (const Problem<float>& p : group.problems) {
+    const bool left = side == Side::kLeft;
+    if ((left ? p.L : p.R) == nullptr) continue;
+    const int64_t n = left ? p.m : p.n;
+    auto& batch = by_size[n];
+    batch.push_back(&p);
+    if (static_cast<int64_t>(batch.size()) * n * n >= kMaxBatchEntries) {
+      RefreshBatch(group, side, std::move(batch)).run();
+      by_size.erase(n);
+    }
+  }
+  for (const auto& [n, batch] : by_size) RefreshBatch(group, side, batch).run();
+}
+
+}  // namespace dykaf::bindings
+
+#endif
