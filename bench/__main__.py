@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.machine import default_size, machine
-from bench.report import BenchError, Report
+from bench.report import INSTALL, BenchError, Report
 from bench.shapes import SHAPE_SETS, SIZES
 
 COMMANDS = {
@@ -21,8 +21,8 @@ COMMANDS = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser with one subparser per command."""
+def make_parser(selected: str | None) -> argparse.ArgumentParser:
+    """The parser; only the selected command imports what it needs and has all its arguments."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of dykaf.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
@@ -40,7 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--sets", nargs="+", choices=SHAPE_SETS, default=list(SHAPE_SETS), metavar="SET"
             )
-        importlib.import_module(f"bench.{name}").add_arguments(command)
+        if name == selected:
+            importlib.import_module(f"bench.{name}").add_arguments(command)
     return parser
 
 
@@ -61,7 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0; 2 if it cannot run; 130 after Ctrl-C.
     """
-    parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parser = make_parser(arguments[0] if arguments else None)
+    except ImportError as error:
+        print(f"python -m bench: {error}; {INSTALL} installs what it needs", file=sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads: expected a positive integer, got {options.threads}")
@@ -70,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     options.size = options.size or default_size(options.device)
-    command = "python -m bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    command = "python -m bench " + " ".join(arguments)
     report = Report(command, machine(options.device), {"size": options.size})
     try:
         check_outputs(options)
@@ -86,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         report.write_json(options.json)
     if options.csv is not None:
         report.write_csv(options.csv)
+    if getattr(options, "png", None) is not None and report.records:
+        importlib.import_module("bench.plots").DRAW[options.command](report.records, options.png)
     return 130 if report.interrupted else 0
 
 

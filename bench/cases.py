@@ -50,7 +50,7 @@ class Inputs:
         states = {shape: self._state(shape, draw) for shape in dict.fromkeys(workload.shapes)}
         self.states = [clone(states[shape]) for shape in workload.shapes]
         self.saved = ([p.clone() for p in self.params], [clone(state) for state in self.states])
-        self.counts = [x.count for x in workload.matrices()]
+        self.counts = [x.num_matrices for x in workload.matrices()]
         self.streams = list(range(len(self.params)))
         self.offsets = [(0, 0)] * len(self.params)
 
@@ -189,7 +189,7 @@ TOLERANCE = 1e-4
 
 def invariants(x: Inputs, output: object) -> dict[str, Tensor]:
     """Everything a call may change, in original coordinates where bases may differ in sign."""
-    found = {}
+    found: dict[str, Tensor] = {}
     if isinstance(output, Tensor):
         output = [output]
     if isinstance(output, list):

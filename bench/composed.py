@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def norm(x: Tensor) -> Tensor:
     """Frobenius norms, [..., 1, 1]."""
-    return torch.linalg.matrix_norm(x, keepdim=True)
+    size: Tensor = torch.linalg.matrix_norm(x, keepdim=True)
+    return size
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:

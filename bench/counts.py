@@ -147,5 +147,5 @@ def total(count: Callable[[Matrix], Count], matrices: Iterable[Matrix]) -> Count
     result = Count(0, 0)
     for x in matrices:
         one = count(x)
-        result += Count(x.count * one.flops, x.count * one.bytes)
+        result += Count(x.num_matrices * one.flops, x.num_matrices * one.bytes)
     return result

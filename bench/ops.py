@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import math
 import statistics
 import sys
@@ -48,7 +49,7 @@ def expected_seconds(case: Case, count: Count, peaks: Peaks, precision: str) -> 
 
 def needed_bytes(workload: Workload) -> float:
     numbers = sum(
-        x.count * (5 * x.m * x.n + 2 * (x.left * x.m**2 + x.right * x.n**2))
+        x.num_matrices * (5 * x.m * x.n + 2 * (x.left * x.m**2 + x.right * x.n**2))
         for x in workload.matrices()
     )
     return COPIES * 4 * numbers
@@ -196,6 +197,7 @@ def measure_set(
                 report.records.append(record(case, x, options.seconds, peaks))
                 progress.update()
             del x  # the next one needs the memory
+            gc.collect()
     finally:
         tqdm.write(f"\n### {workload.name}, {options.size}: {workload.description}\n")
         tqdm.write(workload.describe_shapes() + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.report import BenchError
+from bench.report import INSTALL, BenchError
 from bench.shapes import Matrix, Workload
 from bench.textbook import TextbookDyKAF
 from bench.textbook_soap import TextbookSOAP
@@ -23,7 +22,6 @@ Parameters = list[torch.nn.Parameter]
 PRECONDITION_FREQUENCY = 10
 LR, BETAS, WEIGHT_DECAY = 3e-3, (0.95, 0.95), 0.01
 COMMON = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
-INSTALL = "pip install --no-build-isolation '.[bench]'"
 
 
 @dataclass(frozen=True)
@@ -153,9 +151,12 @@ MUON_ITERATIONS = 5
 def missing(name: str) -> str | None:
     """Why an optimizer cannot run, in one line; None if it can."""
     module = SPECS[name].module
-    if module is None or importlib.util.find_spec(module) is not None:
-        return None
-    return f"{name}: left out, {module} is not installed ({INSTALL})"
+    try:
+        if module is not None:
+            importlib.import_module(module)
+    except ImportError as error:
+        return f"{name}: left out, {error} ({INSTALL})"
+    return None
 
 
 def installed(names: list[str], note: Callable[[str], None]) -> list[str]:
@@ -169,7 +170,7 @@ def installed(names: list[str], note: Callable[[str], None]) -> list[str]:
         note(reason)
     found = [name for name, reason in reasons.items() if reason is None]
     if not found:
-        raise BenchError("none of these optimizers is installed")
+        raise BenchError("none of these optimizers can be imported")
     return found
 
 
@@ -195,7 +196,7 @@ def expected_seconds(
     seconds = 0.0
     for x in workload.matrices():
         plain = step_flops(name, x) / flops + 8 * 4 * x.m * x.n / bandwidth
-        seconds += x.count * (num_rounds * plain + (refreshes + first) * cubes(x) / flops)
+        seconds += x.num_matrices * (num_rounds * plain + (refreshes + first) * cubes(x) / flops)
     return seconds
 
 
@@ -203,7 +204,7 @@ def expected_bytes(name: str, workload: Workload) -> float:
     """Parameters, state and the temporaries of a step, roughly; gradients are shared."""
     factors = 1 if SPECS[name].refresh else 0
     floats = sum(
-        x.count * (3 * x.m * x.n + 2 * factors * (x.m**2 * x.left + x.n**2 * x.right))
+        x.num_matrices * (3 * x.m * x.n + 2 * factors * (x.m**2 * x.left + x.n**2 * x.right))
         for x in workload.matrices()
     )
     largest = max(x.m * x.n + factors * (x.m**2 + x.n**2) for x in workload.matrices())

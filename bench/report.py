@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+INSTALL = "pip install --no-build-isolation '.[bench]'"
 
 
 class BenchError(Exception):

@@ -20,7 +20,7 @@ class Matrix(NamedTuple):
     n: int
     left: bool
     right: bool
-    count: int
+    num_matrices: int
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,8 +32,9 @@ from bench.shapes import SHAPE_SETS, Workload
 from bench.timing import Summary, paired_ratio, peak_allocation, seconds, summarise
 
 # The first gradient (factors and first bases), then a whole period, so that everything that is
-# compiled or allocated once is there; its steps tell the peak memory.
-NUM_WARMUP_ROUNDS = 1 + PRECONDITION_FREQUENCY
+# compiled or allocated once is there. Allocations are counted over these steps and not later: only
+# a profile that sees a tensor made knows its size when it is freed.
+NUM_WARMUP_STEPS = 1 + PRECONDITION_FREQUENCY
 NUM_GRADIENTS = 2  # cycled, so that no optimizer meets the same gradient twice in a row
 
 
@@ -81,7 +84,6 @@ class SetRun:
         self.first_step: dict[str, float] = {}
         self.peak_bytes = dict.fromkeys(names, 0)
         self.times: dict[str, list[float]] = {name: [] for name in names}
-        self.num_rounds = 0
 
     @staticmethod
     def _split(name: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -90,27 +92,27 @@ class SetRun:
             return tensors
         return [matrix for t in tensors for matrix in (t.unbind() if t.ndim > 2 else (t,))]
 
-    def _step(self, name: str) -> None:
-        gradients = self._split(name, self.gradients[self.num_rounds % NUM_GRADIENTS])
+    def _step(self, name: str, step_idx: int) -> float:
+        gradients = self._split(name, self.gradients[step_idx % NUM_GRADIENTS])
         for parameter, gradient in zip(self.parameters[name], gradients, strict=True):
             parameter.grad = gradient
-        step = self.optimizers[name].step
-        if self.num_rounds == 0:
-            self.first_step[name] = seconds(step, self.device)
-        elif self.num_rounds < NUM_WARMUP_ROUNDS:
-            peak = peak_allocation(step, self.device)
-            self.peak_bytes[name] = max(self.peak_bytes[name], peak)
-        else:
-            self.times[name].append(seconds(step, self.device))
+        return seconds(self.optimizers[name].step, self.device)
+
+    def _warm_up(self, name: str) -> None:
+        self.first_step[name] = self._step(name, 0)
+        for step_idx in range(1, NUM_WARMUP_STEPS):
+            self._step(name, step_idx)
 
     def run(self, num_steps: int, tick: Callable[[], object]) -> None:
         """Warm up, then take `num_steps` rounds of one step per optimizer."""
         names = list(self.optimizers)
-        for round_idx in range(NUM_WARMUP_ROUNDS + num_steps):
+        for name in names:
+            self.peak_bytes[name] = peak_allocation(partial(self._warm_up, name), self.device)
+            tick()
+        for round_idx in range(num_steps):
             shift = round_idx % len(names)  # nobody always runs after the same neighbour
             for name in names[shift:] + names[:shift]:
-                self._step(name)
-            self.num_rounds += 1
+                self.times[name].append(self._step(name, NUM_WARMUP_STEPS + round_idx))
             tick()
 
     def records(self) -> list[Record]:
@@ -139,7 +141,7 @@ class SetRun:
             "worst_over_median": summary.worst / summary.median,
             "first_step": self.first_step[name],
             "ratio": ratios,
-            "peak_temporary_bytes": self.peak_bytes[name],
+            "peak_bytes": self.peak_bytes[name],
             "state_bytes": state_bytes(self.optimizers[name]),
             "times": times,
         }
@@ -168,15 +170,19 @@ COLUMNS: Columns = {
     "worst / median": lambda row: f"{row['worst_over_median']:.2f}",
     **{f"/ {baseline}": format_ratio(baseline) for baseline in BASELINES},
     "first step ms": lambda row: f"{1e3 * row['first_step']:.1f}",
-    "temporaries MiB": lambda row: mebibytes(row["peak_temporary_bytes"]),
+    "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
     "state MiB": lambda row: mebibytes(row["state_bytes"]["total"]),
 }
+
+
+def kind_column(kind: str) -> Callable[[Record], str]:
+    return lambda row: mebibytes(row["state_bytes"][kind])
+
+
+KINDS = ("exp_avg", "exp_avg_sq", "factors", "bases", "other", "total")
 KIND_COLUMNS: Columns = {
     "optimizer": lambda row: row["optimizer"],
-    **{
-        f"{kind} MiB": lambda row, kind=kind: mebibytes(row["state_bytes"][kind])  # type: ignore
-        for kind in ("exp_avg", "exp_avg_sq", "factors", "bases", "other", "total")
-    },
+    **{f"{kind} MiB": kind_column(kind) for kind in KINDS},
 }
 
 
@@ -203,13 +209,13 @@ def make_plan(
         num_steps = math.ceil(steps / PRECONDITION_FREQUENCY) * PRECONDITION_FREQUENCY
         plan.append((workload, num_steps))
         of_set = sum(
-            expected_seconds(optimizer, workload, NUM_WARMUP_ROUNDS + num_steps, *rates)
+            expected_seconds(optimizer, workload, NUM_WARMUP_STEPS + num_steps, *rates)
             for optimizer in names
         )
         expected += of_set
         print(
-            f"- {name}: {workload.describe_shapes()}: {NUM_WARMUP_ROUNDS} warm-up and "
-            f"{num_steps} measured rounds, {of_set / 60:.1f} min"
+            f"- {name}: {workload.describe_shapes()}: {NUM_WARMUP_STEPS} warm-up and "
+            f"{num_steps} measured steps, {of_set / 60:.1f} min"
         )
     print(f"In all about {expected / 60:.1f} min. Ctrl-C prints what is there.", flush=True)
     return plan
@@ -223,8 +229,8 @@ def run(options: argparse.Namespace, report: Report) -> None:
     report.settings |= {"precision": options.precision, "period": PRECONDITION_FREQUENCY}
     with matmul_precision(options.precision):
         plan = make_plan(options, names, report)
-        num_rounds = sum(NUM_WARMUP_ROUNDS + num_steps for _, num_steps in plan)
-        with tqdm(total=num_rounds, disable=None, unit="round", leave=False) as progress:
+        num_ticks = sum(len(names) + num_steps for _, num_steps in plan)
+        with tqdm(total=num_ticks, disable=None, leave=False) as progress:
             for workload, num_steps in plan:
                 progress.set_description(workload.name)
                 set_run = SetRun(workload, names, options.device)
@@ -239,7 +245,4 @@ def run(options: argparse.Namespace, report: Report) -> None:
                     if records:
                         print_table(KIND_COLUMNS, records)
                 del set_run  # the next set needs the memory
-    if options.png is not None:
-        from bench.plots import draw_steps
-
-        draw_steps(report.records, options.png)
+                gc.collect()

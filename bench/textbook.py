@@ -158,7 +158,8 @@ def rotate_back(X: Tensor, state: dict[str, Any]) -> Tensor:
 
 def descending_eigenvectors(factor: Tensor) -> Tensor:
     """Eigenvectors, largest eigenvalue first."""
-    return torch.linalg.eigh(factor).eigenvectors.flip(1)
+    eigenvectors: Tensor = torch.linalg.eigh(factor).eigenvectors
+    return eigenvectors.flip(1)
 
 
 def refresh_bases(state: dict[str, Any]) -> None:

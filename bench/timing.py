@@ -55,9 +55,7 @@ class Ratio:
         return f"{self.median:.3f} [{self.p10:.3f}-{self.p90:.3f}]"
 
 
-def paired_ratio(
-    times: Sequence[float], baseline: Sequence[float], block: int = 1
-) -> Ratio | None:
+def paired_ratio(times: Sequence[float], baseline: Sequence[float], block: int = 1) -> Ratio | None:
     """The ratio of two things timed in turn, taken over blocks of consecutive rounds.
 
     Args:
@@ -84,8 +82,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds of one call; the garbage collector runs before, not during it."""
-    gc.collect()
+    """Wall-clock seconds of one call; the garbage collector has its turns between calls."""
     gc.disable()
     try:
         synchronize(device)
