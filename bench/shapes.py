@@ -8,8 +8,8 @@ from typing import NamedTuple
 Shape = tuple[int, ...]  # (rows, columns), or (matrices, rows, columns) for a stack
 
 MAX_PRECOND_DIM = 10000  # DyKAF's default
-KEPT_SIDE = 64  # ranks, experts and narrow channels keep their size when a set is scaled down
-TINY_SIDE = 16  # the longest side of the size "tiny" is below twice this
+KEPT_SIDE = 64  # ranks, experts and narrow channels stay when a set is scaled down
+TINY_SIDE = 16  # about the longest side of the size "tiny"
 SIZES = ("full", "small", "tiny")
 
 
@@ -86,8 +86,8 @@ class ShapeSet:
 
 def scaled(shape: Shape, divisor: int, size: str) -> Shape:
     """Divide the sides; in the size "tiny" the short ones and the stacks too."""
-    kept = 0 if size == "tiny" else KEPT_SIDE
-    return tuple(side if side <= kept else max(side // divisor, 2) for side in shape)
+    kept = 2 if size == "tiny" else KEPT_SIDE
+    return tuple(side if side <= kept else max(side // divisor, kept) for side in shape)
 
 
 def resnet50() -> tuple[Shape, ...]:
