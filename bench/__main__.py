@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = Report(command, machine(options.device), {"size": options.size})
     try:
         check_outputs(options)
-        print(report.machine_line())
+        print(report.machine_line(), flush=True)
         importlib.import_module(f"bench.{options.command}").run(options, report)
     except KeyboardInterrupt:
         report.interrupted = True

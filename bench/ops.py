@@ -26,7 +26,7 @@ PRECISIONS = ("highest", "high", "medium")
 # For the plan only: the share of the peak that operation and plain form reach on average, and that
 # decompositions slow down to.
 EXPECTED_FRACTION = 0.4
-DECOMPOSITION_FRACTION = 0.05
+DECOMPOSITION_FRACTION = 0.2
 DECOMPOSING = ("initialize_", "refresh_basis_")
 COPIES = 2.5  # of parameters and state: those that are changed, the saved ones, temporaries
 

@@ -438,3 +438,19 @@ def test_wrong_arguments_end_in_one_line(
     assert run(*arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m bench: --")
+
+
+def test_heavyball_compiles_only_where_the_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    heavyball = pytest.importorskip("heavyball")
+    modes: list[str] = []
+
+    def record(function: Callable[..., Any], mode: str, **options: Any) -> Callable[..., Any]:
+        modes.append(mode)
+        return function
+
+    monkeypatch.setattr(heavyball.utils.fusions, "compile", record)
+    grads = [grad.float() for grad in random_grads(4, 6, 3)]
+    trajectory(lambda params: optimizers.SPECS["soap-heavyball"].make(params, 100), grads)
+    assert modes == []
+    trajectory(lambda params: optimizers.SPECS["soap-heavyball-compiled"].make(params, 100), grads)
+    assert set(modes) == {"max-autotune-no-cudagraphs"}
