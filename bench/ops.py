@@ -17,7 +17,7 @@ from tqdm import tqdm
 from bench.cases import CASES, Case, Inputs, check_agreement
 from bench.counts import Count, total
 from bench.machine import Peaks, available_bytes, matmul_precision, measure_peaks
-from bench.report import Columns, Record, Report, print_table
+from bench.report import BenchError, Columns, Record, Report, print_table
 from bench.shapes import SHAPE_SETS, Workload
 from bench.timing import paired_ratio, seconds, summarise
 
@@ -140,8 +140,11 @@ def print_means(records: list[Record]) -> None:
 def run(options: argparse.Namespace, report: Report) -> None:
     """Run the subcommand; rows are in the report as soon as they are measured."""
     cases = [CASES[name] for name in options.ops]
-    for case in cases:
-        check_agreement(case, options.device)
+    try:
+        for case in cases:
+            check_agreement(case, options.device)
+    except (ArithmeticError, ValueError) as error:  # they differ; dykaf refuses the device
+        raise BenchError(str(error)) from error
     peaks = measure_peaks(options.device, options.precisions, tiny=options.size == "tiny")
     report.settings |= {"peak_flops": peaks.flops, "peak_bandwidth": peaks.bandwidth}
     print("Operations and their plain-torch forms agree. Peaks of this run:")

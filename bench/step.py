@@ -77,10 +77,12 @@ class SetRun:
             name: [torch.nn.Parameter(p.clone()) for p in self._split(name, start)]
             for name in names
         }
-        self.optimizers = {
-            name: SPECS[name].make(parameters, workload.max_precond_dim)
-            for name, parameters in self.parameters.items()
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, parameters in self.parameters.items():
+            try:
+                self.optimizers[name] = SPECS[name].make(parameters, workload.max_precond_dim)
+            except ValueError as error:  # such as a device that it does not support
+                raise BenchError(f"{name}: {error}") from error
         self.first_step: dict[str, float] = {}
         self.peak_bytes = dict.fromkeys(names, 0)
         self.times: dict[str, list[float]] = {name: [] for name in names}

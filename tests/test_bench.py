@@ -184,7 +184,9 @@ def test_operations_agree_with_plain_torch(name: str) -> None:
     cases.check_agreement(cases.CASES[name], "cpu")
 
 
-def test_a_wrong_plain_form_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_plain_form_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def off(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         return [1.01 * grad for grad in correct(grads, *arguments)]
 
@@ -192,6 +194,8 @@ def test_a_wrong_plain_form_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composed, "adam_update_", off)
     with pytest.raises(ArithmeticError, match=r"adam_update_.*differ in output 0"):
         cases.check_agreement(cases.CASES["adam_update_"], "cpu")
+    assert run("ops", "--ops", "adam_update_") == 2
+    assert "differ in output 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cases.CASES)
