@@ -19,7 +19,7 @@ from torch import Tensor
 class TextbookDyKAF(torch.optim.Optimizer):
     """DyKAF with the unconventional integrator, one matrix at a time.
 
-    Two-dimensional parameters are preconditioned on both sides, all others get AdamW.
+    Two-dimensional parameters are preconditioned, all others get AdamW.
 
     Args:
         params: parameters or parameter groups.
@@ -28,6 +28,7 @@ class TextbookDyKAF(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled weight decay, applied after the step.
         precondition_frequency: steps between two refreshes of the bases.
+        max_precond_dim: a longer side keeps the scaled identity as its factor, which is not stored.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TextbookDyKAF(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -46,6 +48,7 @@ class TextbookDyKAF(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
         }
         super().__init__(params, defaults)
 
@@ -72,30 +75,30 @@ class TextbookDyKAF(torch.optim.Optimizer):
     def _step_parameter(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         beta1, beta2 = group["betas"]
-        is_matrix = parameter.ndim == 2
+        is_matrix = parameter.ndim == 2 and min(parameter.shape) <= group["max_precond_dim"]
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
             if is_matrix:  # the first gradient only sets up the factors and their bases
-                init_factors(state, grad, beta2)
+                init_factors(state, grad, beta2, group["max_precond_dim"])
                 update_factors(state, grad, beta2)
-                state["Q_L"] = descending_eigenvectors(state["L"])
-                state["Q_R"] = descending_eigenvectors(state["R"])
+                for side in "LR":
+                    if side in state:
+                        state[f"Q_{side}"] = descending_eigenvectors(state[side])
                 return
         state["step"] += 1
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         exp_avg.lerp_(grad, 1 - beta1)
         projected, momentum = grad, exp_avg
         if is_matrix:
-            projected = state["Q_L"].T @ grad @ state["Q_R"]
-            momentum = state["Q_L"].T @ exp_avg @ state["Q_R"]
+            projected, momentum = rotate(grad, state), rotate(exp_avg, state)
         exp_avg_sq.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
         root_correction = math.sqrt(1 - beta2 ** state["step"])
         denominator = exp_avg_sq.sqrt().div_(root_correction).add_(group["eps"])
         update = denominator.reciprocal_().mul_(momentum)
         if is_matrix:
-            update = state["Q_L"] @ update @ state["Q_R"].T
+            update = rotate_back(update, state)
         parameter.add_(update, alpha=-group["lr"] / (1 - beta1 ** state["step"]))
         if group["weight_decay"] != 0:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -105,16 +108,21 @@ class TextbookDyKAF(torch.optim.Optimizer):
                 refresh_bases(state)
 
 
-def init_factors(state: dict[str, Any], grad: Tensor, beta: float) -> None:
+def init_factors(state: dict[str, Any], grad: Tensor, beta: float, max_precond_dim: int) -> None:
     """L = I / sqrt(m), R = I / sqrt(n); `scale` is the rho^2 of rho^2 L (x) R."""
     m, n = grad.shape
-    state["L"] = torch.eye(m, dtype=grad.dtype, device=grad.device) / math.sqrt(m)
-    state["R"] = torch.eye(n, dtype=grad.dtype, device=grad.device) / math.sqrt(n)
+    for name, side in (("L", m), ("R", n)):
+        if side <= max_precond_dim:
+            identity = torch.eye(side, dtype=grad.dtype, device=grad.device)
+            state[name] = identity / math.sqrt(side)
     state["scale"] = grad.square().sum() * ((1 - beta) / beta / math.sqrt(m * n))
 
 
 def update_factors(state: dict[str, Any], grad: Tensor, beta: float) -> None:
     """One basis-update-and-Galerkin step: six products."""
+    if "L" not in state or "R" not in state:
+        update_one_factor(state, grad, beta)
+        return
     L, R = state["L"], state["R"]
     decayed = state["scale"] * beta
     U = (L * decayed).addmm_(grad @ R, grad.T, alpha=1 - beta)
@@ -127,14 +135,38 @@ def update_factors(state: dict[str, Any], grad: Tensor, beta: float) -> None:
     state["scale"] = overlap * decayed + galerkin * (1 - beta)
 
 
+def update_one_factor(state: dict[str, Any], grad: Tensor, beta: float) -> None:
+    """The other factor is the scaled identity: one product."""
+    name, G = ("L", grad) if "L" in state else ("R", grad.T)
+    gain = (1 - beta) / math.sqrt(G.shape[1])
+    total = (state[name] * (state["scale"] * beta)).addmm_(G, G.T, alpha=gain)
+    state["scale"] = torch.linalg.vector_norm(total)
+    state[name] = total / state["scale"]
+
+
+def rotate(X: Tensor, state: dict[str, Any]) -> Tensor:
+    """Q_L^T X Q_R."""
+    X = state["Q_L"].T @ X if "Q_L" in state else X
+    return X @ state["Q_R"] if "Q_R" in state else X
+
+
+def rotate_back(X: Tensor, state: dict[str, Any]) -> Tensor:
+    """Q_L X Q_R^T."""
+    X = state["Q_L"] @ X if "Q_L" in state else X
+    return X @ state["Q_R"].T if "Q_R" in state else X
+
+
 def descending_eigenvectors(factor: Tensor) -> Tensor:
     """Eigenvectors, largest eigenvalue first."""
-    return torch.linalg.eigh(factor).eigenvectors.flip(1)
+    eigenvectors: Tensor = torch.linalg.eigh(factor).eigenvectors
+    return eigenvectors.flip(1)
 
 
 def refresh_bases(state: dict[str, Any]) -> None:
     """One power iteration and QR per basis, columns sorted by their Rayleigh quotients."""
     for side, (factor_name, basis_name) in enumerate((("L", "Q_L"), ("R", "Q_R"))):
+        if factor_name not in state:
+            continue
         factor, basis = state[factor_name], state[basis_name]
         rayleigh = (basis.T @ factor @ basis).diagonal()
         order = torch.argsort(rayleigh, descending=True)

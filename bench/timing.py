@@ -1,23 +1,20 @@
-"""Timing of whole optimizer steps: summaries, calibration, a description of the machine."""
+"""Timing and memory of single calls, and what is said of many of them."""
 
 import gc
-import os
-import platform
+import math
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Times of one optimizer's steps, in seconds."""
+    """Many times of one thing, in seconds."""
 
-    num_steps: int
+    num_samples: int
     mean: float
     median: float
     p10: float
@@ -25,74 +22,91 @@ class Summary:
     worst: float
 
 
-def summarise(times: list[float]) -> Summary:
-    """Summarise the step times of whole refresh periods.
+def quantile(samples: Sequence[float], q: float) -> float:
+    """The q-quantile, by linear interpolation."""
+    ordered = sorted(samples)
+    place = q * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
-    Args:
-        times: seconds per step, at least one.
 
-    Returns:
-        Mean, median, 10th and 90th percentile (linear interpolation) and the worst step.
-    """
-    samples = torch.tensor(times, dtype=torch.float64)
-    p10, p90 = torch.quantile(samples, torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+def summarise(times: Sequence[float]) -> Summary:
+    """Mean, median, 10th and 90th percentile and the worst of at least one time."""
     return Summary(
-        len(times), statistics.fmean(times), statistics.median(times), p10, p90, max(times)
+        len(times),
+        statistics.fmean(times),
+        statistics.median(times),
+        quantile(times, 0.1),
+        quantile(times, 0.9),
+        max(times),
     )
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call; the garbage collector runs before, not during it."""
-    gc.collect()
+@dataclass(frozen=True)
+class Ratio:
+    """A paired ratio: below 1 is faster than the baseline."""
+
+    median: float
+    p10: float
+    p90: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.p10:.3f}-{self.p90:.3f}]"
+
+
+def paired_ratio(times: Sequence[float], baseline: Sequence[float], block: int = 1) -> Ratio | None:
+    """The ratio of two things timed in turn, taken over blocks of consecutive rounds.
+
+    Args:
+        times: seconds per round.
+        baseline: seconds of the baseline in the same rounds.
+        block: rounds that are summed before the ratio is taken; a refresh period for whole steps,
+            for optimizers refresh in different rounds. A block that is not full does not count.
+
+    Returns:
+        Median, 10th and 90th percentile over the blocks; None without a full block.
+    """
+    num_blocks = min(len(times), len(baseline)) // block
+    places = [slice(idx * block, (idx + 1) * block) for idx in range(num_blocks)]
+    ratios = [sum(times[place]) / sum(baseline[place]) for place in places]
+    if not ratios:
+        return None
+    return Ratio(statistics.median(ratios), quantile(ratios, 0.1), quantile(ratios, 0.9))
+
+
+def synchronize(device: str) -> None:
+    """Wait for what the device still has to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Wall-clock seconds of one call; the garbage collector has its turns between calls."""
     gc.disable()
     try:
+        synchronize(device)
         start = time.perf_counter()
         function()
+        synchronize(device)
         return time.perf_counter() - start
     finally:
         gc.enable()
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Rates of this machine, for the estimate of the running time only."""
-
-    flops: float
-    bandwidth: float
-
-
-def calibrate() -> Calibration:
-    """Measure a float32 product (flops/s) and an in-place scaling (bytes/s), median of five."""
-    side = 768
-    a = torch.randn(side, side)
-    b = torch.randn(1 << 24)
-    torch.mm(a, a)
-    b.mul_(1.0)
-    product = statistics.median(seconds(lambda: torch.mm(a, a)) for _ in range(5))
-    scaling = statistics.median(seconds(lambda: b.mul_(1.0)) for _ in range(5))
-    return Calibration(2 * side**3 / product, 2 * b.numel() * b.element_size() / scaling)
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, str | int | float]:
-    """CPU, threads, load and versions, for the head of a report."""
-    return {
-        "cpu": cpu_model(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count() or 0,
-        "load_average_1min": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-    }
+def peak_allocation(function: Callable[[], object], device: str) -> int:
+    """The most bytes of tensors that one call holds beyond those that lived before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    results = profile.kineto_results
+    events = [] if results is None else [e for e in results.events() if e.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
