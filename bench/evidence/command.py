@@ -15,6 +15,8 @@ DESCRIPTION = """Train DyKAF and other optimizers on real data, each with the sa
 rates and warm-ups, and compare them in pairs. Results are appended to runs/evidence/ as they come;
 the same command goes on with what is missing."""
 
+DEFAULT_REPORT_SIZES = ("full", "long")  # quick results show that the suite works, no more
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.evidence", description=DESCRIPTION)
@@ -39,14 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise EvidenceError(f"--jobs must be at least 1, got {options.jobs}")
         if options.quick and options.size not in (None, "quick"):
             raise EvidenceError(f"--quick and --size {options.size} exclude each other")
+        grid = load_grid(options.grid)
+        size = options.size or ("quick" if options.quick else None)
         if options.action == "report":
-            from bench.evidence.report import write_report
+            from bench.evidence.report import write_report  # late: it needs matplotlib
 
-            return write_report(options.out, options.docs, load_grid(options.grid))
+            sizes = DEFAULT_REPORT_SIZES if size is None else (size,)
+            return write_report(options.out, options.docs, grid, options.task, sizes)
         from bench.evidence.runner import run_plans
 
-        grid = load_grid(options.grid)
-        size = options.size or ("quick" if options.quick else "full")
+        size = size or "full"
         plans = [make_plan(grid, task, size, options.contenders) for task in options.task]
         jobs = options.jobs or os.cpu_count() or 1
         return run_plans(plans, options.out, jobs, only_show=options.action == "plan")
