@@ -41,7 +41,7 @@ DYKAF_METHODS: dict[str, dict[str, Any]] = {
 }
 BATCH = {"digits": 32, "gpt_slice": 8}
 SLICE = (24, 32)  # of the first block's attention output weight: its Fisher matrix is 768 x 768
-SLICE_SETTINGS = {"dim": 128, "layers": 2, "heads": 4, "context": 64}
+SLICE_SETTINGS = {"dim": 128, "num_layers": 2, "num_heads": 4, "context": 64}
 LR = 3e-3
 Factors = tuple[Tensor, Tensor]
 
