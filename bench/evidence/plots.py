@@ -81,7 +81,10 @@ def draw_training(summary: Summary, measure: str, path: Path) -> None:
             axis.set_yscale("log")
         elif lowest:
             axis.set_ylim(min(lowest) - 0.03, min(lowest) + SHOWN_RANGE)
+    lrs = summary.table["lrs"]
     axes[2].set_xscale("log")
+    axes[2].minorticks_off()  # its labels would run into each other
+    axes[2].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[0].set_ylabel("gap to the optimum" if summary.is_log else measure)
     by_label: dict[str, Any] = {}
     for axis in axes[:1] if lowest and axes[0].lines else axes[2:]:

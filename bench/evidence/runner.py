@@ -137,6 +137,8 @@ def run_plans(plans: Sequence[Plan], out: Path, jobs: int, *, only_show: bool = 
             for plan, records in zip(plans, done, strict=True):
                 run_plan(plan, out, records, failed, executor, jobs, bar)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not spoil a clean end
+            signal.signal(number, signal.SIG_IGN)
         for child in multiprocessing.active_children():  # our own workers, and no others
             child.terminate()
         print("stopped; the same command goes on with what is missing", file=sys.stderr)
