@@ -1,4 +1,4 @@
-"""The command line: python -m bench {ops,step,scale}."""
+"""The command line: python -m bench {ops,step,scale,evidence}."""
 
 from __future__ import annotations
 

@@ -1,0 +1,104 @@
+"""Makes the optimizers that are compared, all alike: one lr, one weight decay, AdamW for the rest.
+
+`hidden` weights go to the optimizer under test; all others (embeddings, output heads, vectors) to
+the same torch.optim.AdamW whatever the contender is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.evidence import EvidenceError
+from bench.evidence.kronecker import KroneckerOptimizer
+
+ADAMW_BETAS = (0.9, 0.95)
+
+
+class MatrixViews:
+    """Lets an optimizer for matrices update weights of more dimensions, seen as first by rest."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        self.weights = weights
+        self.views = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]
+
+    def take_gradients(self) -> None:
+        for weight, view in zip(self.weights, self.views, strict=True):
+            view.grad = None if weight.grad is None else weight.grad.flatten(1)
+
+
+class Parts:
+    """Several optimizers over disjoint parameters, used as one; `scale_lr` is the schedule."""
+
+    def __init__(
+        self, optimizers: list[torch.optim.Optimizer], views: MatrixViews | None = None
+    ) -> None:
+        self.optimizers = optimizers
+        self.views = views
+        self.base = [(group, group["lr"]) for part in optimizers for group in part.param_groups]
+
+    def scale_lr(self, factor: float) -> None:
+        for group, lr in self.base:
+            group["lr"] = lr * factor
+
+    def step(self) -> None:
+        if self.views is not None:
+            self.views.take_gradients()
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def make_adamw(
+    parameters: list[nn.Parameter], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """torch's AdamW with weight decay on everything but vectors."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=ADAMW_BETAS, fused=True)
+
+
+def make_optimizer(
+    options: dict[str, Any], model: nn.Module, hidden: list[str], lr: float, weight_decay: float
+) -> Parts:
+    """The optimizer of a contender.
+
+    Args:
+        options: `kind` ("adamw", "muon", "kronecker", "dykaf") and that optimizer's own options.
+        model: its parameters that need a gradient are trained.
+        hidden: names of the weights for the optimizer under test.
+        lr: peak learning rate, for all parameters.
+        weight_decay: decoupled.
+
+    Raises:
+        EvidenceError: there is no such kind, or dykaf cannot be imported.
+    """
+    options = dict(options)
+    kind = options.pop("kind")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = [named[name] for name in hidden]
+    rest = [p for name, p in named.items() if name not in set(hidden)]
+    if kind == "adamw":
+        return Parts([make_adamw(weights + rest, lr, weight_decay)])
+    others = [make_adamw(rest, lr, weight_decay)] if rest else []
+    if kind == "dykaf":
+        try:
+            import dykaf  # only here: the other optimizers run without it
+        except ImportError as error:
+            raise EvidenceError(f"contenders of kind dykaf need the package: {error}") from error
+        return Parts([dykaf.DyKAF(weights, lr=lr, weight_decay=weight_decay, **options), *others])
+    views = MatrixViews(weights)
+    if kind == "kronecker":
+        matrix = KroneckerOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
+    elif kind == "muon":
+        # match_rms_adamw brings Muon's updates to AdamW's size, so that one lr serves both.
+        matrix = torch.optim.Muon(
+            views.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **options
+        )
+    else:
+        raise EvidenceError(f"contender kind: expected adamw, muon, kronecker or dykaf, got {kind}")
+    return Parts([matrix, *others], views)

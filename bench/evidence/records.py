@@ -1,0 +1,42 @@
+"""The results file: one JSON object per line, appended as runs end and never rewritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def results_path(out: Path, task: str, size: str) -> Path:
+    return out / f"{task}-{size}.jsonl"
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records; a line cut short by a crash is left out, and its run is done again."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            print(f"note: {path}:{number} is damaged and left out", file=sys.stderr)
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Append one line and make it durable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write(("\n" if is_torn else "") + json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def by_key(records: Iterable[Record]) -> dict[str, Record]:
+    """Records by their run's key; the last one counts."""
+    return {record["key"]: record for record in records}
