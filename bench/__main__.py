@@ -19,11 +19,14 @@ COMMANDS = {
     "step": "whole optimizer steps, the optimizers in turns",
     "scale": "cost against size and number of matrices",
 }
+EVIDENCE = "python -m bench evidence: training runs against other optimizers, and their report."
 
 
 def make_parser(selected: str | None) -> argparse.ArgumentParser:
     """The parser; only the selected command imports what it needs and has all its arguments."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of dykaf.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Benchmarks of dykaf.", epilog=EVIDENCE
+    )
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = subparsers.add_parser(name, help=text, description=text)
@@ -63,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         0; 2 if it cannot run; 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["evidence"]:  # a command line of its own
+        return importlib.import_module("bench.evidence.command").main(arguments[1:])
     try:
         parser = make_parser(arguments[0] if arguments else None)
     except ImportError as error:
