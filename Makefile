@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-sanitize lint format demo clean
+.PHONY: setup test test-sanitize test-simt lint format demo clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -24,7 +24,7 @@ BUILT := $(VENV)/.built-$(TORCH)-$(DYKAF_CUDA)
 
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc -type f)
-CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CPP_FILES))
+CLANG_FORMAT_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CPP_FILES) $(wildcard tests/simt/*))
 
 setup: $(BUILT)
 	@echo "==> ready: torch $(TORCH) and dykaf in $(VENV)"
@@ -61,6 +61,11 @@ test-sanitize: $(BUILT)
 	  PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$preload" \
 	  $(PY) -m pytest --capture=no tests/test_ops.py
+
+# The CUDA kernels on the CPU: tests/simt/README.md. SIMT_FLAGS=--quick takes the part that CI runs.
+test-simt:
+	@echo "==> running the CUDA kernels under the host executor"
+	@$(PYTHON) tests/simt/build.py $(SIMT_FLAGS)
 
 lint: $(BUILT)
 	@echo "==> ruff check"

@@ -1,0 +1,199 @@
+// The operations between the products: rotations, Adam, the parameters' update.
+#include "batch.h"
+
+namespace kernel_check {
+namespace {
+
+using namespace dykaf::cuda;
+
+// Odd sizes, whole blocks and more than one, rows that are longer than a block is wide, arrays that
+// start at odd addresses.
+std::vector<CaseSpec> shapes() {
+  return {
+      {1, 1},
+      {5, 3, Sides::kBoth, DType::kBFloat16},
+      {33, 70, Sides::kLeft, DType::kFloat32, Master::kNo, 1},
+      {64, 64, Sides::kBoth, DType::kFloat16, Master::kYes},
+      {17, 303, Sides::kLeft, DType::kBFloat16, Master::kYes, 3},
+      {300, 5, Sides::kRight, DType::kFloat32, Master::kYes},
+      {70, 120, Sides::kBoth, DType::kFloat32, Master::kNo, 4},
+      {70, 8, Sides::kRight, DType::kFloat16, Master::kNo, 8},
+      {9, 520, Sides::kLeft, DType::kBFloat16, Master::kNo, 1},
+  };
+}
+
+std::vector<CaseSpec> with_vectors(std::vector<CaseSpec> specs) {
+  specs.push_back({1, 4097, Sides::kNone});
+  specs.push_back({1, 77, Sides::kNone, DType::kBFloat16, Master::kNo, 1});
+  return specs;
+}
+
+// The outputs are the parameters' arrays, which this operation has no other use for.
+void check_rotations(Rotation rotation, const std::string& name) {
+  for (const MatmulPrecision precision :
+       {MatmulPrecision::kHighest, MatmulPrecision::kHigh, MatmulPrecision::kMedium}) {
+    Scenario scenario;
+    scenario.precision = precision;
+    for (CaseSpec spec : shapes()) {
+      spec.dtype = DType::kFloat32;
+      spec.master = Master::kNo;
+      scenario.specs.push_back(spec);
+    }
+    std::vector<Dense> inputs;
+    const Batch batch(scenario);
+    for (size_t i = 0; i < batch.cases.size(); ++i) {
+      inputs.push_back(dense(batch.updates[i], batch.cases[i].spec.m, batch.cases[i].spec.n));
+    }
+    check_against_reference(
+        "rotate " + name + " " + std::to_string(static_cast<int>(precision)), scenario,
+        [rotation](Batch& b, const Scenario& s, void* workspace) {
+          std::vector<float*> outputs;
+          for (const MatrixCase& c : b.cases) outputs.push_back(c.param.floats.get());
+          return plan_rotate(b.problems, rotation, b.update_pointers.data(), outputs.data(),
+                             s.precision, workspace);
+        },
+        [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
+          p.param = reference::rotate(p, rotation, inputs[i], s.precision);
+          return inputs[i];
+        });
+  }
+}
+
+Plan adam_plan(Batch& b, const Scenario& s, void* workspace) {
+  return plan_adam_update(b.problems, s.options, b.inputs, b.update_pointers.data(), workspace);
+}
+
+Dense adam_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
+  return reference::adam_update(p, reference::gradient(p, s), s.options);
+}
+
+void check_adam() {
+  const std::pair<SecondMoment, const char*> forms[] = {{SecondMoment::kFull, "full"},
+                                                        {SecondMoment::kRankOne, "rank_one"},
+                                                        {SecondMoment::kFactored, "factored"}};
+  for (const auto& [second_moment, name] : forms) {
+    Scenario scenario;
+    scenario.specs = with_vectors(shapes());
+    scenario.options.second_moment = second_moment;
+    const std::string prefix = std::string("adam ") + name;
+    check_against_reference(prefix, scenario, adam_plan, adam_reference);
+    check_skip(prefix, scenario, adam_plan);
+    // Scaled and negated gradients; the first step.
+    Scenario scaled = scenario;
+    scaled.options.grad_scale = -1;
+    scaled.amp_scale = 48;
+    check_against_reference(prefix + " scaled", scaled, adam_plan, adam_reference,
+                            [](Batch& batch) {
+                              for (const MatrixCase& c : batch.cases) c.step[0] = 0;
+                            });
+    // What lies outside of the matrix is 0 / 0.
+    Scenario no_eps = scenario;
+    no_eps.options.eps = 0;
+    check_against_reference(prefix + " no eps", no_eps, adam_plan, adam_reference);
+    // The root of the second moment vanishes.
+    check_against_reference(prefix + " zero gradient", scenario, adam_plan, adam_reference,
+                            [](Batch& batch) {
+                              for (const MatrixCase& c : batch.cases) {
+                                for (int64_t i = 0; i < c.spec.m * c.spec.n; ++i) c.grad.set(i, 0);
+                                for (int64_t i = 0; i < c.row.size(); ++i) c.row[i] = 0;
+                                for (int64_t i = 0; i < c.exp_avg_sq.size(); ++i)
+                                  c.exp_avg_sq[i] = 0;
+                              }
+                              batch.find_grad_max();
+                            });
+  }
+}
+
+// The vectors of rank_one are not read before the first update.
+void check_rank_one_start() {
+  Scenario scenario;
+  scenario.specs = shapes();
+  scenario.options.second_moment = SecondMoment::kRankOne;
+  const auto start = [](Batch& batch) {
+    for (const MatrixCase& c : batch.cases) {
+      c.scale[0] = 0;
+      c.step[0] = 0;
+      for (int64_t i = 0; i < c.row.size(); ++i) c.row[i] = std::nanf("");
+      for (int64_t i = 0; i < c.col.size(); ++i) c.col[i] = std::nanf("");
+    }
+  };
+  check_against_reference("adam rank_one from zero", scenario, adam_plan, adam_reference, start);
+  // Nor does a zero gradient move them: they become the constant vectors. The update is momentum
+  // over eps.
+  check_against_reference("adam rank_one from zero, zero gradient", scenario, adam_plan,
+                          adam_reference, [&](Batch& batch) {
+                            start(batch);
+                            for (const MatrixCase& c : batch.cases) {
+                              for (int64_t i = 0; i < c.spec.m * c.spec.n; ++i) c.grad.set(i, 0);
+                            }
+                            batch.find_grad_max();
+                          });
+}
+
+Plan apply_plan(Batch& b, const Scenario& s, void* workspace) {
+  return plan_apply_update(b.problems, s.options, b.inputs, b.update_pointers.data(), workspace);
+}
+
+// Bit for bit: one product, one product and one difference in float32, then rounding.h.
+void require_applied(const MatrixCase& before, const MatrixCase& after, const Array<float>& update,
+                     const Scenario& scenario, uint64_t stream) {
+  const double lr = scenario.lr_in_use();
+  const auto keep = static_cast<float>(1 - lr * scenario.options.weight_decay);
+  const uint64_t key =
+      rounding_key(scenario.options.seed, stream, static_cast<uint64_t>(before.step[0]));
+  const bool has_master = before.master.size() > 0;
+  TypedArray expected(1, before.spec.dtype, 0);
+  for (int64_t i = 0; i < update.size(); ++i) {
+    const float old = has_master ? before.master[i] : before.param[i];
+    const float value = old * keep - static_cast<float>(lr) * update[i];
+    expected.set(0, value);
+    if (before.spec.dtype != DType::kFloat32 && !has_master) {
+      expected.bits[0] = rounded_stochastically(value, before.spec.dtype,
+                                                random_bits(key, static_cast<uint64_t>(i)));
+    }
+    require("param", after.param[i] == expected[0]);
+    if (has_master) require("master", after.master[i] == value);
+  }
+}
+
+void check_apply(const std::string& name, const Scenario& scenario) {
+  check_schedules(name, [&] {
+    const Batch before(scenario);
+    Batch after(scenario);
+    run(after, scenario, apply_plan);
+    for (size_t i = 0; i < after.cases.size(); ++i) {
+      require_applied(before.cases[i], after.cases[i], before.updates[i], scenario,
+                      Batch::stream(i));
+      require("step", after.cases[i].step[0] == before.cases[i].step[0]);
+    }
+    return after.bytes();
+  });
+}
+
+void check_apply() {
+  Scenario scenario;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const Master master : {Master::kNo, Master::kYes}) {
+      for (const int64_t offset : {0, 1, 4, 8}) {
+        scenario.specs.push_back({37, 113, Sides::kBoth, dtype, master, offset});
+        scenario.specs.push_back({1, 8, Sides::kNone, dtype, master, offset});
+      }
+    }
+  }
+  check_apply("apply", scenario);
+  check_skip("apply", scenario, apply_plan);
+  scenario.lr = 0.25f;
+  check_apply("apply lr on the device", scenario);
+}
+
+}  // namespace
+
+void check_ops() {
+  check_rotations(Rotation::kIntoBasis, "into the basis");
+  check_rotations(Rotation::kOutOfBasis, "out of the basis");
+  check_adam();
+  check_rank_one_start();
+  check_apply();
+}
+
+}  // namespace kernel_check

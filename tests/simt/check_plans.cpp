@@ -1,0 +1,140 @@
+// What a plan launches: the number of launches does not hang on the number of matrices, and grids
+// have the sizes that the kernels' comments give.
+#include "batch.h"
+
+namespace kernel_check {
+namespace {
+
+using namespace dykaf::cuda;
+
+struct Launched {
+  std::string kernel;  // without its template arguments
+  unsigned grid;
+  bool operator==(const Launched&) const = default;
+};
+
+std::vector<Launched> launches_of(const Scenario& scenario) {
+  Batch batch(scenario);
+  simt::reset();
+  run(batch, scenario, [](Batch& b, const Scenario& s, void* workspace) {
+    return plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
+  });
+  std::vector<Launched> launches;
+  for (const simt::LaunchRecord& record : simt::launch_log()) {
+    require("grids have one dimension", record.grid.y == 1 && record.grid.z == 1);
+    const size_t begin = record.kernel.starts_with("(") ? 1 : 0;
+    launches.push_back(
+        {record.kernel.substr(begin, record.kernel.find('<') - begin), record.grid.x});
+  }
+  return launches;
+}
+
+std::vector<CaseSpec> repeated(const std::vector<CaseSpec>& specs, int times) {
+  std::vector<CaseSpec> all;
+  for (int i = 0; i < times; ++i) all.insert(all.end(), specs.begin(), specs.end());
+  return all;
+}
+
+struct Form {
+  const char* name;
+  Integrator integrator;
+  SecondMoment second_moment;
+  // Launches of a step: of matrices with the medium block shape alone; of those and narrow ones
+  // with all other block shapes (but the large), one-sided ones and vectors.
+  size_t medium_only;
+  size_t mixed;
+};
+
+// Medium alone: scalars, load, two products into the basis, update_rms, two products out of it are
+// 7; ksl adds two products, scalars, blend for either side; bug four products, two for the
+// coupling, scalars, blend; diagonal the weights and for either side weighing, a product, scalars,
+// blend. rank_one has five launches more for Adam, factored four.
+// Mixed: AdamW, and each product that is not symmetric has three grids instead of one: 4 of them
+// in a step, ksl 2 more, bug 4 more. One-sided matrices are averaged, which gives bug a launch of
+// scalars and of blending more.
+constexpr Form kForms[] = {
+    {"ksl", Integrator::kKsl, SecondMoment::kFull, 15, 15 + 1 + 2 * 6},
+    {"bug", Integrator::kBug, SecondMoment::kFull, 15, 15 + 1 + 2 * 8 + 2},
+    {"diagonal", Integrator::kDiagonal, SecondMoment::kFull, 16, 16 + 1 + 2 * 4},
+    {"rank_one", Integrator::kKsl, SecondMoment::kRankOne, 20, 20 + 1 + 2 * 6},
+    {"factored", Integrator::kKsl, SecondMoment::kFactored, 19, 19 + 1 + 2 * 6},
+};
+
+void check_launch_counts(const Form& form) {
+  check_once(std::string("plan launches ") + form.name, [&] {
+    const std::vector<CaseSpec> medium = {{33, 33}, {34, 40}};
+    std::vector<CaseSpec> mixed = medium;
+    for (const CaseSpec& spec : std::vector<CaseSpec>{{8, 40},
+                                                      {40, 8},
+                                                      {40, 50, Sides::kLeft},
+                                                      {50, 40, Sides::kRight},
+                                                      {1, 7, Sides::kNone}}) {
+      mixed.push_back(spec);
+    }
+    Scenario scenario;
+    scenario.options.integrator = form.integrator;
+    scenario.options.second_moment = form.second_moment;
+    for (const int times : {1, 3}) {
+      for (const bool is_mixed : {false, true}) {
+        scenario.specs = repeated(is_mixed ? mixed : medium, times);
+        const size_t expected = is_mixed ? form.mixed : form.medium_only;
+        const size_t found = launches_of(scenario).size();
+        require(std::to_string(times) + " times " + (is_mixed ? "mixed" : "medium") +
+                    ": expected " + std::to_string(expected) + ", found " + std::to_string(found),
+                found == expected);
+      }
+    }
+  });
+}
+
+// Two matrices of 100 x 70 in 64 x 64 tiles, and a vector.
+void check_grids() {
+  check_once("plan grids", [] {
+    Scenario scenario;
+    scenario.specs = {{100, 70}, {1, 9000, Sides::kNone}, {100, 70}};
+    const std::vector<Launched> expected = {
+        {"prepare_kernel", 1},
+        {"elements_kernel", 3},    // AdamW: 9000 elements, 4096 in a block
+        {"elements_kernel", 4},    // load: 7000
+        {"gemm_kernel", 8},        // Q_L^T G
+        {"gemm_kernel", 8},        // (.) Q_R
+        {"update_rms_kernel", 3},  // one for each matrix
+        {"gemm_kernel", 8},        // Q_L D
+        {"gemm_kernel", 8},        // (.) Q_R^T
+        {"gemm_kernel", 8},        // H R
+        {"gemm_kernel", 6},        // (.) H^T: 3 of 4 tiles
+        {"factor_scalars_kernel", 2},
+        {"blend_kernel", 6},  // 10000 elements
+        {"gemm_kernel", 8},   // L H
+        {"gemm_kernel", 6},   // H^T (.)
+        {"factor_scalars_kernel", 2},
+        {"blend_kernel", 4},  // 4900 elements
+    };
+    const std::vector<Launched> found = launches_of(scenario);
+    require("number of launches", found.size() == expected.size());
+    for (size_t i = 0; i < found.size(); ++i) {
+      require("launch " + std::to_string(i) + ": expected " + expected[i].kernel + " of " +
+                  std::to_string(expected[i].grid) + ", found " + found[i].kernel + " of " +
+                  std::to_string(found[i].grid),
+              found[i] == expected[i]);
+    }
+  });
+}
+
+void check_nothing() {
+  check_once("plan of nothing", [] {
+    const Scenario scenario;
+    require("nothing but the scalars' kernel is planned",
+            plan_step({}, scenario.options, {}, scenario.precision, nullptr).launches.size() <= 1);
+  });
+}
+
+}  // namespace
+
+void check_plans() {
+  for (const Form& form : kForms) check_launch_counts(form);
+  check_grids();
+  check_nothing();
+}
+
+}  // namespace kernel_check

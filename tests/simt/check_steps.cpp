@@ -1,0 +1,100 @@
+// Whole steps over mixed groups of matrices, against the composition of the references.
+#include "batch.h"
+
+namespace kernel_check {
+namespace {
+
+using namespace dykaf::cuda;
+
+Plan step_plan(Batch& b, const Scenario& s, void* workspace) {
+  return plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
+}
+
+Dense step_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
+  reference::step(p, s);
+  return {};
+}
+
+// Every dtype, every block shape but the largest, every choice of sides, and arrays that start
+// where nothing is aligned.
+std::vector<CaseSpec> mixed_group() {
+  return {
+      {70, 40},
+      {1, 1000, Sides::kNone},
+      {40, 70, Sides::kBoth, DType::kFloat16, Master::kNo, 1},
+      {8, 200},
+      {200, 8, Sides::kBoth, DType::kBFloat16},
+      {64, 64, Sides::kBoth, DType::kBFloat16, Master::kYes},
+      {33, 90, Sides::kLeft, DType::kFloat32, Master::kNo, 3},
+      {90, 33, Sides::kRight, DType::kFloat16, Master::kYes, 1},
+      {1, 77, Sides::kNone, DType::kBFloat16, Master::kNo, 3},
+      {3, 2, Sides::kBoth, DType::kFloat32, Master::kYes, 2},
+      {5, 60, Sides::kLeft, DType::kBFloat16},
+      {60, 5, Sides::kRight, DType::kFloat16},
+      {1, 9, Sides::kNone, DType::kFloat16, Master::kYes},
+      {72, 80, Sides::kRight, DType::kBFloat16, Master::kNo, 8},
+  };
+}
+
+struct Form {
+  const char* name;
+  Integrator integrator;
+  SecondMoment second_moment;
+  MatmulPrecision precision = MatmulPrecision::kHighest;
+};
+
+constexpr Form kForms[] = {
+    {"ksl", Integrator::kKsl, SecondMoment::kFull},
+    {"ksl high", Integrator::kKsl, SecondMoment::kFull, MatmulPrecision::kHigh},
+    {"ksl medium", Integrator::kKsl, SecondMoment::kFull, MatmulPrecision::kMedium},
+    {"bug", Integrator::kBug, SecondMoment::kFull},
+    {"diagonal", Integrator::kDiagonal, SecondMoment::kFull},
+    {"rank_one", Integrator::kKsl, SecondMoment::kRankOne},
+    {"factored", Integrator::kDiagonal, SecondMoment::kFactored},
+};
+
+Scenario scenario_of(const Form& form) {
+  Scenario scenario;
+  scenario.specs = mixed_group();
+  scenario.options.integrator = form.integrator;
+  scenario.options.second_moment = form.second_moment;
+  scenario.precision = form.precision;
+  return scenario;
+}
+
+// A long side without a factor leaves more sums than a warp has lanes.
+void check_long_sides() {
+  Scenario scenario;
+  scenario.specs = {{40, 2200, Sides::kLeft}, {2200, 34, Sides::kRight, DType::kBFloat16}};
+  check_against_reference("step long sides", scenario, step_plan, step_reference);
+}
+
+// More matrices than a block of the first kernel has threads.
+void check_many() {
+  Scenario scenario;
+  for (int i = 0; i < 130; ++i) scenario.specs.push_back({1, 1 + i % 9, Sides::kNone});
+  scenario.specs.push_back({5, 6});
+  check_against_reference("step many matrices", scenario, step_plan, step_reference);
+}
+
+}  // namespace
+
+void check_steps() {
+  for (const Form& form : kForms) {
+    const std::string name = std::string("step ") + form.name;
+    check_against_reference(name, scenario_of(form), step_plan, step_reference);
+    check_skip(name, scenario_of(form), step_plan);
+  }
+  Scenario scaled = scenario_of(kForms[0]);
+  scaled.options.grad_scale = -1;
+  scaled.amp_scale = 48;
+  scaled.lr = 0.25f;
+  check_against_reference("step amp_scale and lr on the device", scaled, step_plan, step_reference);
+  Scenario unflagged = scenario_of(kForms[0]);
+  check_against_reference("step no inputs", unflagged, step_plan, step_reference,
+                          [](Batch& batch) { batch.inputs.skip = nullptr; });
+  check_long_sides();
+  check_many();
+}
+
+}  // namespace kernel_check

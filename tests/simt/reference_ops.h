@@ -1,0 +1,284 @@
+// docs/algorithm.md in plain loops over numbers with error bounds, one matrix at a time.
+#pragma once
+
+#include "bounded.h"
+#include "dykaf/types.h"
+
+namespace kernel_check::reference {
+
+using dykaf::Integrator;
+using dykaf::Options;
+using dykaf::Rotation;
+using dykaf::SecondMoment;
+using dykaf::cuda::MatmulPrecision;
+
+// A matrix of the model and its state. A null matrix is absent.
+struct Matrix {
+  Dense grad;   // as stored
+  Dense param;  // the master if there is one; before the rounding to its dtype
+  Dense exp_avg, exp_avg_sq;
+  Dense row, col;  // [1, m] and [1, n]
+  Number scale;
+  Dense L, R, Q_L, Q_R;
+  Number rho[2];
+  double step = 0;
+  Number update_rms;
+};
+
+// What a step hangs on beside the matrix.
+struct Settings {
+  Options options;
+  double grad_scale;  // all in all
+  double lr;
+  MatmulPrecision precision;
+};
+
+inline Dense gradient(const Matrix& p, const Settings& settings) {
+  Dense G = p.grad;
+  for (Number& g : G.x) g = Number(settings.grad_scale).rounded() * g;
+  return G;
+}
+
+inline Dense rotate(const Matrix& p, Rotation rotation, Dense X, MatmulPrecision precision) {
+  const bool into = rotation == Rotation::kIntoBasis;
+  if (!p.Q_L.is_null()) X = multiplied(into ? transposed(p.Q_L) : p.Q_L, X, precision);
+  if (!p.Q_R.is_null()) X = multiplied(X, into ? p.Q_R : transposed(p.Q_R), precision);
+  return X;
+}
+
+// (G o G) x, x [1, n]; transposed: x (G o G), x [1, m]. In double on the device.
+inline Dense squared_times(const Dense& G, const Dense& x) {
+  Dense y(1, G.m);
+  for (int64_t i = 0; i < G.m; ++i) {
+    for (int64_t j = 0; j < G.n; ++j) {
+      const Number term = G.at(i, j) * G.at(i, j) * x.at(0, j);
+      y.at(0, i).value += term.value;
+      y.at(0, i).error += term.error;
+    }
+  }
+  return y;
+}
+
+inline Dense constant(int64_t n, double value) {
+  Dense x(1, n);
+  for (Number& entry : x.x) entry = value;
+  return x;
+}
+
+inline Dense scaled(Number a, Dense x) {
+  for (Number& entry : x.x) entry = a * entry;
+  return x;
+}
+
+// sigma^2 l r^T, by a rank-one splitting step with the target beta2 V + (1 - beta2) G o G.
+inline void rank_one_step(Matrix& p, const Dense& G, double beta2) {
+  if (p.scale.value == 0) {
+    p.row = constant(G.m, 1 / std::sqrt(static_cast<double>(G.m)));
+    p.col = constant(G.n, 1 / std::sqrt(static_cast<double>(G.n)));
+  }
+  const Number a = Number(beta2) * p.scale * p.scale;
+  const Number b = 1 - beta2;
+  const Dense K = combined(a, p.row, b, squared_times(G, p.col));
+  const Number norm_K = sqrt(inner(K, K));
+  if (!(norm_K.value > 0)) return;
+  const Dense u = scaled(1 / norm_K, K);
+  const Number c = a * inner(u, p.row);
+  const Dense B = combined(c, p.col, b, squared_times(transposed(G), u));
+  const Number s = sqrt(inner(B, B));
+  if (!(s.value > 0)) return;
+  p.row = u;
+  p.col = scaled(1 / s, B);
+  p.scale = sqrt(s);
+}
+
+// The root of the second moment, brought forward.
+inline Dense second_moment_root(Matrix& p, const Dense& G, const Options& options) {
+  Dense root(G.m, G.n);
+  if (!p.exp_avg_sq.is_null()) {
+    for (size_t i = 0; i < root.x.size(); ++i) {
+      const Number old = Number(options.beta2).rounded() * p.exp_avg_sq.x[i];
+      p.exp_avg_sq.x[i] = old + Number(1 - options.beta2).rounded() * G.x[i] * G.x[i];
+      root.x[i] = sqrt(p.exp_avg_sq.x[i]);
+    }
+    return root;
+  }
+  if (options.second_moment == SecondMoment::kRankOne) {
+    rank_one_step(p, G, options.beta2);
+    for (int64_t i = 0; i < G.m; ++i) {
+      for (int64_t j = 0; j < G.n; ++j) {
+        root.at(i, j) = p.scale * sqrt(p.row.at(0, i)) * sqrt(p.col.at(0, j));
+      }
+    }
+    return root;
+  }
+  const auto m = static_cast<double>(G.m);
+  const auto n = static_cast<double>(G.n);
+  const double gain = 1 - options.beta2;
+  p.row = combined(options.beta2, p.row, gain / n, squared_times(G, constant(G.n, 1)));
+  p.col = combined(options.beta2, p.col, gain / m, squared_times(transposed(G), constant(G.m, 1)));
+  Number mean;
+  for (const Number& entry : p.row.x) mean = mean + entry / m;
+  if (mean.value == 0) return root;
+  for (int64_t i = 0; i < G.m; ++i) {
+    for (int64_t j = 0; j < G.n; ++j) {
+      root.at(i, j) = sqrt(p.row.at(0, i) * p.col.at(0, j) / mean);
+    }
+  }
+  return root;
+}
+
+// Adam with the rotated gradient G; returns D.
+inline Dense adam_update(Matrix& p, const Dense& G, const Options& options) {
+  p.step += 1;
+  const Dense root = second_moment_root(p, G, options);
+  const Number correction1 = Number(1 / (1 - std::pow(options.beta1, p.step))).rounded();
+  const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
+  const Number beta1 = Number(options.beta1).rounded();
+  const Number gain1 = Number(1 - options.beta1).rounded();
+  Dense D(G.m, G.n);
+  for (size_t i = 0; i < D.x.size(); ++i) {
+    p.exp_avg.x[i] = beta1 * p.exp_avg.x[i] + gain1 * G.x[i];
+    // One rounding more for products that the device groups in another way.
+    const Number denominator = (root.x[i] * correction2).rounded() + Number(options.eps).rounded();
+    D.x[i] = p.exp_avg.x[i] * correction1 / denominator;
+  }
+  p.update_rms = sqrt(inner(D, D) / static_cast<double>(G.m * G.n));
+  return D;
+}
+
+inline void apply_update(Matrix& p, const Dense& D, const Settings& settings) {
+  const Number keep = Number(1 - settings.lr * settings.options.weight_decay).rounded();
+  for (size_t i = 0; i < D.x.size(); ++i) {
+    p.param.x[i] = keep * p.param.x[i] - Number(settings.lr).rounded() * D.x[i];
+  }
+}
+
+// Inner products of a F + b A, as sums of non-negative terms.
+inline Number blended_norm(const Dense& F, const Dense& A, Number a, Number b) {
+  return sqrt(a * a * inner(F, F) + Number(2) * a * b * inner(F, A) + b * b * inner(A, A));
+}
+
+inline Dense normalised(const Dense& F, const Dense& A, Number a, Number b, Number norm) {
+  return combined(a / norm, F, b / norm, A);
+}
+
+inline void ksl(Matrix& p, const Dense& H, Number a, Number b, double tau,
+                MatmulPrecision precision) {
+  const Dense Ht = transposed(H);
+  const Dense A = multiplied(multiplied(H, p.R, precision), Ht, precision);
+  const Number norm_K = blended_norm(p.L, A, a, b);
+  if (!(norm_K.value > 0)) return;
+  const Number c = a * (a * inner(p.L, p.L) + b * inner(p.L, A)) / norm_K;
+  p.L = normalised(p.L, A, a, b, norm_K);
+  const Dense increment = multiplied(Ht, multiplied(p.L, H, precision), precision);
+  const Number s = blended_norm(p.R, increment, c, b);
+  p.R = normalised(p.R, increment, c, b, s);
+  p.rho[0] = p.rho[1] = Number(tau) * sqrt(s);
+}
+
+inline void bug(Matrix& p, const Dense& H, Number a, Number b, double tau,
+                MatmulPrecision precision) {
+  const Dense Ht = transposed(H);
+  const Dense A = multiplied(multiplied(H, p.R, precision), Ht, precision);
+  const Dense B = multiplied(Ht, multiplied(p.L, H, precision), precision);
+  const Number q = inner(multiplied(A, H, precision), multiplied(H, B, precision));
+  const Number norm_K = blended_norm(p.L, A, a, b);
+  const Number norm_J = blended_norm(p.R, B, a, b);
+  if (!(norm_K.value > 0 && norm_J.value > 0)) return;
+  const Number LK = a * inner(p.L, p.L) + b * inner(p.L, A);
+  const Number RJ = a * inner(p.R, p.R) + b * inner(p.R, B);
+  const Number gradient_terms =
+      a * a * inner(p.L, A) + a * b * (inner(A, A) + inner(B, B)) + b * b * q;
+  const Number s = (a * LK * RJ + b * gradient_terms) / (norm_K * norm_J);
+  p.L = normalised(p.L, A, a, b, norm_K);
+  p.R = normalised(p.R, B, a, b, norm_J);
+  p.rho[0] = p.rho[1] = Number(tau) * sqrt(s);
+}
+
+// clamp(diag F / mean, 1e-4)^power, over its mean.
+inline Dense metric_weights(const Dense& F, double power) {
+  Dense w(1, F.m);
+  const auto n = static_cast<double>(F.m);
+  double mean = 0;
+  for (int64_t i = 0; i < F.m; ++i) mean += F.at(i, i).value / n;
+  double total = 0;
+  for (int64_t i = 0; i < F.m; ++i) {
+    w.at(0, i).value = std::pow(std::max(F.at(i, i).value / mean, 1e-4), power);
+    total += w.at(0, i).value / n;
+  }
+  for (Number& entry : w.x) entry = Number(entry.value / total).rounded();
+  return w;
+}
+
+// rho^2 F towards G G^T / size, the weighted products of which `increment` holds.
+inline void average(Dense& F, Number& rho, const Dense& increment, double size, double beta,
+                    double tau) {
+  const Number a = Number(beta) * (rho / tau) * (rho / tau);
+  const Number b = (1 - beta) / size;
+  const Number norm = blended_norm(F, increment, a, b);
+  if (!(norm.value > 0)) return;
+  F = normalised(F, increment, a, b, norm);
+  rho = Number(tau) * sqrt(norm);
+}
+
+inline void diagonal(Matrix& p, const Dense& H, double tau, const Options& options,
+                     MatmulPrecision precision) {
+  const Dense w_L = metric_weights(p.L, options.metric_power);
+  const Dense w_R = metric_weights(p.R, options.metric_power);
+  Dense right = H;
+  Dense left = H;
+  for (int64_t i = 0; i < H.m; ++i) {
+    for (int64_t j = 0; j < H.n; ++j) {
+      right.at(i, j) = H.at(i, j) * w_R.at(0, j);
+      left.at(i, j) = w_L.at(0, i) * H.at(i, j);
+    }
+  }
+  average(p.L, p.rho[0], multiplied(right, transposed(H), precision), static_cast<double>(H.n),
+          options.factor_beta, tau);
+  average(p.R, p.rho[1], multiplied(transposed(H), left, precision), static_cast<double>(H.m),
+          options.factor_beta, tau);
+}
+
+// With the rotated gradient G.
+inline void factor_update(Matrix& p, const Dense& G, const Settings& settings) {
+  const double beta = settings.options.factor_beta;
+  double largest = 0;
+  for (const Number& g : G.x) largest = std::max(largest, std::fabs(g.value));
+  if (largest == 0) {
+    for (Number& rho : p.rho) rho = rho * Number(std::sqrt(beta));
+    return;
+  }
+  // Any tau will do here.
+  const double tau = std::max(largest, std::max(p.rho[0].value, p.rho[1].value));
+  Dense H = G;
+  for (Number& h : H.x) h = {h.value / tau, h.error / tau};
+  const Number a = Number(beta) * (p.rho[0] / tau) * (p.rho[0] / tau);
+  const Number b = 1 - beta;
+  const auto m = static_cast<double>(G.m);
+  const auto n = static_cast<double>(G.n);
+  if (p.R.is_null()) {
+    average(p.L, p.rho[0], multiplied(H, transposed(H), settings.precision), std::sqrt(n), beta,
+            tau);
+    p.rho[1] = p.rho[0];
+  } else if (p.L.is_null()) {
+    average(p.R, p.rho[0], multiplied(transposed(H), H, settings.precision), std::sqrt(m), beta,
+            tau);
+    p.rho[1] = p.rho[0];
+  } else if (settings.options.integrator == Integrator::kKsl) {
+    ksl(p, H, a, b, tau, settings.precision);
+  } else if (settings.options.integrator == Integrator::kBug) {
+    bug(p, H, a, b, tau, settings.precision);
+  } else {
+    diagonal(p, H, tau, settings.options, settings.precision);
+  }
+}
+
+// The whole step; no factors: AdamW.
+inline void step(Matrix& p, const Settings& settings) {
+  const Dense G = rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision);
+  const Dense D = adam_update(p, G, settings.options);
+  apply_update(p, rotate(p, Rotation::kOutOfBasis, D, settings.precision), settings);
+  if (!p.L.is_null() || !p.R.is_null()) factor_update(p, G, settings);
+}
+
+}  // namespace kernel_check::reference
