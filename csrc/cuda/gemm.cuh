@@ -1,6 +1,8 @@
 // The grouped product kernel: D = op(A) op(B), float32 in and out, on the tensor cores.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device/lookup.cuh"
 #include "cuda/gemm_epilogue.cuh"
 #include "cuda/gemm_fragments.cuh"
@@ -203,12 +205,17 @@ int launch_gemm_tile(ProductForm form, const GemmLaunch& launch, Stream stream) 
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
+// kHighest has two accumulators, for which a larger warp tile has no registers.
+template <MatmulPrecision kPrecision>
+using LargeTileOf =
+    std::conditional_t<kPrecision == MatmulPrecision::kHighest, LargeTile, LargeWarpTile>;
+
 template <MatmulPrecision kPrecision>
 int launch_gemm_precision(ProductForm form, TileClass tile_class, const GemmLaunch& launch,
                           Stream stream) {
   switch (tile_class) {
     case TileClass::kLarge:
-      return launch_gemm_tile<LargeTile, kPrecision>(form, launch, stream);
+      return launch_gemm_tile<LargeTileOf<kPrecision>, kPrecision>(form, launch, stream);
     case TileClass::kMedium:
       return launch_gemm_tile<MediumTile, kPrecision>(form, launch, stream);
     case TileClass::kWide:

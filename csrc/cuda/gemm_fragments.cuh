@@ -43,11 +43,13 @@ DYKAF_DEVICE void load_fragments_b(uint32_t (&b0)[2], uint32_t (&b1)[2], const f
   }
 }
 
-// x = big + small + O(2^-22 x), both of them TF32 numbers.
+// x = big + small + O(2^-22 x), both of them TF32 numbers to the tensor cores, which drop the low
+// 13 bits: of small, whose sign is as good as random, that is the last bit of x at most. NaN and
+// infinity stay NaN in small.
 DYKAF_DEVICE void split_tf32(uint32_t& x, uint32_t& small) {
   const float value = __uint_as_float(x);
-  x = round_tf32(value) & kTf32Mask;
-  small = round_tf32(value - __uint_as_float(x));
+  x = (x + 0x1000u) & kTf32Mask;
+  small = __float_as_uint(value - __uint_as_float(x));
 }
 
 // The fragments of a warp's tile at one step of k.

@@ -19,6 +19,9 @@ struct TileShape {
 };
 
 using LargeTile = TileShape<128, 128, 16, 64, 32, 4, 1>;
+// Where one accumulator is enough: larger warp tiles read each operand from shared memory less
+// often.
+using LargeWarpTile = TileShape<128, 128, 16, 64, 64, 4, 2>;
 using MediumTile = TileShape<64, 64, 32, 32, 32, 3, 3>;
 using WideTile = TileShape<16, 64, 64, 16, 16, 3, 2>;
 using TallTile = TileShape<64, 16, 64, 16, 16, 3, 2>;
@@ -73,14 +76,19 @@ class TileLoader {
   // start.
   DYKAF_DEVICE void load(float* shared, int k_left) {
     shared += row_ * Shared::kStride + col_;
+    if (vectorized_) {
+      // Rows are whole chunks here: a chunk is inside or outside as a whole.
 #pragma unroll
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      const int count = num_inside(i, k_left);
-      const float* source = window_ + i * kRowStep * stride_;
-      float* target = shared + i * kRowStep * Shared::kStride;
-      if (vectorized_) {
-        cp_async16(target, count > 0 ? source : matrix_, count * 4);
-      } else {
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        cp_async16_or_zeros(shared + i * kRowStep * Shared::kStride,
+                            window_ + i * kRowStep * stride_, num_inside(i, k_left) > 0);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        const int count = num_inside(i, k_left);
+        const float* source = window_ + i * kRowStep * stride_;
+        float* target = shared + i * kRowStep * Shared::kStride;
 #pragma unroll
         for (int j = 0; j < kChunk; ++j) {
           cp_async4(target + j, j < count ? source + j : matrix_, j < count ? 4 : 0);

@@ -88,6 +88,12 @@ inline void cp_async16(void* dst, const void* src, int bytes,
   simt::issue_copy(dst, src, 16, bytes, where);
 }
 
+// 16 bytes from src, or zeros without a look at src.
+inline void cp_async16_or_zeros(void* dst, const void* src, bool copies,
+                                simt::Location where = simt::Location::current()) {
+  simt::issue_copy(dst, src, 16, copies ? 16 : 0, where);
+}
+
 inline void cp_async4(void* dst, const void* src, int bytes,
                       simt::Location where = simt::Location::current()) {
   simt::issue_copy(dst, src, 4, bytes, where);

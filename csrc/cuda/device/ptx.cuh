@@ -13,14 +13,17 @@ DYKAF_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies the first `bytes` (0..16) of 16 bytes to shared memory and fills the rest with zeros.
-// src must be a mapped address even for bytes = 0; both are 16-byte aligned.
-DYKAF_DEVICE void cp_async16(void* dst, const void* src, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)),
-               "l"(src), "r"(bytes)
-               : "memory");
+// Copies 16 bytes to shared memory, or fills them with zeros without reading src. Both are 16-byte
+// aligned.
+DYKAF_DEVICE void cp_async16_or_zeros(void* dst, const void* src, bool copies) {
+  asm volatile(
+      "{\n.reg .pred ignore;\nsetp.eq.s32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignore;\n}\n" ::"r"(shared_address(dst)),
+      "l"(src), "r"(static_cast<int>(copies))
+      : "memory");
 }
 
+// The same with the first `bytes` (0 or 4) of 4 bytes; src must be a mapped address even for 0.
 DYKAF_DEVICE void cp_async4(void* dst, const void* src, int bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(dst)),
                "l"(src), "r"(bytes)
@@ -43,10 +46,15 @@ DYKAF_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// To nearest, ties away from zero; the low 13 bits of the result are unspecified.
+// To nearest; the low 13 bits of the result are unspecified. Ties go to even where that is one
+// instruction, else away from zero.
 DYKAF_DEVICE uint32_t round_tf32(float x) {
   uint32_t r;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;\n" : "=r"(r) : "f"(x));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(r) : "f"(x));
+#endif
   return r;
 }
 
