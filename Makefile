@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-sanitize test-simt lint format demo clean
+.PHONY: setup test test-sanitize test-simt mutate lint format demo clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -66,6 +66,9 @@ test-sanitize: $(BUILT)
 test-simt:
 	@echo "==> running the CUDA kernels under the host executor"
 	@$(PYTHON) tests/simt/build.py $(SIMT_FLAGS)
+
+mutate:
+	@$(PYTHON) tests/simt/mutate.py
 
 lint: $(BUILT)
 	@echo "==> ruff check"

@@ -166,4 +166,8 @@ inline void require(const std::string& what, bool holds) {
   if (!holds) throw std::runtime_error(what);
 }
 
+inline void require(const char* what, bool holds) {  // for inner loops: makes no string
+  if (!holds) throw std::runtime_error(what);
+}
+
 }  // namespace kernel_check
