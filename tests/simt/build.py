@@ -94,15 +94,16 @@ class Object:
         """Holds the command, which is a dependency as well; written when it succeeded."""
         return self.path.with_suffix(".cmd")
 
-    def compile(self) -> str:
-        """Returns what the compiler said if it failed."""
+    def compile(self, quiet: bool = False) -> str:
+        """Returns what the compiler said if it failed; shows warnings unless `quiet`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stamp.write_text("")
         done = subprocess.run(self.command(), capture_output=True, text=True)
         if done.returncode != 0:
             self.path.unlink(missing_ok=True)
             return done.stderr
-        sys.stderr.write(done.stderr)
+        if not quiet:
+            sys.stderr.write(done.stderr)
         self.stamp.write_text(" ".join(self.command()))
         return ""
 

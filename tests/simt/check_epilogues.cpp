@@ -18,7 +18,8 @@ Scenario scenario_of(TileClass tile_class) {
                     {70, 24, Sides::kBoth, DType::kFloat16, Master::kYes, 4},
                     {5, 3, Sides::kBoth, DType::kFloat32, Master::kYes},
                     {20, 76, Sides::kBoth, DType::kFloat16, Master::kNo, 8},
-                    {9, 16, Sides::kBoth, DType::kBFloat16, Master::kYes, 3}};
+                    {9, 16, Sides::kBoth, DType::kBFloat16, Master::kYes, 3},
+                    {20, 13, Sides::kBoth, DType::kBFloat16, Master::kYes}};
   if (tile_class == TileClass::kLarge) scenario.specs.push_back({132, 140});
   return scenario;
 }

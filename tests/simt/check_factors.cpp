@@ -87,6 +87,12 @@ void check_sizes(const Form& form) {
     check_against_reference(text, scenario_of(form, few_shapes(size)), factor_plan,
                             factor_reference);
   }
+  // A small gradient after large ones: it leaves no trace, and nothing overflows.
+  check_against_reference(std::string("factors ") + form.name + " size far below rho",
+                          scenario_of(form, few_shapes(2e-44)), factor_plan, factor_reference,
+                          [](Batch& batch) {
+                            for (const MatrixCase& c : batch.cases) c.rho[0] = c.rho[1] = 1e37;
+                          });
   // A large gradient, turned round, after small ones.
   Scenario negated = scenario_of(form, few_shapes(1e20));
   negated.options.grad_scale = -1;

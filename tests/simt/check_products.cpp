@@ -11,7 +11,9 @@ using namespace dykaf::cuda;
 
 struct Shape {
   int m, n, k;
-  int offset = 0;  // of every array, in elements
+  int offset = 0;   // of every array, in elements
+  int c_shift = 0;  // of C and D beyond that: one of them may be aligned and the other not
+  int d_shift = 0;
 };
 
 bool is_symmetric_form(ProductForm form) {
@@ -43,20 +45,22 @@ Product random_product(const Shape& s, ProductForm form, int64_t tiles, Rng& rng
   p.shape = s;
   p.A = randn(int64_t{s.m} * s.k, rng, s.offset);
   p.B = is_symmetric_form(form) ? p.A : randn(int64_t{s.k} * s.n, rng, s.offset);
-  p.C = randn(int64_t{s.m} * s.n, rng, s.offset);
+  p.C = randn(int64_t{s.m} * s.n, rng, s.offset + s.c_shift);
   if (is_symmetric_form(form)) {  // so is the factor that C stands for
     for (int i = 0; i < s.m; ++i) {
       for (int j = 0; j < i; ++j) p.C[int64_t{j} * s.n + i] = p.C[int64_t{i} * s.n + j];
     }
   }
-  p.D = Array<float>(int64_t{s.m} * s.n, s.offset);
+  p.D = Array<float>(int64_t{s.m} * s.n, s.offset + s.d_shift);
   p.partials = Array<double>(tiles * kNumSums);
   return p;
 }
 
 void require_right(const Product& p, ProductForm form, MatmulPrecision precision,
                    Epilogue epilogue) {
-  const auto [m, n, k, offset] = p.shape;
+  const int m = p.shape.m;
+  const int n = p.shape.n;
+  const int k = p.shape.k;
   const bool transpose_a = form == ProductForm::kTN || form == ProductForm::kSymmetricTN;
   const bool transpose_b = form == ProductForm::kNT || form == ProductForm::kSymmetricNT;
   std::vector<double> expected(static_cast<size_t>(m) * n);
@@ -142,8 +146,9 @@ std::vector<std::byte> run_products(const std::vector<Shape>& shapes, TileClass 
 
 std::vector<Shape> shapes_of(ProductForm form, TileClass tile_class) {
   // Aligned and whole tiles; odd sizes; odd bases; several stages of k; one row, one column.
-  std::vector<Shape> shapes = {{64, 64, 64},  {33, 70, 19, 1}, {1, 1, 1},
-                               {80, 20, 300}, {20, 76, 8},     {5, 3, 64, 4}};
+  std::vector<Shape> shapes = {{64, 64, 64},          {33, 70, 19, 1},      {1, 1, 1},
+                               {80, 20, 300},         {20, 76, 8},          {5, 3, 64, 4},
+                               {20, 16, 12, 0, 1, 0}, {20, 16, 12, 0, 0, 1}};
   if (tile_class == TileClass::kLarge) shapes.push_back({132, 140, 36});
   if (is_symmetric_form(form)) {
     for (Shape& s : shapes) s.n = s.m;

@@ -2,7 +2,7 @@
 
     python tests/simt/mutate.py [--only N...] [--list] [--markdown docs/mutation.md]
 
-mutants.py lists the faults. For each of them the files that contain it are compiled, the other
+mutants/ lists the faults. For each of them the files that contain it are compiled, the other
 objects are those of build.py, and the checks run in the release build, then with the address
 sanitizer, then with the thread sanitizer, until one fails.
 """
@@ -96,16 +96,16 @@ def diagnosis(output: str, returncode: int) -> str:
     for pattern in (r"^FAILED  (.*)", r"runtime error: (.*)", r"SUMMARY: \w+: (.*)"):
         found = re.search(pattern, output, re.MULTILINE)
         if found:
-            text = re.sub(r"/\S*/", "", found.group(1))
+            text = re.sub(r"\(\S+\+0x\w+\) |/\S*/", "", found.group(1))
             return re.sub(r"\s+", " ", text)[:120]
-    return f"exit code {returncode}"
+    return f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
 
 
 def test_mode(mutant: Mutant, folder: Path, mode: str) -> str:
     """Builds and runs the checks in one mode; says what failed."""
     new, old = objects_of(mutant, folder, mode)
     for obj in new:
-        errors = obj.compile()
+        errors = obj.compile(quiet=True)
         if errors:
             sys.exit(f"{mutant.name}: does not compile\n{errors}")
     binary = folder / mode / "check_kernels"
@@ -161,7 +161,8 @@ def markdown(results: list[Result]) -> str:
         "|---|---|---|---|",
     ]
     for result in results:
-        why = result.why.replace("|", "\\|")
+        # Without the numbers, some of which are what happens to lie in memory.
+        why = result.why.split(": expected")[0].replace("|", "\\|")
         mode = MODE_NAMES.get(result.mode, "**not noticed**")
         lines.append(f"| {result.mutant.name} | `{result.mutant.file}` | {mode} | {why} |")
     return "\n".join(lines) + "\n"

@@ -1,0 +1,181 @@
+"""Faults in the pieces that kernels share and in the element-wise kernels."""
+
+from .fault import faults
+
+ELEMENTS = ("adam", "apply", "skip adam", "skip apply")
+FACTORS = ("factors", "skip factors")
+
+DEVICE = (
+    faults(
+        "device/reduce.cuh",
+        ("adam full", "product highest medium NN sums"),
+        (
+            "no barrier before the sum",
+            "  }\n  __syncthreads();\n#pragma unroll\n",
+            "  }\n#pragma unroll\n",
+        ),
+        ("half a warp is summed", "int offset = kWarpSize / 2;", "int offset = kWarpSize / 4;"),
+        (
+            "a warp is left out",
+            "w < num_threads / kWarpSize;",
+            "w < max(1, num_threads / kWarpSize - 1);",
+        ),
+    )
+    + faults(
+        "device/reduce.cuh",
+        ("factors many tiles",),
+        ("no barrier after the sum", "  }\n  __syncthreads();\n}", "  }\n}"),
+    )
+    + faults(
+        "device/lookup.cuh",
+        ("product highest medium NN", "adam full"),
+        ("first tile belongs to the problem before", ".tile_begin <= tile", ".tile_begin < tile"),
+        ("last problem is not found", "hi = num_problems - 1", "hi = max(0, num_problems - 2)"),
+    )
+    + faults(
+        "device/vector.cuh",
+        ("adam", "apply", "grad_max", "epilogue parameter medium"),
+        ("reads beyond a float unit", "i < count ? p[i] : 0.0f", "p[i]"),
+        ("reads beyond a 16-bit unit", "i < count ? p[i] : uint16_t{0}", "p[i]"),
+        (
+            "writes beyond a float unit",
+            "    return;\n  }\n#pragma unroll\n  for (int i = 0; i < kUnit; ++i) {\n"
+            "    if (i < count) p[i] = x[i];\n  }\n}\n\nDYKAF_DEVICE void load_unit_bits",
+            "    return;\n  }\n#pragma unroll\n  for (int i = 0; i < kUnit; ++i) {\n"
+            "    p[i] = x[i];\n  }\n}\n\nDYKAF_DEVICE void load_unit_bits",
+        ),
+        ("halves of a word swapped", "(16 * (i % 2))", "(16 * (1 - i % 2))"),
+        ("aligned to 8 bytes", "& 15u) == 0", "& 7u) == 0"),
+        (
+            "float16 read as bfloat16",
+            "dtype == DType::kBFloat16 ? bfloat16_to_float(bits)",
+            "dtype != DType::kFloat32 ? bfloat16_to_float(bits)",
+        ),
+        (
+            "store moves whole units",
+            "DYKAF_DEVICE void store_unit(float* p, int count, bool aligned, "
+            "const float (&x)[kUnit]) {\n"
+            "  if (aligned && count == kUnit) {",
+            "DYKAF_DEVICE void store_unit(float* p, int count, bool aligned, "
+            "const float (&x)[kUnit]) {\n"
+            "  if (aligned) {",
+        ),
+    )
+    + faults(
+        "device/elements.cuh",
+        ("adam", "apply", "epilogue parameter medium"),
+        (
+            "eps is corrected too",
+            "sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps",
+            "(sqrtf(exp_avg_sq[i]) + s.eps) * s.correction2",
+        ),
+        ("gradient without tau", "const float g = s.tau * h[i];", "const float g = h[i];"),
+        (
+            "momentum is not corrected",
+            "exp_avg[i] * s.correction1 / denominator",
+            "exp_avg[i] / denominator",
+        ),
+        (
+            "decay after the step",
+            "value[i] * s.keep - s.lr * update[i]",
+            "(value[i] - s.lr * update[i]) * s.keep",
+        ),
+        (
+            "random numbers by the unit",
+            "static_cast<uint64_t>(start + i)",
+            "static_cast<uint64_t>(start + i / 8)",
+        ),
+        (
+            "master rounds at random",
+            "p.master != nullptr\n                  ?",
+            "false\n                  ?",
+        ),
+        ("master is not stored", "if (p.master != nullptr) store_unit", "if (false) store_unit"),
+        (
+            "float16 rounds to nearest",
+            "nearest_float16(round_to_float16(x, random))",
+            "nearest_float16(x)",
+        ),
+    )
+)
+
+ELEMENT_KERNELS = (
+    faults(
+        "elements.cu",
+        ELEMENTS,
+        (
+            "units cross rows",
+            "min(int64_t{kUnit}, n - place.col)",
+            "min(int64_t{kUnit}, n + 1 - place.col)",
+        ),
+        ("a unit too many", "if (unit >= num_units) break;", "if (unit > num_units) break;"),
+        ("gradient is not scaled", "x[i] *= s.load_scale;", "x[i] *= 1.0f / s.tau;"),
+        ("input taken for aligned", "is_aligned(e.in, place.start, 4), x);", "true, x);"),
+        ("output taken for aligned", "is_aligned(e.out, place.start, 4),", "true,"),
+        (
+            "gradient taken for aligned",
+            "is_aligned(p.grad, place.start, element_size(p.dtype))",
+            "true",
+        ),
+        ("master taken for aligned", "is_aligned(p.master, place.start, 4)", "true"),
+        (
+            "sums over what is outside",
+            "squares += i < place.count ? update[i] * update[i] : 0.0f;",
+            "squares += update[i] * update[i];",
+        ),
+        (
+            "partial sums of another problem",
+            "e.partials[block - e.tile_begin]",
+            "e.partials[block]",
+        ),
+        (
+            "first block of another problem",
+            "static_cast<int64_t>(block - e.tile_begin) * kUnitsPerBlock",
+            "static_cast<int64_t>(block) * kUnitsPerBlock",
+        ),
+        ("skip flag ignored", "  if (s.active == 0) return;\n", ""),
+        ("root is not corrected", "row_root[place.row] * s.correction2", "row_root[place.row]"),
+        (
+            "roots of another column",
+            "col_root + place.col, place.count",
+            "col_root + place.col / 16 * 8, place.count",
+        ),
+        (
+            "update_rms ignores the skip flag",
+            "if (matrices.scalars[r.matrix_idx].active == 0) return;",
+            "",
+        ),
+        ("update_rms of a row", "static_cast<double>(p.m * p.n)", "static_cast<double>(p.n)"),
+    )
+    + faults(
+        "elements.cu",
+        ("epilogue adam medium", "step long sides"),
+        (
+            "update_rms adds every sum",
+            "static_cast<int64_t>(i) * r.stride",
+            "static_cast<int64_t>(i)",
+        ),
+        (
+            "update_rms of the first 32 tiles",
+            "i < r.num_partials; i += kWarpSize",
+            "i < min(r.num_partials, kWarpSize); i += kWarpSize",
+        ),
+    )
+    + faults(
+        "elements.cu",
+        FACTORS,
+        ("columns weighed by a row's weight", "x[i] *= e.row[place.row];", "x[i] *= e.row[0];"),
+        ("columns are not weighed", "x[i] *= weights[i];", "x[i] *= 1.0f;"),
+        ("increment of NaN is added", "if (keep == 1.0f && gain == 0.0f) return;", ""),
+        ("zero gradient blends", "s.zero_gradient != 0 || ", ""),
+        ("stopped matrix blends", " || s.stopped != 0) return;", ") return;"),
+        ("blending ignores the skip flag", "if (s.active == 0 || s.zero", "if (s.zero"),
+        ("factor taken for aligned", "is_aligned(b.factor, start, 4) && ", ""),
+        ("factor's tail", "min(int64_t{kUnit}, b.size - start)", "int64_t{kUnit}"),
+        (
+            "units are blended twice, others never",
+            "(first + u * kThreads + static_cast<int>(threadIdx.x)) * kUnit",
+            "(first + u * kThreads / 2 + static_cast<int>(threadIdx.x)) * kUnit",
+        ),
+    )
+)

@@ -1,0 +1,246 @@
+"""Faults in the scalars, the second moments, max|G| and the planning."""
+
+from .fault import faults
+
+FACTORS = ("factors", "skip factors")
+
+FACTOR_SCALARS = faults(
+    "factor_scalars.cu",
+    FACTORS,
+    (
+        "ksl: c without a",
+        "s.c = a * K.with_factor(a, b) / norm;",
+        "s.c = K.with_factor(a, b) / norm;",
+    ),
+    ("ksl: never stops", "s.stopped = norm > 0 ? 0 : 1;\n  s.c", "s.stopped = 0;\n  s.c"),
+    (
+        "ksl: the right side goes on",
+        "  if (s.stopped != 0) return;\n  const double norm = B.norm(s.c, b);\n"
+        "  s.stopped = norm > 0 ? 0 : 1;\n  if (s.stopped != 0) return;\n",
+        "  const double norm = B.norm(s.c, b);\n",
+    ),
+    ("norm with half its mixed term", "2 * a * b * FA", "a * b * FA"),
+    ("bug: one increment's square", "a * b * (K.AA + J.AA)", "a * b * (K.AA + K.AA)"),
+    ("bug: no coupling", " + b * b * coupling", ""),
+    (
+        "bug: never stops",
+        "s.stopped = norm > 0 ? 0 : 1;\n  if (s.stopped != 0) return;\n  set_blend(s, Side::kLeft",
+        "set_blend(s, Side::kLeft",
+    ),
+    ("average: never stops", "if (!(norm > 0)) {", "if (norm < 0) {"),
+    (
+        "average: rho of one side",
+        "if (p.L == nullptr || p.R == nullptr) {",
+        "if (p.L == nullptr && p.R == nullptr) {",
+    ),
+    (
+        "average: not over the size",
+        "average(s, p, side, left, a, b / f.size)",
+        "average(s, p, side, left, a, b)",
+    ),
+    ("rho decays twice", "} else if (f.stage != FactorStage::kKslLeft) {", "} else {"),
+    ("rho decays by the whole beta", "p.rho[0] * sqrt(beta)", "p.rho[0] * beta"),
+    (
+        "rho of the other side decays",
+        "p.rho[static_cast<int>(side)] *= sqrt(beta)",
+        "p.rho[1 - static_cast<int>(side)] *= beta",
+    ),
+    ("a from the other side's rho", "p.rho[is_average ? static_cast<int>(side) : 0]", "p.rho[0]"),
+    ("skip flag ignored", "  if (s.active == 0) return;\n", ""),
+    (
+        "weights ignore the skip flag",
+        "  if (matrices.scalars[p.matrix_idx].active == 0) return;\n",
+        "",
+    ),
+    (
+        "weights without a least one",
+        "fmax(diagonal(i) / (mean[0] / n), kLeastWeight)",
+        "diagonal(i) / (mean[0] / n)",
+    ),
+    ("weights not of mean one", "weight(i) / (total[0] / n)", "weight(i)"),
+    (
+        "diagonal out of step",
+        "static_cast<int64_t>(i) * p.n + i]",
+        "static_cast<int64_t>(i) * p.n]",
+    ),
+    (
+        "sums of the first 128 tiles",
+        "tile < num_tiles; tile += kThreads",
+        "tile < min(num_tiles, kThreads); tile += kThreads",
+    ),
+)
+
+PREPARE = faults(
+    "prepare.cu",
+    ("adam", "apply", "factors", "skip", "step amp", "step many"),
+    ("amp_scale ignored", "if (inputs.amp_scale != nullptr) scale", "if (false) scale"),
+    ("lr on the device ignored", "inputs.lr == nullptr ?", "true ?"),
+    ("a skipped step counts", "if (s.active != 0 && step_count", "if (step_count"),
+    ("every call counts", " && step_count == StepCount::kAdvance) *p.step", ") *p.step"),
+    ("skip flag ignored", "*inputs.skip == 0 ? 1 : 0", "*inputs.skip == 0 ? 1 : 1"),
+    ("a negated gradient has no size", "grad_max * fabs(scale)", "grad_max * scale"),
+    ("rho has no size", "largest = largest < p.rho[side] ? p.rho[side] : largest;", ""),
+    ("any exponent", "kMaxExponent = 125", "kMaxExponent = 150"),
+    ("tau far below", "exponent = max(-kMaxExponent", "exponent = max(-kMaxExponent + 60"),
+    ("zero gradient unnoticed", "grad_max == 0.0 ? 1 : 0", "grad_max < 0.0 ? 1 : 0"),
+    (
+        "no root in a correction",
+        "1 / sqrt(1 - pow(options.beta2, step))",
+        "1 / (1 - pow(options.beta2, step))",
+    ),
+    ("one random stream", "rounding_key(options.seed, p.stream,", "rounding_key(options.seed, 0,"),
+    ("the same random numbers each step", "static_cast<uint64_t>(*p.step))", "0)"),
+    ("a matrix too many", "if (idx >= matrices.num) return;", "if (idx > matrices.num) return;"),
+    ("gradient not over tau", "scale / static_cast<double>(s.tau)", "scale"),
+    ("no weight decay", "1 - lr * options.weight_decay", "1.0"),
+)
+
+SECOND_MOMENT = faults(
+    "second_moment.cu",
+    ("adam rank_one", "adam factored", "skip adam"),
+    ("a row too many", "if (row >= p.m) return;", "if (row > p.m) return;"),
+    (
+        "columns are not weighed",
+        "rank_one ? unit_entry(p.exp_avg_sq_col",
+        "false ? unit_entry(p.exp_avg_sq_col",
+    ),
+    ("old vectors read at the start", "return scale == 0.0 ?", "return scale < 0.0 ?"),
+    ("no barrier between the warps", "lane] = sum;\n  __syncthreads();\n", "lane] = sum;\n"),
+    ("columns outside are read", "i < p.m && col < p.n;", "i < p.m;"),
+    (
+        "columns outside are written",
+        "if (warp != 0 || col >= p.n) return;",
+        "if (warp != 0) return;",
+    ),
+    (
+        "every warp writes the columns",
+        "if (warp != 0 || col >= p.n) return;",
+        "if (col >= p.n) return;",
+    ),
+    ("half of a row is summed", "int offset = kWarpSize / 2;", "int offset = kWarpSize / 4;"),
+    ("rows are not weighed", "q.u != nullptr ? q.u[i] : 1.0", "1.0"),
+    ("u is not normalised", "q.u[i] /= norm;", "q.u[i] /= 1.0;"),
+    ("c without a", "q.scratch[0] = w.a * sums[1] / norm;", "q.scratch[0] = sums[1] / norm;"),
+    (
+        "moves where the norm vanishes",
+        "q.scratch[1] != 0.0 && norm > 0",
+        "norm >= 0 || norm != norm",
+    ),
+    ("scale without its root", "w.unit * sqrt(norm)", "w.unit * norm"),
+    ("root without the scale", " * static_cast<float>(new_scale);", ";"),
+    (
+        "no guard of a mean of zero",
+        "mean[0] > 0 ? static_cast<float>(1 / sqrt(mean[0])) : 0.0f",
+        "static_cast<float>(1 / sqrt(mean[0]))",
+    ),
+    ("row means over the rows", "gain / n * q.row_sums[i]", "gain / m * q.row_sums[i]"),
+    ("means without tau", "(1 - beta2) * tau * tau;", "(1 - beta2);"),
+    ("weights without tau", "(1 - beta2) * new_part * new_part", "(1 - beta2)"),
+    (
+        "row sums ignore the skip flag",
+        "if (matrices.scalars[q.matrix_idx].active == 0) return;\n"
+        "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int64_t row",
+        "const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int64_t row",
+    ),
+    (
+        "column sums ignore the skip flag",
+        "if (matrices.scalars[q.matrix_idx].active == 0) return;\n"
+        "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int warp",
+        "const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int warp",
+    ),
+    (
+        "row vector ignores the skip flag",
+        "if (s.active == 0 || q.u == nullptr) return;",
+        "if (q.u == nullptr) return;",
+    ),
+    ("vectors ignore the skip flag", "  if (s.active == 0) return;\n", ""),
+)
+
+GRAD_MAX = faults(
+    "grad_max.cu",
+    ("grad_max",),
+    ("NaN lost between lanes", "a > b || a != a ? a : b", "a > b ? a : b"),
+    (
+        "NaN lost in a thread",
+        "magnitude(x[j]);\n      largest = value > largest || value != value ?",
+        "magnitude(x[j]);\n      largest = value > largest ?",
+    ),
+    (
+        "NaN lost between blocks",
+        "p.partials[i];\n    largest = value > largest || value != value ?",
+        "p.partials[i];\n    largest = value > largest ?",
+    ),
+    ("infinity is a number", "x - x == 0.0f ?", "x == x ?"),
+    ("signs stay", "? fabsf(x) :", "? x :"),
+    (
+        "no barrier between the warps",
+        "scratch[warp] = value;\n  __syncthreads();\n",
+        "scratch[warp] = value;\n",
+    ),
+    ("a warp is left out", "w < kThreads / 32;", "w < kThreads / 32 - 1;"),
+    (
+        "block reads on",
+        "min(gradient.size, begin + kElementsPerBlock)",
+        "min(gradient.size + 1, begin + kElementsPerBlock)",
+    ),
+    ("tail of a gradient", "min(int64_t{kUnit}, end - i)", "int64_t{kUnit}"),
+    ("partial maxima of another gradient", "p.partials[block - p.tile_begin]", "p.partials[block]"),
+    (
+        "block of another gradient",
+        "(block - p.tile_begin) * kElementsPerBlock",
+        "block * kElementsPerBlock",
+    ),
+    (
+        "maximum of the first 256 blocks",
+        "i < p.num_tiles; i += kThreads",
+        "i < min(p.num_tiles, kThreads); i += kThreads",
+    ),
+    ("taken for aligned", "is_aligned(gradient.data, 0, 0)", "true"),
+)
+
+PLANS = (
+    faults(
+        "gemm_plan.cu",
+        ("plan", "step ksl"),
+        (
+            "a symmetric product's grid is full",
+            "symmetric ? tiles_m * (tiles_m + 1) / 2",
+            "symmetric ? tiles_m * tiles_m",
+        ),
+        (
+            "tiles rounded down",
+            "tiles_m * ceil_div(n, Tile::kN)",
+            "tiles_m * (n / Tile::kN)",
+        ),
+    )
+    + faults(
+        "step.cu",
+        ("step ksl", "step rank_one"),
+        ("gradient overwritten, two bases", "both ? update : product", "product"),
+        ("gradient overwritten, one basis", "both ? update : product", "update"),
+        ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
+    )
+    + faults(
+        "factor_update.cu",
+        ("factors bug", "factors ksl", "factors diagonal"),
+        (
+            "bug: the left factor moves too early",
+            "blend_of(Side::kLeft, i, left_increment_, right_blends_)",
+            "blend_of(Side::kLeft, i, left_increment_, left_blends_)",
+        ),
+        (
+            "weights of the other side",
+            "weigh_left_.back().col = w_R",
+            "weigh_left_.back().row = w_L",
+        ),
+    )
+    + faults(
+        "adam_update.cu",
+        ("adam",),
+        (
+            "roots swapped",
+            "e.row = q.row_root;\n    e.col = q.col_root;",
+            "e.row = q.col_root;\n    e.col = q.row_root;",
+        ),
+    )
+)
