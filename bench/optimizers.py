@@ -21,7 +21,7 @@ Parameters = list[torch.nn.Parameter]
 
 PRECONDITION_FREQUENCY = 10
 LR, BETAS, WEIGHT_DECAY = 3e-3, (0.95, 0.95), 0.01
-COMMON = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
+COMMON: dict[str, Any] = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def textbook(
     def make(parameters: Parameters, max_precond_dim: int) -> Optimizer:
         return kind(
             parameters,
-            **COMMON,  # type: ignore[arg-type]
+            **COMMON,
             precondition_frequency=PRECONDITION_FREQUENCY,
             max_precond_dim=max_precond_dim,
         )
@@ -79,7 +79,7 @@ def textbook(
 
 
 def adamw(parameters: Parameters, max_precond_dim: int) -> Optimizer:
-    return torch.optim.AdamW(parameters, **COMMON, fused=True)  # type: ignore[arg-type]
+    return torch.optim.AdamW(parameters, **COMMON, fused=True)
 
 
 def muon(parameters: Parameters, max_precond_dim: int) -> Optimizer:

@@ -19,8 +19,11 @@ def select(tuning: Sequence[Record]) -> Record | None:
     records.
     """
     finished = [record for record in tuning if not record["diverged"]]
-    key = lambda record: (record["final"]["loss"], record["lr"], record["warmup"])  # noqa: E731
-    return min(finished, key=key, default=None)
+
+    def rank(record: Record) -> tuple[float, float, int]:
+        return record["final"]["loss"], record["lr"], record["warmup"]
+
+    return min(finished, key=rank, default=None)
 
 
 def at_edge(best: Record, lrs: Sequence[float]) -> bool:

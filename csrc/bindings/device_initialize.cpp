@@ -13,6 +13,7 @@
 #include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
+#include "dykaf/prior.h"
 #include "dykaf/schedule.h"
 
 #if defined(DYKAF_WITH_CUDA)
@@ -43,17 +44,9 @@ class FirstGradient {
     if (group_.options.init == Init::kRankOne && two_sided && set_rank_one_prior_()) return;
     if (p_.L != nullptr) set_scaled_identity_(p_.L, p_.m);
     if (p_.R != nullptr) set_scaled_identity_(p_.R, p_.n);
-    const auto m = static_cast<double>(p_.m);
-    const auto n = static_cast<double>(p_.n);
-    const double beta = group_.options.factor_beta;
-    const double odds = beta > 0 ? (1 - beta) / beta : 0;
-    const double size = tau_ * H_.to(at::kDouble).norm().item<double>() * std::sqrt(odds);
-    if (two_sided && group_.options.integrator == Integrator::kDiagonal) {
-      set_rho(size / std::sqrt(n * std::sqrt(m)), size / std::sqrt(m * std::sqrt(n)));
-    } else {
-      const double rho = size / std::sqrt(std::sqrt(m * n));
-      set_rho(rho, rho);
-    }
+    const double norm = tau_ * H_.to(at::kDouble).norm().item<double>();
+    const auto rho = prior_rho(group_.options, p_.m, p_.n, two_sided, norm);
+    set_rho(rho[0], rho[1]);
   }
 
   void first_basis_(Side side) {

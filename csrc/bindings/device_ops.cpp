@@ -33,7 +33,7 @@ int64_t workspace_bytes(const Problem<float>& p) {
   return static_cast<int64_t>(sizeof(float)) * (3 * p.size() + factors);
 }
 
-// The matrices `indices` of the group, as a group of their own over `problems`.
+// The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
 DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indices,
                      std::vector<Problem<float>>& problems) {
   problems.clear();
@@ -42,13 +42,13 @@ DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indic
   part.skip = group.skip;
   part.amp_scale = group.amp_scale;
   part.lr = group.lr;
-  if (group.grad_max) {
-    const bool all = indices.size() == group.problems.size();
-    part.grad_max =
-        all ? *group.grad_max
-            : group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
-  }
   return part;
+}
+
+// Those of the group's maxima that belong to `indices`.
+at::Tensor maxima_of(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+  if (indices.size() == group.problems.size()) return *group.grad_max;
+  return group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
 }
 
 void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) {
@@ -62,7 +62,8 @@ void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) 
       ++end;
     }
     const std::vector<int64_t> pass(indices.begin() + begin, indices.begin() + end);
-    const DeviceGroup part = subgroup(group, pass, problems);
+    DeviceGroup part = subgroup(group, pass, problems);
+    part.grad_max = maxima_of(group, pass);
     run_plan(group.device, [&](void* workspace) {
       return cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision,
                              workspace);
@@ -150,8 +151,11 @@ void step_on_device_(const DeviceGroup& group) {
   }
   plain_step_(group, running);
   refresh_due_(group, running);
+  if (fresh.empty()) return;
   std::vector<Problem<float>> problems;
-  if (!fresh.empty()) initialize_on_device_(subgroup(group, fresh, problems));
+  DeviceGroup start = subgroup(group, fresh, problems);
+  start.grad_max = maxima_of(group, fresh);
+  initialize_on_device_(start);
 }
 
 }  // namespace dykaf::bindings

@@ -15,14 +15,13 @@
 #include "bindings/device_ops.h"
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
+#include "cpu/refresh.h"
 
 #if defined(DYKAF_WITH_CUDA)
 
 namespace dykaf::bindings {
 namespace {
 
-// As on the CPU.
-constexpr int64_t kRefreshesPerCorrection = 32;
 // Bases of one batch, by memory: a batch takes a few arrays of this many entries.
 constexpr int64_t kMaxBatchEntries = int64_t{1} << 25;
 
@@ -45,8 +44,8 @@ class RefreshBatch {
                                                   /*descending=*/true);
     auto [P, S] = cpu::signed_qr(F.gather(2, sorting.unsqueeze(1).expand({-1, n, n})));
     const at::Tensor finite = at::isfinite(P).all(2).all(1);
-    const at::Tensor moves = may_move(finite);
-    count_failures(finite);
+    const at::Tensor moves = unless_skipped(finite);
+    count_refreshes(unless_skipped(finite.logical_not()));
 
     // Where a basis must stay, P = I and nothing is sorted.
     const at::Tensor stays = moves.logical_not().unsqueeze(1);
@@ -58,7 +57,8 @@ class RefreshBatch {
     const at::Tensor new_F = at::where(stays.unsqueeze(2), F, symmetric);
     const at::Tensor new_Q = at::bmm(at::stack(bases), P);
     const at::Tensor growth =
-        at::where(stays, at::ones_like(old_diagonal), growth_of(old_diagonal, new_F));
+        at::where(stays, at::ones_like(old_diagonal),
+                  cpu::growth(group_.options, old_diagonal, new_F.diagonal(0, 1, 2)));
 
     for (size_t i = 0; i < problems_.size(); ++i) {
       const auto b = static_cast<int64_t>(i);
@@ -72,13 +72,12 @@ class RefreshBatch {
  private:
   int64_t size_of(const Problem<float>& p) const { return left_ ? p.m : p.n; }
 
-  at::Tensor may_move(const at::Tensor& finite) const {
-    return group_.skip ? finite.logical_and(group_.skip->eq(0)) : finite;
+  // In a step that is skipped nothing moves, and nothing fails.
+  at::Tensor unless_skipped(const at::Tensor& flags) const {
+    return group_.skip ? flags.logical_and(group_.skip->eq(0)) : flags;
   }
 
-  void count_failures(const at::Tensor& finite) const {
-    at::Tensor failed = finite.logical_not();
-    if (group_.skip) failed = failed.logical_and(group_.skip->eq(0));
+  void count_refreshes(const at::Tensor& failed) const {
     for (size_t i = 0; i < problems_.size(); ++i) {
       const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
       at::from_blob(problems_[i]->refresh_fallbacks, {1}, options)
@@ -87,17 +86,9 @@ class RefreshBatch {
     }
   }
 
-  // clamp(new_i / old_i, 0.1, 10), or 1 without rescaling or where the old entry is 0.
-  at::Tensor growth_of(const at::Tensor& old_diagonal, const at::Tensor& new_F) const {
-    if (!group_.options.rescale_exp_avg_sq) return at::ones_like(old_diagonal);
-    const at::Tensor ratio = new_F.diagonal(0, 1, 2).div(old_diagonal).clamp(0.1, 10.0);
-    return at::where(old_diagonal.gt(0), ratio, at::ones_like(ratio));
-  }
-
-  // Now and then one Newton-Schulz step: Q (3 I - Q^T Q) / 2.
   at::Tensor corrected(const Problem<float>& p, const at::Tensor& Q) const {
-    if (p.refreshes[static_cast<size_t>(side_)] % kRefreshesPerCorrection != 0) return Q;
-    return Q.mul(1.5).sub(Q.mm(Q.t().mm(Q)), 0.5);
+    const bool is_due = p.refreshes[static_cast<size_t>(side_)] % cpu::kRefreshesPerCorrection == 0;
+    return is_due ? cpu::orthonormalized(Q) : Q;
   }
 
   void move_momentum(const Problem<float>& p, const at::Tensor& P) const {

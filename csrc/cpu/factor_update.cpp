@@ -10,6 +10,7 @@
 #include "cpu/loops.h"
 #include "cpu/matrix.h"
 #include "dykaf/ops.h"
+#include "dykaf/prior.h"
 
 namespace dykaf::cpu {
 namespace {
@@ -227,20 +228,11 @@ void set_prior_(const Problem<T>& p, const Options& options, Init init, const T*
   const bool two_sided = p.L != nullptr && p.R != nullptr;
   if (init == Init::kRankOne && two_sided && set_rank_one_prior_(p, H, tau)) return;
 
-  // The prior's weight equals that of the first gradient: the two terms of K have the same trace.
   if (p.L != nullptr) set_scaled_identity(p.L, p.m);
   if (p.R != nullptr) set_scaled_identity(p.R, p.n);
-  const double m = static_cast<double>(p.m);
-  const double n = static_cast<double>(p.n);
-  const double beta = options.factor_beta;
-  const double odds = beta > 0 ? (1 - beta) / beta : 0;
-  const double size = static_cast<double>(tau) * frobenius_norm(H, p.size()) * std::sqrt(odds);
-  if (two_sided && options.integrator == Integrator::kDiagonal) {
-    p.rho[0] = size / std::sqrt(n * std::sqrt(m));
-    p.rho[1] = size / std::sqrt(m * std::sqrt(n));
-  } else {
-    set_rho(p, size / std::sqrt(std::sqrt(m * n)));
-  }
+  const double norm = static_cast<double>(tau) * frobenius_norm(H, p.size());
+  const auto rho = prior_rho(options, p.m, p.n, two_sided, norm);
+  std::copy(rho.begin(), rho.end(), p.rho);
 }
 
 template <typename T>

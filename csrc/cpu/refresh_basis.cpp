@@ -6,28 +6,20 @@
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
 #include "cpu/matrix.h"
+#include "cpu/refresh.h"
 #include "cpu/second_moment.h"
 #include "dykaf/ops.h"
 
 namespace dykaf::cpu {
-namespace {
 
-// Q P drifts from orthogonality by a few units of rounding per refresh; one Newton-Schulz step in
-// this many refreshes removes the drift, whose square it leaves.
-constexpr int64_t kRefreshesPerCorrection = 32;
+at::Tensor orthonormalized(const at::Tensor& Q) { return Q.mul(1.5).sub(Q.mm(Q.t().mm(Q)), 0.5); }
 
-// Q <- Q (3 I - Q^T Q) / 2.
-void orthonormalize_(const at::Tensor& Q) { Q.copy_(Q.mul(1.5).sub(Q.mm(Q.t().mm(Q)), 0.5)); }
-
-// clamp(new_i / old_order(i), 0.1, 10), or 1 without rescaling or where the old entry is 0.
 at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
                   const at::Tensor& new_diagonal) {
   if (!options.rescale_exp_avg_sq) return at::ones_like(new_diagonal);
   const at::Tensor ratio = new_diagonal.div(old_diagonal).clamp(0.1, 10.0);
   return at::where(old_diagonal.gt(0), ratio, at::ones_like(ratio));
 }
-
-}  // namespace
 
 template <typename T>
 void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
@@ -48,7 +40,7 @@ void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
     return;
   }
   Q.copy_(Q.mm(P));
-  if (p.refreshes[i] % kRefreshesPerCorrection == 0) orthonormalize_(Q);
+  if (p.refreshes[i] % kRefreshesPerCorrection == 0) Q.copy_(orthonormalized(Q));
   triangular_symmetric_product(F, S, P.index_select(0, order));
 
   at::Tensor exp_avg = view(p.exp_avg, p.m, p.n);

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     }
   }
   if constexpr (kPrecision == MatmulPrecision::kHighest) add_and_clear(acc, total);
-  cp_async_wait<0>();
+  // The groups that are still in flight are empty.
   __syncthreads();
 
   SharedCarver staged_carver(shared, kReuse);

@@ -1,5 +1,6 @@
 // max|G| of each gradient, NaN where an entry is not finite.
 #include "cuda/device/lookup.cuh"
+#include "cuda/device/reduce.cuh"
 #include "cuda/device/vector.cuh"
 #include "cuda/grouped.h"
 #include "cuda/kernels.h"
@@ -13,16 +14,16 @@ constexpr int64_t kElementsPerBlock = int64_t{kThreads} * kUnitsPerThread * kUni
 
 // The largest of all threads' values; NaN wins. `scratch` is shared, one per warp.
 __device__ float block_max(float value, float* scratch) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const auto larger = [](float a, float b) { return a > b || a != a ? a : b; };
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    value = larger(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = larger(value, __shfl_xor_sync(kFullMask, value, offset));
   }
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  for (int w = 0; w < kThreads / 32; ++w) value = larger(scratch[w], value);
+  for (int w = 0; w < kThreads / kWarpSize; ++w) value = larger(scratch[w], value);
   return value;
 }
 
@@ -32,7 +33,7 @@ __device__ float magnitude(float x) { return x - x == 0.0f ? fabsf(x) : nanf("")
 // One block per kElementsPerBlock elements, in the order of the gradients.
 __global__ void __launch_bounds__(kThreads)
     grad_max_kernel(const __grid_constant__ Grouped<GradMaxProblem> launch) {
-  DYKAF_SHARED(float, scratch, [kThreads / 32]);
+  DYKAF_SHARED(float, scratch, [kThreads / kWarpSize]);
   const int block = static_cast<int>(blockIdx.x);
   const GradMaxProblem p = launch.problems[find_problem(launch.problems, launch.num, block)];
   const Gradient gradient = p.gradient;
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
 // One block per gradient.
 __global__ void __launch_bounds__(kThreads)
     grad_max_finish_kernel(const __grid_constant__ Grouped<GradMaxProblem> launch) {
-  DYKAF_SHARED(float, scratch, [kThreads / 32]);
+  DYKAF_SHARED(float, scratch, [kThreads / kWarpSize]);
   const GradMaxProblem p = launch.problems[blockIdx.x];
   float largest = 0.0f;
   for (int i = static_cast<int>(threadIdx.x); i < p.num_tiles; i += kThreads) {

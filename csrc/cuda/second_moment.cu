@@ -136,7 +136,7 @@ DYKAF_DEVICE void rank_one_vectors(const MomentProblem& q, const Problem<float>&
     p.exp_avg_sq_col[j] = static_cast<float>(r);
     q.col_root[j] = sqrtf(p.exp_avg_sq_col[j]);
   }
-  __syncthreads();  // all have read the old scale
+  // All have read the old scale: block_sum waited for them.
   if (threadIdx.x == 0) *p.exp_avg_sq_scale = new_scale;
 }
 

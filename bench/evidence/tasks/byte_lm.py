@@ -20,6 +20,7 @@ EXAMPLES = ROOT / "examples"
 if str(EXAMPLES) not in sys.path:
     sys.path.append(str(EXAMPLES))  # at the end: its modules have common names
 
+# After the path is set.
 from corpus import gather_windows, load_corpus, sample_batch  # noqa: E402
 from model import GPT  # noqa: E402
 

@@ -102,7 +102,6 @@ DYKAF_DEVICE void mma_tile_bf16(float (&d)[kTilesM][kTilesN][4], const uint32_t 
 }
 
 DYKAF_DEVICE float load_shared(const float* p) { return *p; }
-DYKAF_DEVICE float2 load_shared2(const float* p) { return *reinterpret_cast<const float2*>(p); }
 
 // 16 bytes at once from and to 16-byte aligned global memory. Pointers that come out of a struct
 // are generic to the compiler; these say that they are global.

@@ -2,14 +2,12 @@
 
 Left out is what changes nothing that can be observed:
 
-- gemm.cuh, cp_async_wait<0> after the loop: the groups still in flight there are empty.
 - gemm_epilogue.cuh, the predicate on columns in mirror: beside the diagonal tiles are whole in that
   direction, and on it col < row.
 - elements.cu, the early return of the blending: a unit of no elements moves nothing. The alignment
   of a 16-bit gradient: units of flat arrays start at multiples of eight.
 - factor_scalars.cu, either one of the two guards of ksl_right: a left norm that vanished makes the
   right one NaN, and otherwise <H^T U H, R> = <U, H R H^T> > 0.
-- second_moment.cu, the last barrier of rank_one_vectors: the old scale was read before block_sum.
 - prepare.cu, which power of two tau is, within wide limits.
 """
 

@@ -109,7 +109,11 @@ MAIN_LOOP = (
         ),
         ("ring of one buffer less", "filled + 1 == Tile::kStages", "filled + 2 == Tile::kStages"),
         ("ring read out of step", "current + 1 == Tile::kStages", "current + 2 == Tile::kStages"),
-        ("tile written over the ring", "cp_async_wait<0>();\n  __syncthreads();\n", ""),
+        (
+            "tile written over the ring",
+            "in flight are empty.\n  __syncthreads();\n",
+            "in flight are empty.\n",
+        ),
         (
             "finished tile read too early",
             "warp_row, warp_col, lane);\n  __syncthreads();\n",

@@ -1,0 +1,27 @@
+// The scale of the factors before the first gradient.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "dykaf/types.h"
+
+namespace dykaf {
+
+// rho of each side for factors that start as scaled identities, from ||G||_F of the first gradient:
+// the prior's weight equals that of the gradient, since the two terms of K have the same trace.
+inline std::array<double, 2> prior_rho(const Options& options, int64_t m, int64_t n, bool two_sided,
+                                       double gradient_norm) {
+  const auto rows = static_cast<double>(m);
+  const auto cols = static_cast<double>(n);
+  const double beta = options.factor_beta;
+  const double size = gradient_norm * std::sqrt(beta > 0 ? (1 - beta) / beta : 0);
+  if (two_sided && options.integrator == Integrator::kDiagonal) {
+    return {size / std::sqrt(cols * std::sqrt(rows)), size / std::sqrt(rows * std::sqrt(cols))};
+  }
+  const double rho = size / std::sqrt(std::sqrt(rows * cols));
+  return {rho, rho};
+}
+
+}  // namespace dykaf
