@@ -123,8 +123,8 @@ MAIN_LOOP = (
         ("accumulator is not cleared", "        acc[i][j][r] = 0.0f;\n", ""),
         (
             "second accumulator is forgotten",
-            "add_and_clear(acc, total);\n  cp_async",
-            "{}\n  cp_async",
+            "add_and_clear(acc, total);\n  // The",
+            "{}\n  // The",
         ),
         (
             "result registers swapped",

@@ -177,7 +177,7 @@ GRAD_MAX = faults(
         "scratch[warp] = value;\n  __syncthreads();\n",
         "scratch[warp] = value;\n",
     ),
-    ("a warp is left out", "w < kThreads / 32;", "w < kThreads / 32 - 1;"),
+    ("a warp is left out", "w < kThreads / kWarpSize;", "w < kThreads / kWarpSize - 1;"),
     (
         "block reads on",
         "min(gradient.size, begin + kElementsPerBlock)",
