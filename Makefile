@@ -8,12 +8,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-sanitize test-simt mutate lint format demo clean
+.PHONY: setup test test-sanitize test-simt test-gpu bench-gpu mutate lint format demo clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 DYKAF_CUDA ?= auto
 export DYKAF_CUDA
+
+GPU_TESTS := tests/test_ops.py tests/test_gpu.py
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -63,9 +65,33 @@ test-sanitize: $(BUILT)
 	  $(PY) -m pytest --capture=no tests/test_ops.py
 
 # The CUDA kernels on the CPU: tests/simt/README.md. SIMT_FLAGS=--quick takes the part that CI runs.
-test-simt:
+test-simt: $(BUILT)
 	@echo "==> running the CUDA kernels under the host executor"
 	@$(PYTHON) tests/simt/build.py $(SIMT_FLAGS)
+	@echo "==> building the extension over the host executor"
+	@$(PY) tests/simt/extension.py
+	@echo "==> running $(GPU_TESTS) with it"
+	@PYTHONPATH=build/simt/package $(PY) -m pytest -q --backend simt $(GPU_TESTS)
+
+# Both say so in one line where torch sees no GPU.
+HAS_GPU := $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+test-gpu: $(BUILT)
+	@if ! $(HAS_GPU); then echo "==> skipped: torch sees no GPU"; exit 0; fi; \
+	  $(PY) -m pytest -q --backend cuda $(GPU_TESTS); \
+	  if ! command -v compute-sanitizer > /dev/null; then \
+	    echo "==> compute-sanitizer is not installed: memory and races are not checked"; exit 0; \
+	  fi; \
+	  for tool in memcheck racecheck; do \
+	    echo "==> compute-sanitizer $$tool"; \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      $(PY) -m pytest -q --backend cuda tests/test_gpu.py -k "trajectory or stack"; \
+	  done
+
+bench-gpu: $(BUILT)
+	@if ! $(HAS_GPU); then echo "==> skipped: torch sees no GPU"; exit 0; fi; \
+	  $(PY) -m bench ops --device cuda --sets gpt2 lora8 --precisions highest high --seconds 0.5; \
+	  $(PY) -m bench step --device cuda --sets gpt2 lora8 resnet50
 
 mutate:
 	@$(PYTHON) tests/simt/mutate.py

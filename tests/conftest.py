@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import backends
 import pytest
 import torch
 from tolerances import DEVIATIONS
@@ -18,6 +19,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--deviations", action="store_true", help="print the largest deviations from the reference"
     )
+    parser.addoption(
+        "--backend", choices=backends.NAMES, default="cpu", help="what test_ops and test_gpu run on"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    backends.select(config.getoption("--backend"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -71,6 +79,7 @@ class Matrices:
         """In the middle of a run: everything random, step 3."""
         state = self.zero_state(m, n, **kwargs)
         state["step"].fill_(3)
+        state["schedule_step"].fill_(3)
         state["exp_avg"].copy_(self.randn(m, n))
         state["rho"].fill_(0.7)
         state["next_refresh"].fill_(1000)
@@ -92,4 +101,6 @@ class Matrices:
 
 @pytest.fixture(params=DTYPES, ids=["float32", "float64"])
 def matrices(request: pytest.FixtureRequest) -> Matrices:
+    if backends.is_gpu() and request.param == torch.float64:
+        pytest.skip("a GPU takes no float64")
     return Matrices(request.param)

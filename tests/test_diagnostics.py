@@ -211,8 +211,8 @@ def test_asking_changes_nothing() -> None:
 # ---- Bytes ---------------------------------------------------------------------------------------
 
 # Per matrix: step, update_rms (4 each), rho (2 x 8), next_refresh, refreshes (2 x 8 each),
-# refresh_fallbacks (8).
-MATRIX_SCALARS = 4 + 4 + 16 + 16 + 16 + 8
+# schedule_step, refresh_fallbacks (8 each).
+MATRIX_SCALARS = 4 + 4 + 16 + 16 + 16 + 8 + 8
 VECTOR_SCALARS = 4 + 4
 
 

@@ -20,7 +20,7 @@ from optim_helpers import (
 )
 from torch import Tensor, nn
 
-from dykaf import DyKAF
+from dykaf import _C, DyKAF
 
 # ---- Options -------------------------------------------------------------------------------------
 
@@ -211,8 +211,9 @@ def test_unknown_arguments_are_refused() -> None:
 
 # ---- Parameters ----------------------------------------------------------------------------------
 
+HAS_CUDA = bool(_C.build_info()["cuda"])
+DEVICES = "the CPU or a GPU" if HAS_CUDA else "the CPU (this build has no other backend)"
 DTYPES = "torch.float64, torch.float32, torch.bfloat16, torch.float16"
-ON_CPU = "params: expected dense tensors on the CPU (the only backend of this build), got "
 
 
 def _sparse() -> Tensor:
@@ -238,9 +239,12 @@ BAD_PARAMS = {
     ),
     "meta": (
         lambda: nn.Parameter(torch.zeros(3, 3, device="meta")),
-        ON_CPU + "torch.strided on meta",
+        f"params: expected a dense tensor on {DEVICES}, got Float [3, 3] on meta",
     ),
-    "sparse": (lambda: nn.Parameter(_sparse()), ON_CPU + "torch.sparse_coo on cpu"),
+    "sparse": (
+        lambda: nn.Parameter(_sparse()),
+        "params: expected dense tensors, got torch.sparse_coo on cpu",
+    ),
 }
 
 

@@ -148,7 +148,9 @@ def test_loading_casts_nothing(dtype: torch.dtype) -> None:
     assert {key: value.dtype for key, value in state.items()} == {
         **dict.fromkeys(("exp_avg", "exp_avg_sq", "L", "R", "Q_L", "Q_R"), wide),
         **dict.fromkeys(("step", "update_rms"), torch.float32),
-        **dict.fromkeys(("next_refresh", "refreshes", "refresh_fallbacks"), torch.int64),
+        **dict.fromkeys(
+            ("next_refresh", "refreshes", "schedule_step", "refresh_fallbacks"), torch.int64
+        ),
         "rho": torch.float64,
     }
     # rho has more than 24 bits: a detour through float32 would show.

@@ -72,18 +72,12 @@ void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) 
   }
 }
 
-// The step that the schedule counts, after this one.
-int64_t advance_schedule(const Problem<float>& p) {
-  if (p.schedule_step == nullptr) return static_cast<int64_t>(*p.step);
-  return *p.schedule_step += 1;
-}
-
 void refresh_due_(const DeviceGroup& group, const std::vector<int64_t>& indices) {
   std::vector<int64_t> due[2];
   for (int64_t i : indices) {
     const Problem<float>& p = group.problems[static_cast<size_t>(i)];
     if (p.is_unsided()) continue;
-    const int64_t t = advance_schedule(p);
+    const int64_t t = *p.schedule_step += 1;
     for (const Side side : {Side::kLeft, Side::kRight}) {
       const auto s = static_cast<size_t>(side);
       const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;

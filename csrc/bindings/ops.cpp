@@ -96,7 +96,8 @@ TensorList allocate_like(const TensorList& tensors) {
 TensorList rotate_op(const TensorList& inputs, const States& states, bool into_basis,
                      const py::dict& options) {
   const Options parsed = parse_options(options);
-  Problems problems(states, {.grads = inputs, .grads_name = "inputs"}, parsed.second_moment);
+  Problems problems(states, {.grads = inputs, .needs_factors = true, .grads_name = "inputs"},
+                    parsed.second_moment);
   TensorList outputs = allocate_like(inputs);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(
@@ -220,6 +221,12 @@ void step_op(const TensorList& params, const TensorList& grads, const at::Tensor
 }  // namespace
 
 void register_ops(py::module_& module) {
+  module.def(
+      "backend_of",
+      [](const at::Tensor& tensor, const std::string& name) {
+        return backend_of(name, tensor) == Backend::kCpu ? "cpu" : "cuda";
+      },
+      py::arg("tensor"), py::arg("name"));
   module.def("grad_max", &grad_max, py::arg("grads"), py::arg("counts"));
   module.def("rotate", &rotate_op, py::arg("inputs"), py::arg("states"), py::arg("into_basis"),
              py::arg("options"));

@@ -124,9 +124,7 @@ Problem<T> read_factored(const StateReader& state, SecondMoment second_moment,
   p.rho = state.pointer<double>("rho", extend(batch, {2}));
   p.next_refresh = state.host_pointer<int64_t>("next_refresh", extend(batch, {2}));
   p.refreshes = state.host_pointer<int64_t>("refreshes", extend(batch, {2}));
-  if (state.has("schedule_step")) {
-    p.schedule_step = state.host_pointer<int64_t>("schedule_step", batch);
-  }
+  p.schedule_step = state.host_pointer<int64_t>("schedule_step", batch);
   p.refresh_fallbacks = state.pointer<int64_t>("refresh_fallbacks", batch);
   return p;
 }

@@ -8,7 +8,7 @@ namespace {
 
 template <typename T>
 void refresh_due_(const Problem<T>& p, const Options& options) {
-  const auto t = static_cast<int64_t>(*p.step);
+  const int64_t t = *p.schedule_step += 1;
   for (const Side side : {Side::kLeft, Side::kRight}) {
     const auto i = static_cast<int>(side);
     const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;

@@ -18,6 +18,15 @@ from dykaf.options import StepOptions
 from dykaf.state import State
 
 
+def backend_of(tensor: Tensor, name: str = "tensor") -> str:
+    """The backend that serves a tensor's device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: naming ``name``, where this build has none.
+    """
+    return _C.backend_of(tensor, name)
+
+
 def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """The largest magnitude in each gradient.
 

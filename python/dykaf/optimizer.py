@@ -11,9 +11,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
 from dykaf.diagnostics import parameter_diagnostics
-from dykaf.options import RULES, check_options, step_options
+from dykaf.options import RULES, StepOptions, check_options, step_options
 from dykaf.schedule import stagger_offsets
 from dykaf.state import (
+    HOST_KEYS,
     KINDS,
     PARAM_DTYPES,
     STRUCTURAL_OPTIONS,
@@ -25,9 +26,11 @@ from dykaf.state import (
 
 
 class _GroupWork(NamedTuple):
-    """The parameters of a group that have a gradient, and what a step needs of each."""
+    """The parameters of a group with a gradient on one device, and what a step needs of each."""
 
     group: dict[str, Any]
+    device: torch.device
+    on_gpu: bool
     params: list[Tensor]
     grads: list[Tensor]  # contiguous
     layouts: list[Layout]
@@ -58,8 +61,8 @@ class DyKAF(Optimizer):
     Every option is an entry of the parameter group and is read at each step.
 
     Args:
-        params: parameters, named parameters, or groups of either; on the CPU, of dtype float64,
-            float32, bfloat16 or float16. :func:`dykaf.param_groups` makes sensible groups.
+        params: parameters, named parameters, or groups of either; of dtype float32, bfloat16 or
+            float16, and on the CPU float64. :func:`dykaf.param_groups` makes sensible groups.
         lr: learning rate, a number or a one-element tensor.
         betas: decay of exp_avg and of the second moment.
         eps: added to the root of the second moment after bias correction.
@@ -123,7 +126,8 @@ class DyKAF(Optimizer):
         arguments = locals()
         defaults = {name: arguments[name] for name in RULES}
         check_options(defaults)
-        self.skipped_steps = 0
+        self._skipped_on_host = 0
+        self._skipped_on_gpu: Tensor | None = None  # counted without the host, int64 []
         self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
         self._reset_caches()
         super().__init__(params, defaults)
@@ -144,7 +148,7 @@ class DyKAF(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                _check_param(param)
+                _check_param("params", param)
         except ValueError:
             del self.param_groups[num_groups:]
             raise
@@ -165,7 +169,8 @@ class DyKAF(Optimizer):
 
         Raises:
             ValueError: for an option or gradient that cannot be used, naming it.
-            RuntimeError: for a gradient that is not finite under ``nonfinite="raise"``.
+            RuntimeError: for a gradient that is not finite under ``nonfinite="raise"``, and while a
+                CUDA graph is captured.
             In both cases parameters and state are as before the call.
         """
         loss = None
@@ -173,17 +178,25 @@ class DyKAF(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        grad_scale, found_inf = self._amp_scale()
         work = self._collect()
+        if any(item.on_gpu for item in work) and _is_capturing():
+            raise RuntimeError(
+                "step: expected to run outside of a CUDA graph, got a capture: which bases a step "
+                "refreshes is decided on the CPU"
+            )
         maxima = [
             ops.grad_max(item.grads, [layout.count for layout in item.layouts]) for item in work
         ]
-        if found_inf or self._must_skip(work, maxima):
-            self.skipped_steps += 1
+        skip = None
+        if all(item.on_gpu and item.group["nonfinite"] != "raise" for item in work):
+            skip = self._skip_flag(work, maxima)
+        elif self._must_skip(work, maxima):
+            self._skipped_on_host += 1
             return loss
 
         offsets = self._stagger_offsets()
         for item, grad_max in zip(work, maxima, strict=True):
+            gpu_inputs = self._gpu_inputs(item, skip) if item.on_gpu else {}
             ops.step_(
                 item.params,
                 item.grads,
@@ -194,47 +207,90 @@ class DyKAF(Optimizer):
                 ],
                 item.indices,
                 [offsets[idx] for idx in item.indices],
-                step_options(item.group, grad_scale),
+                self._step_options(item, gpu_inputs),
+                **gpu_inputs,
             )
         return loss
 
-    def _amp_scale(self) -> tuple[float, bool]:
-        """GradScaler leaves its scale and its verdict on the gradients on the optimizer."""
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        return (
-            1.0 if scale is None else float(scale),
-            found_inf is not None and bool(found_inf > 0),
-        )
-
     def _collect(self) -> list[_GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""
-        work = []
+        work: list[_GroupWork] = []
         num_params = 0
         for group_idx, group in enumerate(self.param_groups):
             check_options(group)
-            item = _GroupWork(group, [], [], [], [], [])
+            by_device: dict[torch.device, _GroupWork] = {}
             structure = tuple(group[name] for name in STRUCTURAL_OPTIONS)
             for idx, param in enumerate(group["params"]):
                 if param.grad is not None and param.numel() > 0:
                     name = _param_name(group, group_idx, idx)
                     _check_grad(name, param, param.grad)
+                    layout = self._layout(name, param, group, structure)
+                    device = param.device
+                    if device not in by_device:
+                        by_device[device] = _GroupWork(
+                            group, device, ops.backend_of(param) == "cuda", [], [], [], [], []
+                        )
+                    item = by_device[device]
                     item.params.append(param)
                     item.grads.append(param.grad.resolve_neg().contiguous())
-                    item.layouts.append(self._layout(name, param, group, structure))
+                    item.layouts.append(layout)
                     item.indices.append(num_params + idx)
                     item.names.append(name)
             num_params += len(group["params"])
-            work.append(item)
+            work.extend(by_device.values())
         return work
+
+    # GradScaler leaves its scale and its verdict on the gradients on the optimizer.
+
+    def _step_options(self, item: _GroupWork, gpu_inputs: Mapping[str, Tensor]) -> StepOptions:
+        scale = getattr(self, "grad_scale", None)
+        # What the GPU reads is not for the host to wait for.
+        return step_options(
+            item.group,
+            grad_scale=1.0 if scale is None or "amp_scale" in gpu_inputs else float(scale),
+            lr=0.0 if "lr" in gpu_inputs else float(item.group["lr"]),
+        )
+
+    def _gpu_inputs(self, item: _GroupWork, skip: Tensor | None) -> dict[str, Tensor]:
+        """What the GPU of ``item`` reads by itself in a step."""
+        inputs = {
+            "skip": skip,
+            "amp_scale": getattr(self, "grad_scale", None),
+            "lr": item.group["lr"],
+        }
+        dtypes = {"skip": torch.int32, "amp_scale": torch.float32, "lr": torch.float32}
+        return {
+            name: value.to(item.device, dtypes[name], non_blocking=True).reshape(1)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and ops.backend_of(value) == "cuda"
+        }
+
+    def _skip_flag(self, work: list[_GroupWork], maxima: list[Tensor]) -> Tensor | None:
+        """Whether to skip the step, as a tensor that no host has waited for; counts it."""
+        flags = [
+            grad_max.isfinite().logical_not().any()
+            for item, grad_max in zip(work, maxima, strict=True)
+            if item.group["nonfinite"] == "skip"
+        ]
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            flags.append((found_inf > 0).any())
+        if not flags:
+            return None
+        skip = torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).any()
+        if self._skipped_on_gpu is None:
+            self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=skip.device)
+        self._skipped_on_gpu += skip.to(self._skipped_on_gpu.device, non_blocking=True)
+        return skip
 
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]
     ) -> Layout:
-        key = (*structure, param.shape, param.dtype)
+        key = (*structure, param.shape, param.dtype, param.device)
         cached = self._layouts.get(param)
         if cached is not None and cached[0] == key:
             return cached[1]
+        _check_backend(name, param)
         layout = Layout.of(param, group)
         if self.state.get(param):
             check_state(name, self.state[param], layout)
@@ -247,8 +303,11 @@ class DyKAF(Optimizer):
             state.update(new_state(param, layout))
         return state
 
-    @staticmethod
-    def _must_skip(work: list[_GroupWork], maxima: list[Tensor]) -> bool:
+    def _must_skip(self, work: list[_GroupWork], maxima: list[Tensor]) -> bool:
+        """Whether to skip the step; waits for every device."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf > 0):
+            return True
         skip = False
         for item, grad_max in zip(work, maxima, strict=True):
             policy = item.group["nonfinite"]
@@ -278,6 +337,17 @@ class DyKAF(Optimizer):
             ]
             self._offsets = (periods, stagger_offsets(layouts))
         return self._offsets[1]
+
+    @property
+    def skipped_steps(self) -> int:
+        """The steps that changed nothing because of a NaN or an infinity; waits for the GPU."""
+        on_gpu = 0 if self._skipped_on_gpu is None else int(self._skipped_on_gpu)
+        return self._skipped_on_host + on_gpu
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skipped_on_host = value
+        self._skipped_on_gpu = None
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """How each parameter with state fares, by name; a stack of matrices gives its worst.
@@ -362,7 +432,7 @@ class DyKAF(Optimizer):
             if state_dict["state"].get(idx):
                 self.state[param] = {
                     name: value.detach()
-                    .to(param.device)
+                    .to("cpu" if name in HOST_KEYS else param.device)
                     .clone(memory_format=torch.contiguous_format)
                     for name, value in state_dict["state"][idx].items()
                 }
@@ -372,7 +442,10 @@ class DyKAF(Optimizer):
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        skipped_steps = state.get("skipped_steps")
+        super().__setstate__({key: state[key] for key in state if key != "skipped_steps"})
+        if skipped_steps is not None:
+            self.skipped_steps = skipped_steps
         self._reset_caches()
         incoming = getattr(self, "_incoming", None)
         if incoming is not None:
@@ -391,20 +464,29 @@ def _param_name(group: Mapping[str, Any], group_idx: int, idx: int) -> str:
     return names[idx] if names is not None else f"param_groups[{group_idx}]['params'][{idx}]"
 
 
-def _check_param(param: Tensor) -> None:
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _check_param(name: str, param: Tensor) -> None:
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
-        raise ValueError(f"params: expected dtypes {expected}, got {param.dtype}")
+        raise ValueError(f"{name}: expected dtypes {expected}, got {param.dtype}")
     strides = zip(param.stride(), param.shape, strict=True) if param.layout == torch.strided else ()
     if any(stride == 0 and size > 1 for stride, size in strides):
         raise ValueError(
-            "params: expected tensors whose elements do not share memory, "
+            f"{name}: expected tensors whose elements do not share memory, "
             f"got shape {tuple(param.shape)} with strides {param.stride()}"
         )
-    if param.device.type != "cpu" or param.layout != torch.strided:
+    if param.layout != torch.strided:
+        raise ValueError(f"{name}: expected dense tensors, got {param.layout} on {param.device}")
+    _check_backend(name, param)
+
+
+def _check_backend(name: str, param: Tensor) -> None:
+    if ops.backend_of(param, name) == "cuda" and param.dtype == torch.float64:
         raise ValueError(
-            "params: expected dense tensors on the CPU (the only backend of this build), "
-            f"got {param.layout} on {param.device}"
+            f"{name}: expected float32, bfloat16 or float16 on a GPU, got {_describe(param)}"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from dykaf import _C
+
 
 class StepOptions(TypedDict):
     """What the operations read of a parameter group."""
@@ -64,6 +66,8 @@ def _is_lr(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             return False
+        if _C.backend_of(value, "lr") == "cuda":
+            return True  # its value is the GPU's to read
         value = value.item()
     return _is_number(value) and 0 <= value < math.inf  # type: ignore[operator]  # a number
 
@@ -118,15 +122,18 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected {rule.expected}, got {group[name]!r}")
 
 
-def step_options(group: Mapping[str, Any], grad_scale: float) -> StepOptions:
+def step_options(
+    group: Mapping[str, Any], grad_scale: float = 1.0, lr: float | None = None
+) -> StepOptions:
     """The options of ``group`` as the operations take them.
 
     Args:
         group: a checked parameter group.
         grad_scale: GradScaler's scale, by which the gradients are divided.
+        lr: in place of the group's.
     """
     return {
-        "lr": float(group["lr"]),
+        "lr": float(group["lr"]) if lr is None else lr,
         "betas": (float(group["betas"][0]), float(group["betas"][1])),
         "eps": group["eps"],
         "weight_decay": group["weight_decay"],

@@ -18,6 +18,9 @@ PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Group options that decide the layout; they cannot change once a parameter has state.
 STRUCTURAL_OPTIONS = ("max_precond_dim", "batch_dims", "second_moment", "low_precision")
 
+# Kept on the CPU for parameters anywhere: what decides which bases a step refreshes.
+HOST_KEYS = ("next_refresh", "refreshes", "schedule_step")
+
 # state_bytes() by kind.
 KINDS = {
     "exp_avg": "exp_avg",
@@ -102,7 +105,7 @@ class Layout:
         if self.left or self.right:
             shapes["rho"] = ((*batch, 2), torch.float64)
             shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
-            shapes["refresh_fallbacks"] = (batch, torch.int64)
+            shapes["schedule_step"] = shapes["refresh_fallbacks"] = (batch, torch.int64)
         if self.master:
             shapes["master"] = (self.shape, torch.float32)
         return shapes
@@ -111,7 +114,7 @@ class Layout:
 def new_state(param: Tensor, layout: Layout) -> State:
     """Zero state for ``param``; the first gradient sets factors and bases. ``master`` is a copy."""
     state = {
-        name: torch.zeros(shape, dtype=dtype, device=param.device)
+        name: torch.zeros(shape, dtype=dtype, device="cpu" if name in HOST_KEYS else param.device)
         for name, (shape, dtype) in layout.shapes().items()
     }
     if layout.master:

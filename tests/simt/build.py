@@ -25,13 +25,13 @@ OUT = ROOT / "build" / "simt"
 NUM_JOBS = 2
 
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = [
-    *("-x", "c++", "-std=c++20", "-fno-strict-aliasing", "-ffp-contract=off", "-pthread"),
+HOST_FLAGS = [
+    *("-std=c++20", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-pthread"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-    *("-include", str(SIMT / "cuda_on_host.h")),
 ]
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-march=x86-64-v3")
+    HOST_FLAGS.append("-march=x86-64-v3")
+FLAGS = ["-x", "c++", *HOST_FLAGS, "-include", str(SIMT / "cuda_on_host.h")]
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", f"-I{SIMT}"]
 
 MODES = {
@@ -65,13 +65,14 @@ class Object:
     mode: str
     folder: Path
     includes: Sequence[str] = tuple(INCLUDES)
+    flags: Sequence[str] = tuple(FLAGS)
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.source.name}.o"
 
     def command(self) -> list[str]:
-        flags = [*FLAGS, *MODES[self.mode], *self.includes, "-MMD", "-c"]
+        flags = [*self.flags, *MODES[self.mode], *self.includes, "-MMD", "-c"]
         return [COMPILER, *flags, str(self.source), "-o", str(self.path)]
 
     def dependencies(self) -> list[Path]:
@@ -111,21 +112,25 @@ class Object:
 def build(mode: str, program: str) -> Path:
     """Compiles and links what is not up to date; exits on an error."""
     objects = [Object(source, mode, OUT / mode) for source in PROGRAMS[program]]
+    binary = OUT / mode / program
+    make(objects, binary, MODES[mode])
+    return binary
+
+
+def make(objects: Sequence[Object], binary: Path, link_flags: Sequence[str]) -> None:
+    """Compiles the objects that are not up to date and links all; exits on an error."""
     old = [obj for obj in objects if not obj.is_up_to_date()]
     # The slowest first: the products.
     old.sort(key=lambda obj: not obj.source.name.startswith("gemm_"))
     with ThreadPoolExecutor(NUM_JOBS) as pool:
         for obj, errors in zip(old, pool.map(Object.compile, old), strict=True):
             if errors:
-                sys.exit(f"{obj.source}: does not compile ({mode})\n{errors}")
-    binary = OUT / mode / program
-    if old or not binary.exists():
-        link(mode, [obj.path for obj in objects], binary)
-    return binary
-
-
-def link(mode: str, objects: Sequence[Path], binary: Path) -> None:
-    command = [COMPILER, "-pthread", *MODES[mode], *map(str, objects), "-o", str(binary)]
+                sys.exit(f"{obj.source}: does not compile ({obj.mode})\n{errors}")
+    if not old and binary.exists():
+        return
+    binary.unlink(missing_ok=True)  # a process may have it mapped
+    paths = [str(obj.path) for obj in objects]
+    command = [COMPILER, "-pthread", *paths, *link_flags, "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{binary}: does not link\n{done.stderr}")

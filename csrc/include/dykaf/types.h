@@ -49,7 +49,7 @@ struct Problem {
   float* step;                 // [1], updates done
   int64_t* next_refresh;       // [2], per Side: the step from which a refresh is due; on the host
   int64_t* refreshes;          // [2], per Side: refreshes done; on the host
-  int64_t* schedule_step;      // [1], on the host: steps as it counts them; null: as `step` does
+  int64_t* schedule_step;      // [1], steps since the first gradient, skipped ones too; on the host
   int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period

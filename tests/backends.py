@@ -1,0 +1,76 @@
+"""Which backend the tests run on: pytest --backend cpu (default), simt or cuda.
+
+simt: the CUDA backend over the host executor, in the package of tests/simt/extension.py, which
+takes tensors on the CPU for tensors on a GPU. cuda: a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dykaf import ops
+from dykaf.state import HOST_KEYS
+
+NAMES = ("cpu", "simt", "cuda")
+BACKEND = "cpu"  # set by conftest.py from the option
+OPS = (
+    "grad_max",
+    "rotate",
+    "adam_update_",
+    "apply_update_",
+    "factor_update_",
+    "initialize_",
+    "refresh_basis_",
+    "step_",
+)
+
+
+def select(name: str) -> None:
+    """Sets the backend and checks that the package at hand has it; changes ops for "cuda"."""
+    global BACKEND
+    BACKEND = name
+    expected = {"cpu": "cpu", "simt": "cuda", "cuda": "cuda"}[name]
+    found = ops.backend_of(torch.zeros(1, device=device()))
+    if found != expected:
+        raise RuntimeError(f"--backend {name}: the imported dykaf runs these tensors on {found}")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if BACKEND == "cuda" else "cpu")
+
+
+def is_gpu() -> bool:
+    return BACKEND != "cpu"
+
+
+def through_gpu(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` for tensors on the CPU: copied to the GPU, and what it changed or returned back."""
+
+    def to_gpu(value: Any, copies: list[tuple[Tensor, Tensor]], key: str = "") -> Any:
+        if isinstance(value, Tensor):
+            if key in HOST_KEYS or value.device.type != "cpu":
+                return value
+            copies.append((value, value.to("cuda")))
+            return copies[-1][1]
+        if isinstance(value, dict):
+            return {name: to_gpu(item, copies, name) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(to_gpu(item, copies) for item in value)
+        return value
+
+    @functools.wraps(op)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        copies: list[tuple[Tensor, Tensor]] = []
+        result = op(*to_gpu(args, copies), **to_gpu(kwargs, copies))
+        for original, copy in copies:
+            original.copy_(copy)
+        if isinstance(result, Tensor):
+            return result.cpu()
+        return result and [tensor.cpu() for tensor in result]
+
+    return wrapped

@@ -1,0 +1,348 @@
+"""The optimizer on the CUDA backend: `--backend simt` or `--backend cuda`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import backends
+import pytest
+import torch
+from optim_helpers import bits, gradient, params_of, randn
+from reference import ReferenceDyKAF
+from tolerances import gamma
+from torch import Tensor
+
+from dykaf import DyKAF
+from dykaf.state import HOST_KEYS
+
+pytestmark = pytest.mark.skipif(
+    "not __import__('backends').is_gpu()", reason="only with --backend simt or cuda"
+)
+on_hardware = pytest.mark.skipif(
+    "__import__('backends').BACKEND != 'cuda'", reason="only with --backend cuda"
+)
+
+SHAPES = [(12, 8), (8, 33), (40,), (5, 7), ()]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    device = backends.device()
+    return [randn(*shape, seed=i, dtype=dtype).to(device) for i, shape in enumerate(SHAPES)]
+
+
+def everything(optimizer: DyKAF) -> list[Any]:
+    """Parameters and state, but for what tells when to refresh."""
+    return [
+        (
+            bits(param.cpu()),
+            {k: bits(v.cpu()) for k, v in optimizer.state[param].items() if k not in HOST_KEYS},
+        )
+        for param in params_of(optimizer)
+    ]
+
+
+# ---- Values --------------------------------------------------------------------------------------
+
+
+def separated_gradients(shape: tuple[int, int], num: int) -> list[Tensor]:
+    """Whose factors have eigenvalues that lie apart, so that refreshes amplify little."""
+    m, n = shape
+    left = torch.linalg.qr(randn(m, m, seed=8)).Q * 1.5 ** -torch.arange(m)
+    right = torch.linalg.qr(randn(n, n, seed=9)).Q * 1.5 ** -torch.arange(n)
+    return list(left @ (randn(num, m, n, seed=7) + 0.5) @ right.T)
+
+
+def amplification(factor: Tensor) -> float:
+    """By how much a relative error of a factor turns its eigenvectors: its norm over a gap."""
+    eigenvalues = torch.linalg.eigvalsh(factor)
+    return float(eigenvalues[-1] / eigenvalues.diff().min())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"integrator": "bug"},
+        {"integrator": "diagonal", "metric_power": 0.0, "factor_beta": 0.9},
+        {"second_moment": "rank_one"},
+        {"second_moment": "factored", "rescale_exp_avg_sq": True},
+        {"max_precond_dim": 6},
+        {"matmul_precision": "highest", "precondition_frequency": 1},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())) or "default",
+)
+@pytest.mark.parametrize("shape", [(5, 7), (7, 4), (6, 6)])
+def test_trajectory(shape: tuple[int, int], options: dict[str, Any]) -> None:
+    """30 steps with refreshes, against the float64 reference in original coordinates.
+
+    A step rounds G~, the update and the factors by sums of the sides' lengths, gamma of each. The
+    factors' errors turn the bases, and D with them, by the amplification of the last factors
+    (where those of the first steps are closer, they are the prior's and no gradient has been
+    there); eps is large enough that no entry of D is its own rounding. So every step errs by that
+    share of its length, and rounds W.
+    """
+    steps = 30
+    W = randn(*shape, seed=3)
+    param = W.float().to(backends.device())
+    grads = separated_gradients(shape, steps)
+    options = {"precondition_frequency": 5, "eps": 1e-2, **options}
+    optimizer = DyKAF([param], **options)
+    options.pop("matmul_precision", None)
+    ref = ReferenceDyKAF(
+        W.float().double(), **options, stagger_offsets=optimizer._stagger_offsets()[0]
+    )
+    for grad in grads:
+        param.grad = grad.float().to(param.device)
+        optimizer.step()
+        ref.step(grad.float().double())
+    state = optimizer.state[param]
+    assert state["refreshes"].tolist() == ref.refreshes
+    assert sum(ref.refreshes) > steps / 4
+    turning = max(amplification(F) for F in (ref.L, ref.R) if F is not None)
+    rounding = gamma(2 * sum(shape), torch.float32)
+    length = steps * optimizer.param_groups[0]["lr"]
+    bound = turning * rounding * length + steps * gamma(1, torch.float32) * float(W.abs().max())
+    assert float((param.cpu().double() - ref.W).abs().max()) <= bound
+    for key in ("L", "R"):
+        if key in state:
+            Q, F = state[f"Q_{key}"].cpu().double(), state[key].cpu().double()
+            assert float((Q @ F @ Q.T - getattr(ref, key)).norm()) <= steps * rounding
+    assert state["rho"].tolist() == pytest.approx(list(ref.rho), rel=steps * rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low_precision", ["stochastic", "master"])
+def test_the_same_steps_give_the_same_bits(dtype: torch.dtype, low_precision: str) -> None:
+    optimizers = [DyKAF(parameters(dtype), low_precision=low_precision) for _ in range(2)]
+    for optimizer in optimizers:
+        run_on_device(optimizer, range(12))
+    assert everything(optimizers[0]) == everything(optimizers[1])
+    assert float(optimizers[0].state[params_of(optimizers[0])[0]]["refreshes"].sum()) > 4
+
+
+def run_on_device(optimizer: DyKAF, steps: range, scale: float = 1.0) -> None:
+    for step in steps:
+        for idx, param in enumerate(params_of(optimizer)):
+            param.grad = gradient(param.cpu(), step, idx).to(param.device) * scale
+        optimizer.step()
+
+
+def test_a_stack_is_its_matrices() -> None:
+    stack = randn(3, 6, 4, seed=1, dtype=torch.float32).to(backends.device())
+    parts = [stack[i].clone() for i in range(3)]
+    whole = DyKAF([stack], batch_dims=1, refresh_stagger=False)
+    apart = DyKAF(parts, refresh_stagger=False)
+    for step in range(12):
+        stack.grad = gradient(stack.cpu(), step, 0).to(stack.device)
+        for i, part in enumerate(parts):
+            part.grad = stack.grad[i].clone()
+        whole.step()
+        apart.step()
+    for i, part in enumerate(parts):
+        assert torch.equal(stack[i], part)
+        for key, value in apart.state[part].items():
+            assert torch.equal(whole.state[stack][key][i], value), key
+
+
+# ---- What the GPU reads by itself ----------------------------------------------------------------
+
+
+def test_lr_may_be_a_tensor_on_the_device() -> None:
+    number, tensor = DyKAF(parameters(), lr=0.25), DyKAF(parameters(), lr=torch.tensor(0.25))
+    tensor.param_groups[0]["lr"] = tensor.param_groups[0]["lr"].to(backends.device())
+    run_on_device(number, range(4))
+    run_on_device(tensor, range(4))
+    tensor.param_groups[0]["lr"].fill_(0.125)
+    number.param_groups[0]["lr"] = 0.125
+    run_on_device(number, range(4, 8))
+    run_on_device(tensor, range(4, 8))
+    assert everything(number) == everything(tensor)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_grad_scale_is_divided_out(maximize: bool) -> None:
+    plain, scaled = (DyKAF(parameters(), maximize=maximize) for _ in range(2))
+    run_on_device(plain, range(8))
+    scaled.grad_scale = torch.tensor(1024.0, device=backends.device())
+    scaled.found_inf = torch.tensor(0.0, device=backends.device())
+    run_on_device(scaled, range(8), scale=1024.0)
+    assert scaled.skipped_steps == 0
+    assert everything(plain) == everything(scaled)
+
+
+def test_the_host_reads_nothing_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = DyKAF(parameters(), precondition_frequency=1)
+    run_on_device(optimizer, range(2))
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25, device=backends.device())
+    optimizer.grad_scale = torch.tensor(2.0, device=backends.device())
+    optimizer.found_inf = torch.tensor(0.0, device=backends.device())
+
+    def read(*_: Any) -> None:
+        raise AssertionError("a tensor was read")
+
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, name, read)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("where", ["matrix", "vector", "found_inf"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("start", [0, 6])
+def test_a_step_that_is_not_finite_is_skipped(where: str, bad: float, start: int) -> None:
+    """Nothing but the count of the schedule moves, although a refresh is due at every step."""
+    params = parameters()
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-2}]
+    optimizer = DyKAF(groups, precondition_frequency=1)
+    run_on_device(optimizer, range(start))
+    before = everything(optimizer) if start else [bits(param.cpu()) for param in params]
+    for idx, param in enumerate(params):
+        param.grad = gradient(param.cpu(), start, idx).to(param.device)
+    if where == "found_inf":
+        optimizer.found_inf = torch.tensor(1.0, device=backends.device())
+    else:
+        params[{"matrix": 1, "vector": 2}[where]].grad.view(-1)[-1] = bad
+    optimizer.step()
+    optimizer.step()
+    assert optimizer.skipped_steps == 2
+    if start:
+        assert everything(optimizer) == before
+    else:
+        assert [bits(param.cpu()) for param in params] == before
+        assert not any(
+            value.any() for state in optimizer.state.values() for value in state.values()
+        )
+    if where == "found_inf":
+        del optimizer.found_inf
+    run_on_device(optimizer, range(start, start + 3))
+    assert optimizer.skipped_steps == 2
+    assert all(param.isfinite().all() for param in params)
+    assert [bits(param.cpu()) for param in params] != before
+
+
+def test_raise_names_the_gradient_and_changes_nothing() -> None:
+    params = parameters()
+    optimizer = DyKAF([{"params": params[:2]}, {"params": params[2:], "nonfinite": "raise"}])
+    run_on_device(optimizer, range(5))
+    before = everything(optimizer)
+    params[3].grad[2, 3] = float("nan")
+    with pytest.raises(RuntimeError, match=r"gradient of param_groups\[1\]\['params'\]\[1\]: exp"):
+        optimizer.step()
+    assert everything(optimizer) == before
+    assert optimizer.skipped_steps == 0
+
+
+def test_propagate_goes_on() -> None:
+    params = parameters()
+    optimizer = DyKAF(params, nonfinite="propagate")
+    run_on_device(optimizer, range(3))
+    params[0].grad[0, 0] = float("nan")
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert params[0].isnan().any() and params[1].isfinite().all()
+
+
+# ---- State ---------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_kept_on_the_cpu() -> None:
+    params = parameters()
+    optimizer = DyKAF(params)
+    run_on_device(optimizer, range(2))
+    other = DyKAF(parameters())
+    other.load_state_dict(optimizer.state_dict())
+    for checked in (optimizer, other, copy.deepcopy(optimizer)):
+        for param in params_of(checked):
+            for key, value in checked.state[param].items():
+                assert value.device == (
+                    torch.device("cpu") if key in HOST_KEYS else param.device
+                ), key
+
+
+def test_a_loaded_run_goes_on_bit_for_bit() -> None:
+    first, second = DyKAF(parameters()), DyKAF(parameters())
+    run_on_device(first, range(7))
+    params_of(first)[0].grad[0, 0] = float("nan")
+    first.step()
+    with torch.no_grad():
+        for mine, theirs in zip(params_of(second), params_of(first), strict=True):
+            mine.copy_(theirs)
+    second.load_state_dict(first.state_dict())
+    assert second.skipped_steps == 1
+    first.load_state_dict(first.state_dict())
+    assert first.skipped_steps == 1
+    run_on_device(first, range(7, 14))
+    run_on_device(second, range(7, 14))
+    assert everything(second) == everything(first)
+
+
+def test_float64_is_refused_before_anything_is_added() -> None:
+    optimizer = DyKAF(parameters())
+    wide = torch.zeros(3, 3, dtype=torch.float64, device=backends.device())
+    with pytest.raises(ValueError, match="params: expected float32, bfloat16 or float16 on a GPU"):
+        optimizer.add_param_group({"params": [wide]})
+    assert len(optimizer.param_groups) == 1
+    run_on_device(optimizer, range(2))
+
+
+def test_diagnostics() -> None:
+    optimizer = DyKAF(parameters())
+    run_on_device(optimizer, range(9))
+    report = optimizer.diagnostics()
+    assert report["optimizer"] == {"skipped_steps": 0}
+    for entry in list(report.values())[1:3]:
+        assert entry["step"] == 8 and 0 < entry["update_rms"] < 10
+        assert entry["orthogonality_L"] < 1e-5 and entry["refresh_fallbacks"] == 0
+
+
+# ---- On hardware ---------------------------------------------------------------------------------
+
+
+@on_hardware
+def test_no_step_waits_for_the_gpu() -> None:
+    optimizer = DyKAF(parameters(), precondition_frequency=2)
+    run_on_device(optimizer, range(3))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(optimizer.state[params_of(optimizer)[0]]["refreshes"].min()) >= 2
+
+
+@on_hardware
+def test_parameters_on_cpu_and_gpu_step_together() -> None:
+    mixed = [param.cpu() if i % 2 else param for i, param in enumerate(parameters())]
+    on_gpu = DyKAF(parameters())
+    optimizer = DyKAF(mixed)
+    run_on_device(optimizer, range(6))
+    run_on_device(on_gpu, range(6))
+    assert torch.equal(mixed[0], params_of(on_gpu)[0])
+    before = everything(optimizer)
+    mixed[0].grad[0, 0] = float("nan")
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and everything(optimizer) == before
+
+
+@on_hardware
+def test_a_graph_capture_is_refused() -> None:
+    optimizer = DyKAF(parameters())
+    run_on_device(optimizer, range(3))
+    before = everything(optimizer)
+    graph = torch.cuda.CUDAGraph()
+    refused = pytest.raises(RuntimeError, match="step: expected to run outside of a CUDA graph")
+    with refused, torch.cuda.graph(graph):
+        optimizer.step()
+    assert everything(optimizer) == before
+
+
+@on_hardware
+def test_the_current_stream_is_used() -> None:
+    optimizer, other = DyKAF(parameters()), DyKAF(parameters())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run_on_device(other, range(6))
+    stream.synchronize()
+    run_on_device(optimizer, range(6))
+    assert everything(optimizer) == everything(other)
