@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/loops.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cpu {
@@ -35,8 +36,8 @@ T blend_momentum(T exp_avg, T g, const AdamScalars<T>& s) {
 // update = exp_avg / (sqrt(exp_avg_sq) + eps), both bias-corrected; gradient tau h.
 // update may alias h.
 template <typename T>
-void adam_range_(T* exp_avg, T* exp_avg_sq, const T* h, T tau, T* update, int64_t size,
-                 const AdamScalars<T>& s) {
+DYKAF_WIDE void adam_range_(T* exp_avg, T* exp_avg_sq, const T* h, T tau, T* update, int64_t size,
+                            const AdamScalars<T>& s) {
   for (int64_t i = 0; i < size; ++i) {
     const T g = tau * h[i];
     exp_avg[i] = blend_momentum(exp_avg[i], g, s);

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cpu/adam.h"
+#include "cpu/each_matrix.h"
 #include "cpu/loops.h"
 #include "cpu/matrix.h"
 #include "cpu/second_moment.h"
@@ -76,12 +77,12 @@ void adamw_(const Problem<T>& p, const Options& options) {
 
 template <typename T>
 void adam_update_(std::span<const Problem<T>> problems, const Options& options, T* const* updates) {
-  for (size_t i = 0; i < problems.size(); ++i) {
+  for_each_matrix(problems, [&](size_t i) {
     // The update serves as H, which Adam reads before it writes.
     const T tau = gradient_scale(problems[i], options);
     load_gradient(problems[i], options, tau, updates[i]);
     adam_update_(problems[i], options, updates[i], tau, updates[i]);
-  }
+  });
 }
 
 template void adam_update_(const Problem<float>&, const Options&, const float*, float, float*);

@@ -1,4 +1,5 @@
 // W <- W (1 - lr weight_decay) - lr update, in one pass, for every parameter dtype.
+#include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/loops.h"
 #include "cpu/matrix.h"
@@ -72,7 +73,7 @@ void apply_update_(const Problem<T>& p, const Options& options, const T* update)
 template <typename T>
 void apply_update_(std::span<const Problem<T>> problems, const Options& options,
                    const T* const* updates) {
-  for (size_t i = 0; i < problems.size(); ++i) apply_update_(problems[i], options, updates[i]);
+  for_each_matrix(problems, [&](size_t i) { apply_update_(problems[i], options, updates[i]); });
 }
 
 template void apply_range_(const Problem<float>&, const Options&, const float*, int64_t, int64_t);

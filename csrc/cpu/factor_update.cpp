@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/each_matrix.h"
 #include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/loops.h"
@@ -53,13 +54,18 @@ Products products(const T* factor, const T* increment, int64_t n) {
   return {sums[0], sums[1], sums[2]};
 }
 
+template <typename T>
+DYKAF_WIDE void blend_range_(T* factor, const T* increment, T keep, T gain, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) factor[i] = keep * factor[i] + gain * increment[i];
+}
+
 // factor = (a factor + b increment) / norm.
 template <typename T>
 void blend_(T* factor, const T* increment, double a, double b, double norm, int64_t n) {
   const T keep = static_cast<T>(a / norm);
   const T gain = static_cast<T>(b / norm);
   for_chunks(n * n, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) factor[i] = keep * factor[i] + gain * increment[i];
+    blend_range_(factor + begin, increment + begin, keep, gain, end - begin);
   });
 }
 
@@ -74,18 +80,18 @@ template <typename T>
 struct GradientProducts {
   const Problem<T>& p;
   at::Tensor H;        // [m, n]
-  at::Tensor product;  // [m, n], scratch
+  at::Tensor scratch;  // [m, n]
 
   // out = H M H^T, M [n, n], out [m, m].
   void left(const at::Tensor& M, T* out) {
-    at::mm_out(product, H, M);
-    symmetric_product(view(out, p.m, p.m), product, H.t());
+    product(scratch, H, M);
+    symmetric_product(view(out, p.m, p.m), scratch, H.t());
   }
 
   // out = H^T M H, M [m, m], out [n, n].
   void right(const at::Tensor& M, T* out) {
-    at::mm_out(product, M, H);
-    symmetric_product(view(out, p.n, p.n), H.t(), product);
+    product(scratch, M, H);
+    symmetric_product(view(out, p.n, p.n), H.t(), scratch);
   }
 };
 
@@ -126,10 +132,10 @@ double coupling(const Problem<T>& p, GradientProducts<T>& gradient, Workspace<T>
     const int64_t size = left ? p.m : p.n;
     return inner(left ? workspace.left : workspace.right, CFC.const_data_ptr<T>(), size * size);
   }
-  at::Tensor AH = gradient.product;
+  at::Tensor AH = gradient.scratch;
   at::Tensor HB = view(workspace.update, p.m, p.n);
-  at::mm_out(AH, A, H);
-  at::mm_out(HB, H, B);
+  product(AH, A, H);
+  product(HB, H, B);
   return inner(AH.const_data_ptr<T>(), HB.const_data_ptr<T>(), p.size());
 }
 
@@ -182,10 +188,10 @@ void diagonal_(const Problem<T>& p, const Options& options, double tau,
   const at::Tensor w_R = metric_weights(p.R, p.n, options.metric_power);
   const at::Tensor w_L = metric_weights(p.L, p.m, options.metric_power);
   const at::Tensor& H = gradient.H;
-  at::mul_out(gradient.product, H, w_R);
-  symmetric_product(view(workspace.left, p.m, p.m), gradient.product, H.t());
-  at::mul_out(gradient.product, H, w_L.unsqueeze(1));
-  symmetric_product(view(workspace.right, p.n, p.n), H.t(), gradient.product);
+  at::mul_out(gradient.scratch, H, w_R);
+  symmetric_product(view(workspace.left, p.m, p.m), gradient.scratch, H.t());
+  at::mul_out(gradient.scratch, H, w_L.unsqueeze(1));
+  symmetric_product(view(workspace.right, p.n, p.n), H.t(), gradient.scratch);
   const double beta = options.factor_beta;
   average_(p.L, workspace.left, p.m, beta, tau, static_cast<double>(p.n), &p.rho[0]);
   average_(p.R, workspace.right, p.n, beta, tau, static_cast<double>(p.m), &p.rho[1]);
@@ -260,12 +266,12 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
 
 template <typename T>
 void factor_update_(std::span<const Problem<T>> problems, const Options& options) {
-  Workspace<T> workspace(problems);
-  for (const Problem<T>& p : problems) {
+  for_each_matrix(problems, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
+    const Problem<T>& p = problems[i];
     const T tau = gradient_scale(p, options);
     load_gradient(p, options, tau, workspace.gradient);
     factor_update_(p, options, workspace.gradient, tau, workspace);
-  }
+  });
 }
 
 template void set_prior_(const Problem<float>&, const Options&, Init, const float*, float);

@@ -1,6 +1,7 @@
 // The first gradient of a matrix: factors, first bases, first refresh dates.
 #include <cmath>
 
+#include "cpu/each_matrix.h"
 #include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
@@ -13,7 +14,6 @@ namespace {
 
 template <typename T>
 void first_basis_(const Problem<T>& p, const Options& options, const T* H, Side side) {
-  const MatmulPrecision precision("highest");
   const bool left = side == Side::kLeft;
   const int64_t n = left ? p.m : p.n;
   at::Tensor F = view(left ? p.L : p.R, n, n);
@@ -37,8 +37,6 @@ void first_basis_(const Problem<T>& p, const Options& options, const T* H, Side 
   symmetric_product(F, Q.t().contiguous(), F.mm(Q));
 }
 
-}  // namespace
-
 template <typename T>
 void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
                  Workspace<T>& workspace) {
@@ -53,20 +51,19 @@ void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
   }
 }
 
+}  // namespace
+
 template <typename T>
 void initialize_(std::span<const Problem<T>> problems, const Options& options) {
-  Workspace<T> workspace(problems);
-  for (const Problem<T>& p : problems) {
+  const MatmulPrecision precision("highest");
+  for_each_matrix(problems, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
+    const Problem<T>& p = problems[i];
     const T tau = gradient_scale(p, options);
     load_gradient(p, options, tau, workspace.gradient);
     initialize_(p, options, workspace.gradient, tau, workspace);
-  }
+  });
 }
 
-template void initialize_(const Problem<float>&, const Options&, const float*, float,
-                          Workspace<float>&);
-template void initialize_(const Problem<double>&, const Options&, const double*, double,
-                          Workspace<double>&);
 template void initialize_(std::span<const Problem<float>>, const Options&);
 template void initialize_(std::span<const Problem<double>>, const Options&);
 

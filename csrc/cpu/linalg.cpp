@@ -8,9 +8,11 @@
 namespace dykaf::cpu {
 namespace {
 
-// Panels below this height run at a lower rate than what they save.
+// Panels below these heights run at a lower rate than what they save.
 constexpr int64_t kPanel = 256;
+constexpr int64_t kPanelOfOneThread = 128;
 constexpr int64_t kTile = 32;
+constexpr int64_t kFewColumns = 32;
 
 // combine(lower, upper) gives the value for both places. Both tiles of a pair fit in cache, so that
 // the strided side costs no more than the other. Threads own rows of the lower triangle.
@@ -40,9 +42,21 @@ void mirror(const at::Tensor& x, const Combine& combine) {
 }
 
 // Small products go in one piece, large ones in eight panels.
-int64_t panel_height(int64_t n) { return n < 2 * kPanel ? n : std::max(kPanel, (n + 7) / 8); }
+int64_t panel_height(int64_t n) {
+  const bool is_alone = at::in_parallel_region() || at::get_num_threads() == 1;
+  const int64_t least = is_alone ? kPanelOfOneThread : kPanel;
+  return n < 2 * least ? n : std::max(least, (n + 7) / 8);
+}
 
 }  // namespace
+
+void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (b.size(1) <= kFewColumns && a.size(0) > kFewColumns) {
+    out.copy_(b.t().contiguous().mm(a.t()).t());
+  } else {
+    at::mm_out(out, a, b);
+  }
+}
 
 void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
   const int64_t n = out.size(0);

@@ -14,6 +14,9 @@ at::Tensor view(const T* data, int64_t rows, int64_t cols) {
   return at::from_blob(const_cast<T*>(data), {rows, cols}, c10::CppTypeToScalarType<T>::value);
 }
 
+// out = a b. BLAS is slow where b has a few columns alone; its transpose is multiplied then.
+void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b);
+
 // out = a b for a product known to be symmetric; out [n, n], a [n, k], b [k, n]. Large ones are
 // computed by row panels up to the diagonal alone. The upper triangle mirrors the lower exactly.
 void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);

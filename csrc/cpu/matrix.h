@@ -23,6 +23,11 @@ struct Workspace {
   T* right;     // [n, n]
 };
 
+template <typename T>
+Workspace<T> make_workspace(std::span<const Problem<T>> problems) {
+  return Workspace<T>(problems);
+}
+
 // The least power of two >= max(max|G|, rho_L, rho_R), kept where it and its inverse are normal.
 template <typename T>
 T gradient_scale(const Problem<T>& p, const Options& options);
@@ -32,7 +37,7 @@ template <typename T>
 void load_gradient(const Problem<T>& p, const Options& options, T tau, T* H);
 
 template <typename T>
-void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* product);
+void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* scratch);
 
 // `update` may alias H.
 template <typename T>
@@ -57,13 +62,6 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
 // L and R from the prior that `init` names (docs/algorithm.md), rho to match.
 template <typename T>
 void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau);
-
-template <typename T>
-void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
-                 Workspace<T>& workspace);
-
-template <typename T>
-void refresh_basis_(const Problem<T>& p, const Options& options, Side side);
 
 // No gradient that is not zero has come yet. (rho can vanish later, but then step > 0.)
 template <typename T>

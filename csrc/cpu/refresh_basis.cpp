@@ -1,8 +1,7 @@
 // One power iteration with orthonormalisation, in the rotated form. With Pi sorting diag(F)
 // descending and F Pi = P S (QR), the new basis is Q P and the new factor P^T F P = S Pi^T P: what
 // X = M Q Pi, Q = orthonormalise(X) is for the unrotated factor M = Q F Q^T.
-#include <vector>
-
+#include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
 #include "cpu/matrix.h"
@@ -21,10 +20,10 @@ at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
   return at::where(old_diagonal.gt(0), ratio, at::ones_like(ratio));
 }
 
+namespace {
+
 template <typename T>
 void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
-  // Rounding here would turn the bases away from orthogonality for good.
-  const MatmulPrecision precision("highest");
   const bool left = side == Side::kLeft;
   const auto i = static_cast<int>(side);
   const int64_t n = left ? p.m : p.n;
@@ -33,7 +32,8 @@ void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
 
   const auto [old_diagonal, order] =
       at::sort(F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
-  const auto [P, S] = signed_qr(F.index_select(1, order));
+  // F Pi as (Pi^T F)^T: whole rows are copied, and LAPACK finds its own order of columns.
+  const auto [P, S] = signed_qr(F.index_select(0, order).t());
   p.refreshes[i] += 1;
   if (!at::isfinite(P).all().template item<bool>()) {
     *p.refresh_fallbacks += 1;
@@ -50,15 +50,18 @@ void refresh_basis_(const Problem<T>& p, const Options& options, Side side) {
                          factors.const_data_ptr<T>());
 }
 
+}  // namespace
+
 template <typename T>
 void refresh_basis_(std::span<const Problem<T>> problems, const Options& options, Side side) {
-  for (const Problem<T>& p : problems) {
+  // Rounding here would turn the bases away from orthogonality for good.
+  const MatmulPrecision precision("highest");
+  for_each_matrix(problems, [&](size_t i) {
+    const Problem<T>& p = problems[i];
     if ((side == Side::kLeft ? p.L : p.R) != nullptr) refresh_basis_(p, options, side);
-  }
+  });
 }
 
-template void refresh_basis_(const Problem<float>&, const Options&, Side);
-template void refresh_basis_(const Problem<double>&, const Options&, Side);
 template void refresh_basis_(std::span<const Problem<float>>, const Options&, Side);
 template void refresh_basis_(std::span<const Problem<double>>, const Options&, Side);
 

@@ -1,4 +1,5 @@
 // Q_L^T X Q_R and back.
+#include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/matrix.h"
 #include "dykaf/ops.h"
@@ -6,21 +7,21 @@
 namespace dykaf::cpu {
 
 template <typename T>
-void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* product) {
+void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* scratch) {
   const bool into = rotation == Rotation::kIntoBasis;
   at::Tensor X = view(input, p.m, p.n);
   at::Tensor out = view(output, p.m, p.n);
   if (p.Q_L != nullptr) {
     const at::Tensor Q_L = view(p.Q_L, p.m, p.m);
     // With two sides the first product must not land in `output`, which may alias `input`.
-    at::Tensor left = view(product, p.m, p.n);
-    at::mm_out(left, into ? Q_L.t() : Q_L, X);
+    at::Tensor left = view(scratch, p.m, p.n);
+    product(left, into ? Q_L.t() : Q_L, X);
     X = left;
   }
   if (p.Q_R != nullptr) {
-    if (X.data_ptr() == out.data_ptr()) X = view(product, p.m, p.n).copy_(X);
+    if (X.data_ptr() == out.data_ptr()) X = view(scratch, p.m, p.n).copy_(X);
     const at::Tensor Q_R = view(p.Q_R, p.n, p.n);
-    at::mm_out(out, X, into ? Q_R : Q_R.t());
+    product(out, X, into ? Q_R : Q_R.t());
   } else if (X.data_ptr() != out.data_ptr()) {
     out.copy_(X);
   }
@@ -29,10 +30,9 @@ void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T
 template <typename T>
 void rotate(std::span<const Problem<T>> problems, Rotation rotation, const T* const* inputs,
             T* const* outputs) {
-  Workspace<T> workspace(problems);
-  for (size_t i = 0; i < problems.size(); ++i) {
+  for_each_matrix(problems, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
     rotate(problems[i], rotation, inputs[i], outputs[i], workspace.product);
-  }
+  });
 }
 
 template void rotate(const Problem<float>&, Rotation, const float*, float*, float*);
