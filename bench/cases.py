@@ -76,7 +76,12 @@ class Inputs:
 
     def options(self, integrator: str) -> StepOptions:
         optimizer = dykaf.DyKAF(
-            [torch.zeros(1)], integrator=integrator, matmul_precision=self.precision
+            [torch.zeros(1)],
+            integrator=integrator,
+            metric_power=1.0,
+            factor_beta=None,
+            rescale_exp_avg_sq=False,
+            matmul_precision=self.precision,
         )
         return step_options(optimizer.param_groups[0], 1.0)
 

@@ -124,12 +124,12 @@ def dykaf_spec(products: float, **options: Any) -> Spec:
 
 
 SPECS: dict[str, Spec] = {
-    "dykaf-ksl": dykaf_spec(4),
+    "dykaf": dykaf_spec(3),
+    "dykaf-ksl": dykaf_spec(4, integrator="ksl"),
     "dykaf-bug": dykaf_spec(5, integrator="bug"),
-    "dykaf-diagonal": dykaf_spec(3, integrator="diagonal"),
-    "dykaf-factored": dykaf_spec(4, second_moment="factored"),
-    "dykaf-rank-one": dykaf_spec(4, second_moment="rank_one"),
-    "dykaf-unstaggered": dykaf_spec(4, refresh_stagger=False),
+    "dykaf-factored": dykaf_spec(3, second_moment="factored"),
+    "dykaf-rank-one": dykaf_spec(3, second_moment="rank_one"),
+    "dykaf-unstaggered": dykaf_spec(3, refresh_stagger=False),
     "textbook-dykaf": Spec(textbook(TextbookDyKAF), None, 6, refresh=16),
     "textbook-soap": Spec(textbook(TextbookSOAP), None, 4, refresh=12),
     "soap-heavyball": Spec(soap_heavyball(None), "heavyball", 4, refresh=16),

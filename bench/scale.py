@@ -28,8 +28,8 @@ from bench.shapes import MAX_PRECOND_DIM, Workload
 from bench.step import NUM_WARMUP_STEPS, SetRun
 
 DEFAULT_OPTIMIZERS = (
+    "dykaf",
     "dykaf-ksl",
-    "dykaf-diagonal",
     "textbook-dykaf",
     "textbook-soap",
     "muon",

@@ -62,8 +62,9 @@ def test_orthogonality_error() -> None:
 
 def test_a_run_against_the_reference() -> None:
     param = parameter(6, 4, dtype=torch.float64)
-    optimizer = DyKAF([param], precondition_frequency=4, refresh_stagger=False)
-    reference = ReferenceDyKAF(param.detach(), precondition_frequency=4)
+    options: dict[str, Any] = {"precondition_frequency": 4, "integrator": "ksl"}
+    optimizer = DyKAF([param], refresh_stagger=False, **options)
+    reference = ReferenceDyKAF(param.detach(), **options)
     for step in range(15):
         run(optimizer, range(step, step + 1))
         reference.step(gradient(param, step, 0))
@@ -128,7 +129,7 @@ def test_a_spoiled_basis_is_seen() -> None:
 
 def test_a_turned_basis_is_stale() -> None:
     param = parameter(6, 4, dtype=torch.float64)
-    optimizer = DyKAF([param], precondition_frequency=1)
+    optimizer = DyKAF([param], precondition_frequency=1, integrator="ksl", factor_beta=0.95)
     run(optimizer, range(30))
     state = optimizer.state[param]
     before = optimizer.diagnostics()[NAME]["staleness_L"]
@@ -169,7 +170,7 @@ def test_one_side_and_none() -> None:
 def test_a_stack_reports_its_worst() -> None:
     """Each entry is the largest over the matrices; one without a gradient has no say."""
     stack = parameter(3, 5, 4)
-    optimizer = DyKAF([stack], batch_dims=1, refresh_stagger=False)
+    optimizer = DyKAF([stack], batch_dims=1, refresh_stagger=False, integrator="ksl")
     for step in range(8):
         stack.grad = gradient(stack, step, 0)
         stack.grad[0] *= 100

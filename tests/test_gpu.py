@@ -63,10 +63,11 @@ def amplification(factor: Tensor) -> float:
     "options",
     [
         {},
+        {"integrator": "ksl", "rescale_exp_avg_sq": False},
         {"integrator": "bug"},
-        {"integrator": "diagonal", "metric_power": 0.0, "factor_beta": 0.9},
+        {"metric_power": 1.0},
         {"second_moment": "rank_one"},
-        {"second_moment": "factored", "rescale_exp_avg_sq": True},
+        {"second_moment": "factored", "integrator": "ksl"},
         {"max_precond_dim": 6},
         {"matmul_precision": "highest", "precondition_frequency": 1},
     ],

@@ -212,7 +212,7 @@ def test_diagonal_factor_update(
     state, G = matrices.state(m, n), matrices.randn(m, n)
     state["rho"][1] = 1.3
     old = doubles(state)
-    options = matrices.options(integrator="diagonal", metric_power=metric_power)
+    options = matrices.options(integrator="diagonal", metric_power=metric_power, factor_beta=0.95)
     ops.factor_update_([G], [state], options)
     # The reference works in original coordinates; here the basis is the frame, so it is I.
     L, R, rho = reference.diagonal_matrix(
@@ -245,7 +245,7 @@ def test_one_sided_factor_update(matrices: Matrices, shape: tuple[int, int], sid
     kept, dropped = (("L", "R"), ("R", "L"))[side]
     del state[dropped], state[f"Q_{dropped}"]
     old = doubles(state)
-    ops.factor_update_([G], [state], matrices.options())
+    ops.factor_update_([G], [state], matrices.options(factor_beta=0.95))
     factor, rho = reference.one_sided_matrix(
         old[kept], float(old["rho"][0]), G.double(), 0.95, side
     )

@@ -92,13 +92,16 @@ def _reference(param: Tensor, **options: Any) -> ReferenceDyKAF:
         ("precondition_frequency", 3, {"precondition_frequency": 3}),
         ("integrator", "bug", {"integrator": "bug"}),
         ("refresh_schedule", "geometric", {"refresh_schedule": "geometric"}),
-        ("rescale_exp_avg_sq", True, {"rescale_exp_avg_sq": True}),
+        ("integrator", "ksl", {"integrator": "ksl"}),
+        ("metric_power", 0.5, {"metric_power": 0.5}),
+        ("rescale_exp_avg_sq", False, {"rescale_exp_avg_sq": False}),
         ("maximize", True, {"maximize": True}),
     ],
 )
 def test_options_changed_in_flight(option: str, value: Any, changes: dict[str, Any]) -> None:
     """As the reference with the same change at the same step, and not as without it."""
     options: dict[str, Any] = {"lr": 0.01, "precondition_frequency": 7, "refresh_schedule": "fixed"}
+    options["factor_beta"] = None
     param = parameter(6, 4, dtype=torch.float64)
     optimizer = DyKAF([param], refresh_stagger=False, **options)
     changed, unchanged = _reference(param, **options), _reference(param, **options)

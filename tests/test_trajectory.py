@@ -13,17 +13,21 @@ from torch import Tensor
 
 import dykaf
 
+KSL: dict[str, Any] = {"integrator": "ksl", "factor_beta": None, "rescale_exp_avg_sq": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "bug": {"integrator": "bug"},
-    "diagonal": {"integrator": "diagonal"},
-    "diagonal power -1": {"integrator": "diagonal", "metric_power": -1.0, "factor_beta": 0.9},
-    "diagonal power 0": {"integrator": "diagonal", "metric_power": 0.0},
+    "ksl": KSL,
+    "bug": {**KSL, "integrator": "bug"},
+    "diagonal power 1": {"metric_power": 1.0, "factor_beta": None},
+    "diagonal power -1": {"metric_power": -1.0},
+    "diagonal, no rescaling": {"rescale_exp_avg_sq": False},
+    "ksl rank_one moment": {**KSL, "second_moment": "rank_one"},
+    "ksl factored moment": {**KSL, "second_moment": "factored"},
+    "ksl rescale": {"integrator": "ksl", "betas": (0.9, 0.98)},
     "rank_one moment": {"second_moment": "rank_one"},
     "factored moment": {"second_moment": "factored"},
-    "rescale": {"rescale_exp_avg_sq": True, "betas": (0.9, 0.98)},
-    "rescale rank_one": {"rescale_exp_avg_sq": True, "second_moment": "rank_one"},
-    "rescale factored": {"rescale_exp_avg_sq": True, "second_moment": "factored"},
+    "ksl refresh each step": {**KSL, "precondition_frequency": 1},
+    "ksl one side": {**KSL, "max_precond_dim": 16},
     "refresh each step": {"precondition_frequency": 1},
     "fixed 3": {"refresh_schedule": "fixed", "precondition_frequency": 3},
     "fixed 7, not staggered": {

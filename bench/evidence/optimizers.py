@@ -62,6 +62,10 @@ def make_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=ADAMW_BETAS, fused=True)
 
 
+# What a contender of kind dykaf does not name, whatever the package's defaults are.
+DYKAF_BASE = {"factor_beta": None, "metric_power": 1.0, "rescale_exp_avg_sq": False}
+
+
 def make_optimizer(
     options: dict[str, Any], model: nn.Module, hidden: list[str], lr: float, weight_decay: float
 ) -> Parts:
@@ -90,6 +94,7 @@ def make_optimizer(
             import dykaf  # only here: the other optimizers run without it
         except ImportError as error:
             raise EvidenceError(f"contenders of kind dykaf need the package: {error}") from error
+        options = {**DYKAF_BASE, **options}
         return Parts([dykaf.DyKAF(weights, lr=lr, weight_decay=weight_decay, **options), *others])
     views = MatrixViews(weights)
     if kind == "kronecker":

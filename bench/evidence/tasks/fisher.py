@@ -28,6 +28,7 @@ from torch.nn import functional
 import dykaf
 from bench.evidence.grid import Run
 from bench.evidence.kronecker import first_state, update_factors
+from bench.evidence.optimizers import DYKAF_BASE
 from bench.evidence.tasks import byte_lm, digits
 
 DYKAF_METHODS: dict[str, dict[str, Any]] = {
@@ -106,7 +107,8 @@ class DykafFactors:
 
     def __init__(self, shape: torch.Size, beta: float, options: dict[str, Any]) -> None:
         self.weight = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        self.optimizer = dykaf.DyKAF([self.weight], lr=0.0, factor_beta=beta, **options)
+        options = {**DYKAF_BASE, **options, "lr": 0.0, "factor_beta": beta}
+        self.optimizer = dykaf.DyKAF([self.weight], **options)
         # "diagonal" keeps two averages, each with a scale of its own; their product has none.
         self.has_scale = options["integrator"] != "diagonal"
 
