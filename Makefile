@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-sanitize test-simt test-gpu bench-gpu mutate lint format demo clean
+.PHONY: setup test test-sanitize test-simt test-gpu bench-gpu sass mutate lint format demo clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -92,6 +92,16 @@ bench-gpu: $(BUILT)
 	@if ! $(HAS_GPU); then echo "==> skipped: torch sees no GPU"; exit 0; fi; \
 	  $(PY) -m bench ops --device cuda --sets gpt2 lora8 --precisions highest high --seconds 0.5; \
 	  $(PY) -m bench step --device cuda --sets gpt2 lora8 resnet50
+
+# The machine code against its budgets, where there is an nvcc. SASS_FLAGS="--archs 86 89 100 120"
+# compiles for the others.
+SASS_FLAGS ?= --archs 80 90 --check
+sass: $(BUILT)
+	@if ! $(PY) -c "import sys; from bench.sass import toolchain; sys.exit(not toolchain.find_nvcc())"; \
+	then echo "==> skipped: no nvcc"; exit 0; fi; \
+	echo "==> compiling the CUDA kernels and reading their machine code"; \
+	$(PY) -m bench.sass $(SASS_FLAGS) > build/sass.txt || { cat build/sass.txt; exit 1; }; \
+	echo "==> within the budgets; tables: build/sass.txt"
 
 mutate:
 	@$(PYTHON) tests/simt/mutate.py
