@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
+from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.options import RULES, StepOptions, check_options, step_options
 from dykaf.schedule import stagger_offsets
 from dykaf.state import (
     HOST_KEYS,
     KINDS,
-    PARAM_DTYPES,
     STRUCTURAL_OPTIONS,
     Layout,
     State,
@@ -153,7 +153,7 @@ class DyKAF(Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                _check_param("params", param)
+                check_param("params", param)
         except ValueError:
             del self.param_groups[num_groups:]
             raise
@@ -184,7 +184,7 @@ class DyKAF(Optimizer):
                 loss = closure()
 
         work = self._collect()
-        if any(item.on_gpu for item in work) and _is_capturing():
+        if any(item.on_gpu for item in work) and is_capturing():
             raise RuntimeError(
                 "step: expected to run outside of a CUDA graph, got a capture: which bases a step "
                 "refreshes is decided on the CPU"
@@ -227,8 +227,8 @@ class DyKAF(Optimizer):
             structure = tuple(group[name] for name in STRUCTURAL_OPTIONS)
             for idx, param in enumerate(group["params"]):
                 if param.grad is not None and param.numel() > 0:
-                    name = _param_name(group, group_idx, idx)
-                    _check_grad(name, param, param.grad)
+                    name = param_name(group, group_idx, idx)
+                    check_grad(name, param, param.grad)
                     layout = self._layout(name, param, group, structure)
                     device = param.device
                     if device not in by_device:
@@ -295,7 +295,7 @@ class DyKAF(Optimizer):
         cached = self._layouts.get(param)
         if cached is not None and cached[0] == key:
             return cached[1]
-        _check_backend(name, param)
+        check_backend(name, param)
         layout = Layout.of(param, group)
         if self.state.get(param):
             check_state(name, self.state[param], layout)
@@ -370,7 +370,7 @@ class DyKAF(Optimizer):
         for group_idx, group in enumerate(self.param_groups):
             for idx, param in enumerate(group["params"]):
                 if self.state.get(param):
-                    name = _param_name(group, group_idx, idx)
+                    name = param_name(group, group_idx, idx)
                     report[name] = parameter_diagnostics(self.state[param])
         return report
 
@@ -424,7 +424,7 @@ class DyKAF(Optimizer):
             ):
                 state = state_dict["state"].get(saved_idx)
                 if state:
-                    name = _param_name(group, group_idx, idx)
+                    name = param_name(group, group_idx, idx)
                     check_state(name, state, Layout.of(param, options))
             filled.append(options)
         return {**state_dict, "param_groups": filled}
@@ -462,48 +462,3 @@ class DyKAF(Optimizer):
             # State of torch.optim.AdamW, for parameters without factors.
             if param_state and "update_rms" not in param_state:
                 param_state["update_rms"] = torch.zeros_like(param_state["step"])
-
-
-def _param_name(group: Mapping[str, Any], group_idx: int, idx: int) -> str:
-    names = group.get("param_names")
-    return names[idx] if names is not None else f"param_groups[{group_idx}]['params'][{idx}]"
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _check_param(name: str, param: Tensor) -> None:
-    if param.dtype not in PARAM_DTYPES:
-        expected = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
-        raise ValueError(f"{name}: expected dtypes {expected}, got {param.dtype}")
-    strides = zip(param.stride(), param.shape, strict=True) if param.layout == torch.strided else ()
-    if any(stride == 0 and size > 1 for stride, size in strides):
-        raise ValueError(
-            f"{name}: expected tensors whose elements do not share memory, "
-            f"got shape {tuple(param.shape)} with strides {param.stride()}"
-        )
-    if param.layout != torch.strided:
-        raise ValueError(f"{name}: expected dense tensors, got {param.layout} on {param.device}")
-    _check_backend(name, param)
-
-
-def _check_backend(name: str, param: Tensor) -> None:
-    if ops.backend_of(param, name) == "cuda" and param.dtype == torch.float64:
-        raise ValueError(
-            f"{name}: expected float32, bfloat16 or float16 on a GPU, got {_describe(param)}"
-        )
-
-
-def _check_grad(name: str, param: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(f"gradient of {name}: expected a dense tensor, got {grad.layout}")
-    if grad.dtype != param.dtype or grad.device != param.device or grad.shape != param.shape:
-        raise ValueError(
-            f"gradient of {name}: expected {_describe(param)} as the parameter, "
-            f"got {_describe(grad)}"
-        )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,74 @@
+"""Checks of parameters and gradients, and how messages name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dykaf import ops
+from dykaf.state import PARAM_DTYPES
+
+
+def param_name(group: Mapping[str, Any], group_idx: int, idx: int) -> str:
+    """The name of a parameter in messages and reports: its own, or its place."""
+    names = group.get("param_names")
+    return names[idx] if names is not None else f"param_groups[{group_idx}]['params'][{idx}]"
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is captured in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Checks a parameter that is added.
+
+    Raises:
+        ValueError: naming ``name``, what was expected and what came.
+    """
+    if param.dtype not in PARAM_DTYPES:
+        expected = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
+        raise ValueError(f"{name}: expected dtypes {expected}, got {param.dtype}")
+    strides = zip(param.stride(), param.shape, strict=True) if param.layout == torch.strided else ()
+    if any(stride == 0 and size > 1 for stride, size in strides):
+        raise ValueError(
+            f"{name}: expected tensors whose elements do not share memory, "
+            f"got shape {tuple(param.shape)} with strides {param.stride()}"
+        )
+    if param.layout != torch.strided:
+        raise ValueError(f"{name}: expected dense tensors, got {param.layout} on {param.device}")
+    check_backend(name, param)
+
+
+def check_backend(name: str, param: Tensor) -> None:
+    """Checks that this build serves the device and dtype of ``param``.
+
+    Raises:
+        ValueError: naming ``name``, what was expected and what came.
+    """
+    if ops.backend_of(param, name) == "cuda" and param.dtype == torch.float64:
+        raise ValueError(
+            f"{name}: expected float32, bfloat16 or float16 on a GPU, got {_describe(param)}"
+        )
+
+
+def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
+    """Checks that ``grad`` is dense and of the kind of ``param``.
+
+    Raises:
+        ValueError: naming ``name``, what was expected and what came.
+    """
+    if grad.layout != torch.strided:
+        raise ValueError(f"gradient of {name}: expected a dense tensor, got {grad.layout}")
+    if grad.dtype != param.dtype or grad.device != param.device or grad.shape != param.shape:
+        raise ValueError(
+            f"gradient of {name}: expected {_describe(param)} as the parameter, "
+            f"got {_describe(grad)}"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
