@@ -32,7 +32,7 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def gradient(param: Tensor, step: int, idx: int) -> Tensor:
     """The gradient of parameter ``idx`` at ``step``, with rows and columns of unequal size."""
-    return _gradient(tuple(param.shape), step, idx).to(param.dtype, copy=True)
+    return _gradient(tuple(param.shape), step, idx).to(param.device, param.dtype, copy=True)
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def run(
 
 
 def bits(tensor: Tensor) -> Bits:
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
     return str(tensor.dtype), tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
 
 

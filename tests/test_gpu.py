@@ -8,7 +8,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from optim_helpers import bits, gradient, params_of, randn
+from optim_helpers import bits, gradient, params_of, randn, run
 from reference import ReferenceDyKAF
 from tolerances import gamma
 from torch import Tensor
@@ -35,8 +35,8 @@ def everything(optimizer: DyKAF) -> list[Any]:
     """Parameters and state, but for what tells when to refresh."""
     return [
         (
-            bits(param.cpu()),
-            {k: bits(v.cpu()) for k, v in optimizer.state[param].items() if k not in HOST_KEYS},
+            bits(param),
+            {k: bits(v) for k, v in optimizer.state[param].items() if k not in HOST_KEYS},
         )
         for param in params_of(optimizer)
     ]
@@ -117,16 +117,9 @@ def test_trajectory(shape: tuple[int, int], options: dict[str, Any]) -> None:
 def test_the_same_steps_give_the_same_bits(dtype: torch.dtype, low_precision: str) -> None:
     optimizers = [DyKAF(parameters(dtype), low_precision=low_precision) for _ in range(2)]
     for optimizer in optimizers:
-        run_on_device(optimizer, range(12))
+        run(optimizer, range(12))
     assert everything(optimizers[0]) == everything(optimizers[1])
     assert float(optimizers[0].state[params_of(optimizers[0])[0]]["refreshes"].sum()) > 4
-
-
-def run_on_device(optimizer: DyKAF, steps: range, scale: float = 1.0) -> None:
-    for step in steps:
-        for idx, param in enumerate(params_of(optimizer)):
-            param.grad = gradient(param.cpu(), step, idx).to(param.device) * scale
-        optimizer.step()
 
 
 def test_a_stack_is_its_matrices() -> None:
@@ -135,7 +128,7 @@ def test_a_stack_is_its_matrices() -> None:
     whole = DyKAF([stack], batch_dims=1, refresh_stagger=False)
     apart = DyKAF(parts, refresh_stagger=False)
     for step in range(12):
-        stack.grad = gradient(stack.cpu(), step, 0).to(stack.device)
+        stack.grad = gradient(stack, step, 0)
         for i, part in enumerate(parts):
             part.grad = stack.grad[i].clone()
         whole.step()
@@ -152,29 +145,34 @@ def test_a_stack_is_its_matrices() -> None:
 def test_lr_may_be_a_tensor_on_the_device() -> None:
     number, tensor = DyKAF(parameters(), lr=0.25), DyKAF(parameters(), lr=torch.tensor(0.25))
     tensor.param_groups[0]["lr"] = tensor.param_groups[0]["lr"].to(backends.device())
-    run_on_device(number, range(4))
-    run_on_device(tensor, range(4))
+    run(number, range(4))
+    run(tensor, range(4))
     tensor.param_groups[0]["lr"].fill_(0.125)
     number.param_groups[0]["lr"] = 0.125
-    run_on_device(number, range(4, 8))
-    run_on_device(tensor, range(4, 8))
+    run(number, range(4, 8))
+    run(tensor, range(4, 8))
     assert everything(number) == everything(tensor)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_grad_scale_is_divided_out(maximize: bool) -> None:
     plain, scaled = (DyKAF(parameters(), maximize=maximize) for _ in range(2))
-    run_on_device(plain, range(8))
+    run(plain, range(8))
     scaled.grad_scale = torch.tensor(1024.0, device=backends.device())
     scaled.found_inf = torch.tensor(0.0, device=backends.device())
-    run_on_device(scaled, range(8), scale=1024.0)
+
+    def scale(step: int) -> None:
+        for param in params_of(scaled):
+            param.grad.mul_(1024)
+
+    run(scaled, range(8), scale)
     assert scaled.skipped_steps == 0
     assert everything(plain) == everything(scaled)
 
 
 def test_the_host_reads_nothing_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = DyKAF(parameters(), precondition_frequency=1)
-    run_on_device(optimizer, range(2))
+    run(optimizer, range(2))
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25, device=backends.device())
     optimizer.grad_scale = torch.tensor(2.0, device=backends.device())
     optimizer.found_inf = torch.tensor(0.0, device=backends.device())
@@ -185,6 +183,8 @@ def test_the_host_reads_nothing_in_a_step(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(Tensor, name, read)
     optimizer.step()
+    monkeypatch.undo()
+    assert all(float(optimizer.state[p]["step"]) >= 2 for p in params_of(optimizer))
 
 
 @pytest.mark.parametrize("where", ["matrix", "vector", "found_inf"])
@@ -195,10 +195,10 @@ def test_a_step_that_is_not_finite_is_skipped(where: str, bad: float, start: int
     params = parameters()
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-2}]
     optimizer = DyKAF(groups, precondition_frequency=1)
-    run_on_device(optimizer, range(start))
-    before = everything(optimizer) if start else [bits(param.cpu()) for param in params]
+    run(optimizer, range(start))
+    before = everything(optimizer) if start else [bits(param) for param in params]
     for idx, param in enumerate(params):
-        param.grad = gradient(param.cpu(), start, idx).to(param.device)
+        param.grad = gradient(param, start, idx)
     if where == "found_inf":
         optimizer.found_inf = torch.tensor(1.0, device=backends.device())
     else:
@@ -209,22 +209,22 @@ def test_a_step_that_is_not_finite_is_skipped(where: str, bad: float, start: int
     if start:
         assert everything(optimizer) == before
     else:
-        assert [bits(param.cpu()) for param in params] == before
+        assert [bits(param) for param in params] == before
         assert not any(
             value.any() for state in optimizer.state.values() for value in state.values()
         )
     if where == "found_inf":
         del optimizer.found_inf
-    run_on_device(optimizer, range(start, start + 3))
+    run(optimizer, range(start, start + 3))
     assert optimizer.skipped_steps == 2
     assert all(param.isfinite().all() for param in params)
-    assert [bits(param.cpu()) for param in params] != before
+    assert [bits(param) for param in params] != before
 
 
 def test_raise_names_the_gradient_and_changes_nothing() -> None:
     params = parameters()
     optimizer = DyKAF([{"params": params[:2]}, {"params": params[2:], "nonfinite": "raise"}])
-    run_on_device(optimizer, range(5))
+    run(optimizer, range(5))
     before = everything(optimizer)
     params[3].grad[2, 3] = float("nan")
     with pytest.raises(RuntimeError, match=r"gradient of param_groups\[1\]\['params'\]\[1\]: exp"):
@@ -236,7 +236,7 @@ def test_raise_names_the_gradient_and_changes_nothing() -> None:
 def test_propagate_goes_on() -> None:
     params = parameters()
     optimizer = DyKAF(params, nonfinite="propagate")
-    run_on_device(optimizer, range(3))
+    run(optimizer, range(3))
     params[0].grad[0, 0] = float("nan")
     optimizer.step()
     assert optimizer.skipped_steps == 0
@@ -249,7 +249,7 @@ def test_propagate_goes_on() -> None:
 def test_the_schedule_is_kept_on_the_cpu() -> None:
     params = parameters()
     optimizer = DyKAF(params)
-    run_on_device(optimizer, range(2))
+    run(optimizer, range(2))
     other = DyKAF(parameters())
     other.load_state_dict(optimizer.state_dict())
     for checked in (optimizer, other, copy.deepcopy(optimizer)):
@@ -262,7 +262,7 @@ def test_the_schedule_is_kept_on_the_cpu() -> None:
 
 def test_a_loaded_run_goes_on_bit_for_bit() -> None:
     first, second = DyKAF(parameters()), DyKAF(parameters())
-    run_on_device(first, range(7))
+    run(first, range(7))
     params_of(first)[0].grad[0, 0] = float("nan")
     first.step()
     with torch.no_grad():
@@ -272,8 +272,8 @@ def test_a_loaded_run_goes_on_bit_for_bit() -> None:
     assert second.skipped_steps == 1
     first.load_state_dict(first.state_dict())
     assert first.skipped_steps == 1
-    run_on_device(first, range(7, 14))
-    run_on_device(second, range(7, 14))
+    run(first, range(7, 14))
+    run(second, range(7, 14))
     assert everything(second) == everything(first)
 
 
@@ -283,12 +283,12 @@ def test_float64_is_refused_before_anything_is_added() -> None:
     with pytest.raises(ValueError, match="params: expected float32, bfloat16 or float16 on a GPU"):
         optimizer.add_param_group({"params": [wide]})
     assert len(optimizer.param_groups) == 1
-    run_on_device(optimizer, range(2))
+    run(optimizer, range(2))
 
 
 def test_diagnostics() -> None:
     optimizer = DyKAF(parameters())
-    run_on_device(optimizer, range(9))
+    run(optimizer, range(9))
     report = optimizer.diagnostics()
     assert report["optimizer"] == {"skipped_steps": 0}
     for entry in list(report.values())[1:3]:
@@ -302,7 +302,7 @@ def test_diagnostics() -> None:
 @on_hardware
 def test_no_step_waits_for_the_gpu() -> None:
     optimizer = DyKAF(parameters(), precondition_frequency=2)
-    run_on_device(optimizer, range(3))
+    run(optimizer, range(3))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(4):
@@ -317,8 +317,8 @@ def test_parameters_on_cpu_and_gpu_step_together() -> None:
     mixed = [param.cpu() if i % 2 else param for i, param in enumerate(parameters())]
     on_gpu = DyKAF(parameters())
     optimizer = DyKAF(mixed)
-    run_on_device(optimizer, range(6))
-    run_on_device(on_gpu, range(6))
+    run(optimizer, range(6))
+    run(on_gpu, range(6))
     assert torch.equal(mixed[0], params_of(on_gpu)[0])
     before = everything(optimizer)
     mixed[0].grad[0, 0] = float("nan")
@@ -329,7 +329,7 @@ def test_parameters_on_cpu_and_gpu_step_together() -> None:
 @on_hardware
 def test_a_graph_capture_is_refused() -> None:
     optimizer = DyKAF(parameters())
-    run_on_device(optimizer, range(3))
+    run(optimizer, range(3))
     before = everything(optimizer)
     graph = torch.cuda.CUDAGraph()
     refused = pytest.raises(RuntimeError, match="step: expected to run outside of a CUDA graph")
@@ -343,7 +343,7 @@ def test_the_current_stream_is_used() -> None:
     optimizer, other = DyKAF(parameters()), DyKAF(parameters())
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run_on_device(other, range(6))
+        run(other, range(6))
     stream.synchronize()
-    run_on_device(optimizer, range(6))
+    run(optimizer, range(6))
     assert everything(optimizer) == everything(other)

@@ -72,24 +72,12 @@ void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) 
   }
 }
 
-void refresh_due_(const DeviceGroup& group, const std::vector<int64_t>& indices) {
-  std::vector<int64_t> due[2];
-  for (int64_t i : indices) {
-    const Problem<float>& p = group.problems[static_cast<size_t>(i)];
-    if (p.is_unsided()) continue;
-    const int64_t t = *p.schedule_step += 1;
-    for (const Side side : {Side::kLeft, Side::kRight}) {
-      const auto s = static_cast<size_t>(side);
-      const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;
-      if (!has_factor || t < p.next_refresh[s]) continue;
-      due[s].push_back(i);
-      p.next_refresh[s] = next_refresh(t, group.options, p.refresh_offset[s]);
-    }
-  }
-  std::vector<Problem<float>> problems;
+void refresh_due_(const DeviceGroup& group) {
+  const auto due = take_due(group.problems, group.options);
   for (const Side side : {Side::kLeft, Side::kRight}) {
-    const auto& sides_due = due[static_cast<size_t>(side)];
-    if (!sides_due.empty()) refresh_basis_on_device_(subgroup(group, sides_due, problems), side);
+    DeviceGroup part = group;
+    part.problems = due[static_cast<size_t>(side)];
+    if (!part.problems.empty()) refresh_basis_on_device_(part, side);
   }
 }
 
@@ -144,9 +132,9 @@ void step_on_device_(const DeviceGroup& group) {
     (awaits_first_gradient(group.problems[i]) ? fresh : running).push_back(static_cast<int64_t>(i));
   }
   plain_step_(group, running);
-  refresh_due_(group, running);
-  if (fresh.empty()) return;
   std::vector<Problem<float>> problems;
+  refresh_due_(subgroup(group, running, problems));
+  if (fresh.empty()) return;
   DeviceGroup start = subgroup(group, fresh, problems);
   start.grad_max = maxima_of(group, fresh);
   initialize_on_device_(start);

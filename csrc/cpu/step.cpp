@@ -24,25 +24,6 @@ void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& work
   factor_update_(p, options, H, tau, workspace);
 }
 
-template <typename T>
-void refresh_due_(std::span<const Problem<T>> problems, const Options& options) {
-  std::vector<Problem<T>> due[2];
-  for (const Problem<T>& p : problems) {
-    if (p.is_unsided()) continue;
-    const int64_t t = *p.schedule_step += 1;
-    for (const Side side : {Side::kLeft, Side::kRight}) {
-      const auto i = static_cast<size_t>(side);
-      const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;
-      if (!has_factor || t < p.next_refresh[i]) continue;
-      due[i].push_back(p);
-      p.next_refresh[i] = next_refresh(t, options, p.refresh_offset[i]);
-    }
-  }
-  for (const Side side : {Side::kLeft, Side::kRight}) {
-    refresh_basis_(std::span<const Problem<T>>(due[static_cast<size_t>(side)]), options, side);
-  }
-}
-
 }  // namespace
 
 template <typename T>
@@ -56,7 +37,10 @@ void step_(std::span<const Problem<T>> problems, const Options& options) {
   for_each_matrix(steps, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
     plain_step_(steps[i], options, workspace);
   });
-  refresh_due_(steps, options);
+  const auto due = take_due(steps, options);
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    refresh_basis_(std::span<const Problem<T>>(due[static_cast<size_t>(side)]), options, side);
+  }
   initialize_(std::span<const Problem<T>>(fresh), options);
 }
 

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <span>
+#include <vector>
 
 #include "dykaf/types.h"
 
@@ -24,6 +27,26 @@ inline int64_t next_refresh(int64_t t, const Options& options, int64_t offset) {
   if (!options.refresh_stagger) return latest;
   const int64_t excess = (latest - offset) % interval;
   return latest - (excess < 0 ? excess + interval : excess);
+}
+
+// Counts a step of each matrix with factors. Returns, per Side, those whose basis is due now; their
+// dates move on.
+template <typename T>
+std::array<std::vector<Problem<T>>, 2> take_due(std::span<const Problem<T>> problems,
+                                                const Options& options) {
+  std::array<std::vector<Problem<T>>, 2> due;
+  for (const Problem<T>& p : problems) {
+    if (p.is_unsided()) continue;
+    const int64_t t = *p.schedule_step += 1;
+    for (const Side side : {Side::kLeft, Side::kRight}) {
+      const auto i = static_cast<size_t>(side);
+      const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;
+      if (!has_factor || t < p.next_refresh[i]) continue;
+      due[i].push_back(p);
+      p.next_refresh[i] = next_refresh(t, options, p.refresh_offset[i]);
+    }
+  }
+  return due;
 }
 
 }  // namespace dykaf
