@@ -55,6 +55,8 @@ MODELS = {
 SEQUENCES = {
     "this, a plain step": (costs.ours, None),
     f"this, a refresh every {PERIOD}": (costs.ours, costs.our_refresh),
+    'this, integrator="ksl", a plain step': (costs.ours_ksl, None),
+    f'this, integrator="ksl", a refresh every {PERIOD}': (costs.ours_ksl, costs.our_refresh),
     "floor of a plain step": (costs.floor, None),
     f"research code, a refresh every {PERIOD}": (costs.research, costs.research_refresh),
     f"SOAP, a refresh every {PERIOD}": (costs.soap, costs.soap_refresh),

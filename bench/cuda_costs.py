@@ -69,8 +69,14 @@ def product(site: str, form: str, m: int, n: int, k: int, floats: float, params:
     return Cost(f"{site} {form} {name}", 2.0 * number * rows * cols * k, floats, params)
 
 
-def ours(p: Matrix) -> Iterator[Cost]:
-    """What plan_grad_max and plan_step launch (integrator ksl, full second moment)."""
+def ours_ksl(p: Matrix) -> Iterator[Cost]:
+    """What plan_grad_max and plan_step launch with the integrator "ksl"."""
+    yield from ours(p, integrator="ksl")
+
+
+def ours(p: Matrix, integrator: str = "diagonal") -> Iterator[Cost]:
+    """What plan_grad_max and plan_step launch: "diagonal" of metric power 0 (the default) or "ksl",
+    with the full second moment."""
     m, n, s = p.m, p.n, p.m * p.n
     yield Cost("grad_max", params=s)  # reads G
     if not (p.left or p.right):
@@ -89,19 +95,25 @@ def ours(p: Matrix) -> Iterator[Cost]:
         )
     if p.right:
         yield product("out right", "NT", m, n, n, n * n + s, 2 * s)
-    if both:
+    # "ksl" multiplies H by the other factor first; the increments of both read two arrays then
+    multiplies = both and integrator == "ksl"
+    if multiplies:
         yield product("H R", "NN", m, n, n, 2 * s + n * n)
+    read = 2 * s if multiplies else s
     if p.left:  # reads both operands and L's lower half; writes the whole increment
-        yield product("left increment", "sym NT", m, m, n, (2 if both else 1) * s + 1.5 * m * m)
+        yield product("left increment", "sym NT", m, m, n, read + 1.5 * m * m)
         yield Cost("left blend", floats=3 * m * m)  # L and the increment to L
-    if both:
+    if multiplies:
         yield product("L H", "NN", m, n, m, 2 * s + m * m)
     if p.right:
-        yield product("right increment", "sym TN", n, n, m, (2 if both else 1) * s + 1.5 * n * n)
+        yield product("right increment", "sym TN", n, n, m, read + 1.5 * n * n)
         yield Cost("right blend", floats=3 * n * n)
 
 
 QR = 8 / 3  # n^3 flops of a Householder QR with its Q formed
+# Of CholeskyQR2: two Gram matrices as whole products, three decompositions (one to judge the
+# columns), two triangular solves.
+CHOLESKY_QR2 = 2 * 2 + 3 / 3 + 2 * 1
 
 
 def sides(p: Matrix) -> list[int]:
@@ -112,21 +124,21 @@ def our_refresh(p: Matrix) -> Iterator[Cost]:
     """One refresh of every side. The passes over n x n arrays beside the products are estimated."""
     s = p.m * p.n
     for n in sides(p):
-        # QR; S (Pi^T P); Q P; every 32nd time Q^T Q and its product with Q
-        yield Cost("refresh", (QR + 2 + 2 + 4 / 32) * n**3, 30 * n * n)
+        # P^T A P of the sorted factor; Q P; every 32nd time Q^T Q and its product with Q
+        yield Cost("refresh", (CHOLESKY_QR2 + 4 + 2 + 4 / 32) * n**3, 60 * n * n)
         yield Cost("refresh", 2.0 * s * n, 4 * s + n * n)  # P^T exp_avg, copied back
         yield Cost("refresh", floats=4 * s)  # exp_avg_sq reordered, copied back
 
 
 def floor(p: Matrix) -> Iterator[Cost]:
-    """The least of the same algorithm: every array once in each direction it needs, symmetric
+    """The least of the default's algorithm: every array once in each direction it needs, symmetric
     results by halves, no padding."""
     m, n, s = p.m, p.n, p.m * p.n
     yield Cost("moments, G, W", floats=4 * s, params=3 * s)
     # L and R read and written, Q_L and Q_R read
     yield Cost("factors", floats=3 * sum(size * size for size in sides(p)))
     if p.left and p.right:
-        yield Cost("products", 7.0 * s * (m + n))  # 2 + 2 for the rotations, 3 for the factors
+        yield Cost("products", 5.0 * s * (m + n))  # 2 + 2 for the rotations, 1 for the factors
     else:  # rotations in and out, one half product
         yield Cost("products", sum(5.0 * s * size for size in sides(p)))
 
@@ -187,7 +199,8 @@ SITES = {
     "ksl": (2, 2, 4),  # H R, L H; (.) H^T, H^T (.); scalars and blend of each side
     # besides A H, H B; scalars and blend of matrices with a left factor alone, then of all
     "bug": (4, 2, 4),
-    "diagonal": (0, 2, 7),  # weights, two weighings, scalars and blend of each side
+    "diagonal": (0, 2, 4),  # with metric power 0: scalars and blend of each side
+    "diagonal, a power": (0, 2, 7),  # besides weights and two weighings
 }
 SECOND_MOMENTS = {
     "full": 0,  # in the product's epilogue

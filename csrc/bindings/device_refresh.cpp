@@ -1,5 +1,6 @@
 // One power iteration with orthonormalisation on a device, batched over bases of one size and
-// without waiting for the device: csrc/cpu/refresh_basis.cpp has the mathematics.
+// without waiting for the device: csrc/cpu/refresh_basis.cpp has the mathematics. Cholesky
+// decompositions take the place of Householder's, for products are what a GPU is good at.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
@@ -13,7 +14,7 @@
 #include <map>
 
 #include "bindings/device_ops.h"
-#include "cpu/linalg.h"
+#include "bindings/orthonormalize.h"
 #include "cpu/matmul_precision.h"
 #include "cpu/refresh.h"
 
@@ -22,8 +23,8 @@
 namespace dykaf::bindings {
 namespace {
 
-// Bases of one batch, by memory: a batch takes a few arrays of this many entries.
-constexpr int64_t kMaxBatchEntries = int64_t{1} << 25;
+// Bases of one batch, by memory: a batch takes a dozen arrays of this many entries.
+constexpr int64_t kMaxBatchEntries = int64_t{1} << 24;
 
 // The bases of one side and size, [b, n, n] each.
 class RefreshBatch {
@@ -42,17 +43,19 @@ class RefreshBatch {
     const at::Tensor F = at::stack(factors);
     const auto [old_diagonal, sorting] = at::sort(F.diagonal(0, 1, 2), /*stable=*/true, /*dim=*/1,
                                                   /*descending=*/true);
-    auto [P, S] = cpu::signed_qr(F.gather(2, sorting.unsqueeze(1).expand({-1, n, n})));
-    const at::Tensor finite = at::isfinite(P).all(2).all(1);
-    const at::Tensor moves = unless_skipped(finite);
-    count_refreshes(unless_skipped(finite.logical_not()));
+    const auto [Q, sound] = orthonormalize(permuted(F, sorting));
+    const at::Tensor moves = unless_skipped(sound);
+    count_refreshes(unless_skipped(sound.logical_not()));
 
-    // Where a basis must stay, P = I and nothing is sorted.
+    // Where a basis must stay nothing is sorted and nothing turns.
     const at::Tensor stays = moves.logical_not().unsqueeze(1);
     const at::Tensor order =
         at::where(stays, at::arange(n, sorting.options()).unsqueeze(0), sorting);
-    P = at::where(stays.unsqueeze(2), at::eye(n, P.options()).unsqueeze(0), P);
-    const at::Tensor upper = at::bmm(S, P.gather(1, order.unsqueeze(2).expand({-1, n, n}))).triu();
+    const at::Tensor turn =
+        at::where(stays.unsqueeze(2), at::eye(n, Q.options()).unsqueeze(0), Q);  // Pi^T P
+    const at::Tensor P = turn.scatter(1, order.unsqueeze(2).expand({-1, n, n}), turn);
+    const at::Tensor upper =
+        at::bmm(at::bmm(turn.transpose(1, 2), permuted(F, order)), turn).triu();
     const at::Tensor symmetric = upper.add(upper.triu(1).transpose(1, 2));
     const at::Tensor new_F = at::where(stays.unsqueeze(2), F, symmetric);
     const at::Tensor new_Q = at::bmm(at::stack(bases), P);
@@ -70,6 +73,11 @@ class RefreshBatch {
   }
 
  private:
+  // Pi^T F Pi.
+  static at::Tensor permuted(const at::Tensor& F, const at::Tensor& order) {
+    return F.gather(2, order.unsqueeze(1).expand_as(F)).gather(1, order.unsqueeze(2).expand_as(F));
+  }
+
   int64_t size_of(const Problem<float>& p) const { return left_ ? p.m : p.n; }
 
   // In a step that is skipped nothing moves, and nothing fails.

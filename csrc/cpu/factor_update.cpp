@@ -185,13 +185,15 @@ void average_(T* factor, const T* increment, int64_t n, double beta, double tau,
 template <typename T>
 void diagonal_(const Problem<T>& p, const Options& options, double tau,
                GradientProducts<T> gradient, Workspace<T>& workspace) {
-  const at::Tensor w_R = metric_weights(p.R, p.n, options.metric_power);
-  const at::Tensor w_L = metric_weights(p.L, p.m, options.metric_power);
   const at::Tensor& H = gradient.H;
-  at::mul_out(gradient.scratch, H, w_R);
-  symmetric_product(view(workspace.left, p.m, p.m), gradient.scratch, H.t());
-  at::mul_out(gradient.scratch, H, w_L.unsqueeze(1));
-  symmetric_product(view(workspace.right, p.n, p.n), H.t(), gradient.scratch);
+  // A metric of power 0 is the identity.
+  const bool is_weighed = options.metric_power != 0;
+  at::Tensor weighed = is_weighed ? gradient.scratch : H;
+  const double power = options.metric_power;
+  if (is_weighed) at::mul_out(weighed, H, metric_weights(p.R, p.n, power));
+  symmetric_product(view(workspace.left, p.m, p.m), weighed, H.t());
+  if (is_weighed) at::mul_out(weighed, H, metric_weights(p.L, p.m, power).unsqueeze(1));
+  symmetric_product(view(workspace.right, p.n, p.n), H.t(), weighed);
   const double beta = options.factor_beta;
   average_(p.L, workspace.left, p.m, beta, tau, static_cast<double>(p.n), &p.rho[0]);
   average_(p.R, workspace.right, p.n, beta, tau, static_cast<double>(p.m), &p.rho[1]);

@@ -37,9 +37,7 @@ class FactorUpdatePlan {
         bug(i, H, product_buffer, right);
         break;
       case Integrator::kDiagonal:
-        weigh(i, H, product_buffer);
-        average_left(i, product_buffer, H, static_cast<double>(p.n), left);
-        average_right(i, H, product_buffer, static_cast<double>(p.m), right);
+        diagonal(i, H, product_buffer, left, right);
         break;
     }
   }
@@ -125,6 +123,17 @@ class FactorUpdatePlan {
     both.inner_tiles = coupling_.num_partials(inner);
     blend_of(Side::kLeft, i, left_increment_, right_blends_);
     finish_right(FactorStage::kBug, both);
+  }
+
+  // A metric of power 0 is the identity.
+  void diagonal(int32_t i, const float* H, float* product_buffer, FactorProblem& left,
+                FactorProblem& right) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool is_weighed = options_.metric_power != 0;
+    if (is_weighed) weigh(i, H, product_buffer);
+    const float* weighed = is_weighed ? product_buffer : H;
+    average_left(i, weighed, H, static_cast<double>(p.n), left);
+    average_right(i, H, weighed, static_cast<double>(p.m), right);
   }
 
   // product = H diag(w_R) for L's increment, diag(w_L) H for R's.

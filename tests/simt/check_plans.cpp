@@ -44,11 +44,13 @@ struct Form {
   size_t medium;
   size_t mixed;
   size_t all;
+  double metric_power = 1;
 };
 
 // Medium: scalars, load, two products into the basis, update_rms, two products out of it are 7; ksl
 // adds two products, scalars, blend for either side; bug four products, two for the coupling,
-// scalars, blend; diagonal the weights and for either side weighing, a product, scalars, blend.
+// scalars, blend; diagonal the weights and for either side weighing, a product, scalars, blend, of
+// which a metric of power 0 needs neither weights nor weighing.
 // rank_one has five launches more for Adam, factored four.
 // Mixed: AdamW, and each product that is not symmetric has three grids instead of one: 4 of them
 // in a step, ksl 2 more, bug 4 more. One-sided matrices are averaged, which gives bug a launch of
@@ -58,6 +60,7 @@ constexpr Form kForms[] = {
     {"ksl", Integrator::kKsl, SecondMoment::kFull, 15, 28, 36},
     {"bug", Integrator::kBug, SecondMoment::kFull, 15, 34, 44},
     {"diagonal", Integrator::kDiagonal, SecondMoment::kFull, 16, 25, 31},
+    {"power 0", Integrator::kDiagonal, SecondMoment::kFull, 13, 22, 28, 0},
     {"rank_one", Integrator::kKsl, SecondMoment::kRankOne, 20, 33, 41},
     {"factored", Integrator::kKsl, SecondMoment::kFactored, 19, 32, 40},
 };
@@ -85,6 +88,7 @@ void check_launch_counts(const Form& form) {
     Scenario scenario;
     scenario.options.integrator = form.integrator;
     scenario.options.second_moment = form.second_moment;
+    scenario.options.metric_power = form.metric_power;
     for (const int times : {1, 3}) {
       scenario.specs = repeated(medium, times);
       require_count("medium", launches_of(scenario).size(), form.medium);
