@@ -96,8 +96,9 @@ TensorList allocate_like(const TensorList& tensors) {
 TensorList rotate_op(const TensorList& inputs, const States& states, bool into_basis,
                      const py::dict& options) {
   const Options parsed = parse_options(options);
-  Problems problems(states, {.grads = inputs, .needs_factors = true, .grads_name = "inputs"},
-                    parsed.second_moment);
+  Problems problems(
+      states, {.grads = inputs, .needs_factors = true, .needs_dense = true, .grads_name = "inputs"},
+      parsed.second_moment);
   TensorList outputs = allocate_like(inputs);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(
@@ -116,7 +117,8 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
 
 TensorList adam_update_op(const TensorList& grads, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options);
-  const Inputs inputs = with_grads(grads, states);
+  Inputs inputs = with_grads(grads, states);
+  inputs.needs_dense = true;
   Problems problems(states, inputs, parsed.second_moment);
   TensorList updates = allocate_like(grads);
   run(
@@ -151,7 +153,7 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
 void factor_update_op(const TensorList& grads, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options);
   Inputs inputs = with_grads(grads, states);
-  inputs.needs_factors = true;
+  inputs.needs_factors = inputs.needs_dense = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed, options,

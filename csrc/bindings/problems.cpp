@@ -98,6 +98,25 @@ T* advance(T* pointer, int64_t count) {
   return pointer == nullptr ? nullptr : pointer + count;
 }
 
+// What the state of a skinny matrix has of its own.
+template <typename T>
+void read_skinny(const StateReader& state, at::IntArrayRef batch, Problem<T>& p) {
+  const at::Tensor basis = state.tensor("basis");
+  const int64_t num_rows = basis.dim() >= 2 ? basis.size(-2) : 0;
+  p.skinny_rank = num_rows / 2;
+  if (p.skinny_rank < p.short_side() || num_rows > p.long_side()) {
+    fail(state.name("basis"),
+         "rows twice as many as the short side's length at least, and at most "
+         "as many as columns",
+         describe(basis));
+  }
+  p.basis = state.pointer<T>("basis", extend(batch, {2 * p.skinny_rank, p.long_side()}));
+  p.core = state.pointer<T>("core", extend(batch, {2 * p.skinny_rank, 2 * p.skinny_rank}));
+  p.flat = state.pointer<T>("flat", batch);
+  p.rows = state.host_pointer<int64_t>("rows", extend(batch, {2}));
+  p.exp_avg_sq = state.pointer<T>("exp_avg_sq", extend(batch, {p.short_side(), p.skinny_rank + 1}));
+}
+
 // The state of matrix 0 of a parameter with factors; shapes: batch + the tails below.
 template <typename T>
 Problem<T> read_factored(const StateReader& state, SecondMoment second_moment,
@@ -107,7 +126,9 @@ Problem<T> read_factored(const StateReader& state, SecondMoment second_moment,
   p.m = exp_avg.dim() >= 2 ? exp_avg.size(-2) : 1;
   p.n = exp_avg.dim() >= 2 ? exp_avg.size(-1) : exp_avg.numel();
   p.exp_avg = state.pointer<T>("exp_avg", extend(batch, {p.m, p.n}));
-  if (second_moment == SecondMoment::kFull) {
+  if (state.has("basis")) {
+    read_skinny(state, batch, p);
+  } else if (second_moment == SecondMoment::kFull) {
     p.exp_avg_sq = state.pointer<T>("exp_avg_sq", extend(batch, {p.m, p.n}));
   } else {
     p.exp_avg_sq_row = state.pointer<T>("exp_avg_sq_row", extend(batch, {p.m}));
@@ -149,7 +170,8 @@ Problem<T> matrix_of_stack(Problem<T> p, int64_t i, size_t element_size) {
   if (p.param != nullptr) p.param = static_cast<char*>(p.param) + start * element_size;
   p.master = advance(p.master, start);
   p.exp_avg = advance(p.exp_avg, start);
-  p.exp_avg_sq = advance(p.exp_avg_sq, start);
+  const int64_t skinny_moments = p.short_side() * (p.skinny_rank + 1);
+  p.exp_avg_sq = advance(p.exp_avg_sq, p.is_skinny() ? i * skinny_moments : start);
   p.exp_avg_sq_row = advance(p.exp_avg_sq_row, i * p.m);
   p.exp_avg_sq_col = advance(p.exp_avg_sq_col, i * p.n);
   p.exp_avg_sq_scale = advance(p.exp_avg_sq_scale, i);
@@ -157,6 +179,10 @@ Problem<T> matrix_of_stack(Problem<T> p, int64_t i, size_t element_size) {
   p.Q_L = advance(p.Q_L, i * p.m * p.m);
   p.R = advance(p.R, i * p.n * p.n);
   p.Q_R = advance(p.Q_R, i * p.n * p.n);
+  p.basis = advance(p.basis, i * 2 * p.skinny_rank * p.long_side());
+  p.core = advance(p.core, i * 4 * p.skinny_rank * p.skinny_rank);
+  p.flat = advance(p.flat, i);
+  p.rows = advance(p.rows, 2 * i);
   p.rho = advance(p.rho, 2 * i);
   p.step = advance(p.step, i);
   p.next_refresh = advance(p.next_refresh, 2 * i);
@@ -257,6 +283,9 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
   const StateReader state(index, state_dict, device_);
   const bool factored = state.has("rho");
   if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
+  if ((inputs.needs_dense || backend_ != Backend::kCpu) && state.has("basis")) {
+    fail(state.name("basis"), "nothing: this operation takes no skinny matrix", "a tensor");
+  }
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();
   Problem<T> p = factored ? read_factored<T>(state, second_moment, batch) : read_unsided<T>(state);

@@ -24,6 +24,7 @@ struct Inputs {
   std::optional<std::vector<uint64_t>> streams = {};
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
   bool needs_factors = false;        // a parameter without factors is an error
+  bool needs_dense = false;          // a skinny matrix is an error
   const char* grads_name = "grads";  // in messages
 };
 

@@ -21,6 +21,7 @@ inline constexpr int64_t kMaxSharedSide = 1024;
 template <typename T>
 bool is_small(const Problem<T>& p) {
   if (p.is_unsided()) return p.size() <= kMaxSharedSide * kMaxSharedSide;
+  if (p.is_skinny()) return true;
   return std::max(p.m, p.n) <= kMaxSharedSide;
 }
 
@@ -29,6 +30,7 @@ template <typename T>
 double weight(const Problem<T>& p) {
   const auto m = static_cast<double>(p.m);
   const auto n = static_cast<double>(p.n);
+  if (p.is_skinny()) return m * n * static_cast<double>(4 * p.skinny_rank);
   return m * n * (m + n) + (p.L != nullptr ? m * m * m : 0) + (p.R != nullptr ? n * n * n : 0);
 }
 

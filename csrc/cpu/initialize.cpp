@@ -6,6 +6,7 @@
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
 #include "cpu/matrix.h"
+#include "cpu/skinny.h"
 #include "dykaf/ops.h"
 #include "dykaf/schedule.h"
 
@@ -41,12 +42,18 @@ template <typename T>
 void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
                  Workspace<T>& workspace) {
   if (p.grad_max == 0) return;
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    const auto i = static_cast<size_t>(side);
+    p.next_refresh[i] = next_refresh(0, options, p.refresh_offset[i]);
+  }
+  if (p.is_skinny()) {
+    const SkinnyMatrix w(p);
+    return initialize_skinny_(w, options, w.oriented(view(H, p.m, p.n)), tau);
+  }
   set_prior_(p, options, options.init, H, tau);
   // The prior can exceed tau without harm: both are near the gradient's size.
   factor_update_(p, options, H, tau, workspace);
   for (const Side side : {Side::kLeft, Side::kRight}) {
-    const auto i = static_cast<int>(side);
-    p.next_refresh[i] = next_refresh(0, options, p.refresh_offset[i]);
     if ((side == Side::kLeft ? p.L : p.R) != nullptr) first_basis_(p, options, H, side);
   }
 }

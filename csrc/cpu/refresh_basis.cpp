@@ -7,6 +7,7 @@
 #include "cpu/matrix.h"
 #include "cpu/refresh.h"
 #include "cpu/second_moment.h"
+#include "cpu/skinny.h"
 #include "dykaf/ops.h"
 
 namespace dykaf::cpu {
@@ -58,7 +59,11 @@ void refresh_basis_(std::span<const Problem<T>> problems, const Options& options
   const MatmulPrecision precision("highest");
   for_each_matrix(problems, [&](size_t i) {
     const Problem<T>& p = problems[i];
-    if ((side == Side::kLeft ? p.L : p.R) != nullptr) refresh_basis_(p, options, side);
+    if (p.is_skinny()) {
+      refresh_skinny_(p, options, side);
+    } else if (p.has_factor(side)) {
+      refresh_basis_(p, options, side);
+    }
   });
 }
 

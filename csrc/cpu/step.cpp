@@ -2,7 +2,9 @@
 #include <vector>
 
 #include "cpu/each_matrix.h"
+#include "cpu/linalg.h"
 #include "cpu/matrix.h"
+#include "cpu/skinny.h"
 #include "dykaf/ops.h"
 #include "dykaf/schedule.h"
 
@@ -17,6 +19,12 @@ void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& work
   T* update = workspace.update;
   const T tau = gradient_scale(p, options);
   load_gradient(p, options, tau, H);
+  if (p.is_skinny()) {
+    const SkinnyMatrix w(p);
+    const at::Tensor rotated_back = skinny_step_(w, options, w.oriented(view(H, p.m, p.n)), tau);
+    view(update, p.m, p.n).copy_(w.oriented(rotated_back));
+    return apply_update_(p, options, update);
+  }
   rotate(p, Rotation::kIntoBasis, H, H, workspace.product);
   adam_update_(p, options, H, tau, update);
   rotate(p, Rotation::kOutOfBasis, update, update, workspace.product);

@@ -12,7 +12,8 @@ def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, in
     """Spreads the refreshes of all sides over the period, so that no step is much the slowest.
 
     The dearest side goes first, always to the slot with the least work so far; a refresh costs the
-    cube of the side. Matrices of a stack take consecutive slots from the offset on.
+    cube of the side, or less for the long side of a skinny matrix. Matrices of a stack take
+    consecutive slots from the offset on.
 
     Args:
         layouts: each parameter's layout and precondition_frequency.
@@ -24,10 +25,9 @@ def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, in
     sides = []
     for idx, (layout, period) in enumerate(parameters):
         turns = math.ceil(layout.count / period)
-        if layout.left:
-            sides.append((turns * layout.m**3, idx, 0))
-        if layout.right:
-            sides.append((turns * layout.n**3, idx, 1))
+        for side_idx, cost in enumerate(layout.refresh_costs):
+            if cost:
+                sides.append((turns * cost, idx, side_idx))
     sides.sort(key=lambda side: (-side[0], side[1], side[2]))
 
     # Slots beyond the number of refreshes would stay empty.

@@ -10,16 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dykaf import _C
+
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Group options that decide the layout; they cannot change once a parameter has state.
-STRUCTURAL_OPTIONS = ("max_precond_dim", "batch_dims", "second_moment", "low_precision")
+STRUCTURAL_OPTIONS = (
+    "max_precond_dim",
+    "skinny_rank",
+    "integrator",
+    "metric_power",
+    "batch_dims",
+    "second_moment",
+    "low_precision",
+)
+
+# Long over short side from which `skinny_rank` applies.
+SKINNY_RATIO = 16
 
 # Kept on the CPU for parameters anywhere: what decides which bases a step refreshes.
-HOST_KEYS = ("next_refresh", "refreshes", "schedule_step")
+HOST_KEYS = ("next_refresh", "refreshes", "schedule_step", "rows")
 
 # state_bytes() by kind.
 KINDS = {
@@ -32,6 +45,8 @@ KINDS = {
     "R": "factors",
     "Q_L": "bases",
     "Q_R": "bases",
+    "core": "factors",
+    "basis": "bases",
     "master": "master",
 }
 
@@ -40,8 +55,9 @@ KINDS = {
 class Layout:
     """How a parameter is seen: a stack of ``count`` matrices, m x n, with the factors it keeps.
 
-    A parameter without factors (a vector, a scalar, or both sides over ``max_precond_dim``) keeps
-    its own shape and is updated by AdamW.
+    With ``skinny_rank`` > 0 the factor of the long side is kept at that rank; ``left`` or ``right``
+    names the short side then. A parameter without factors (a vector, a scalar, or both sides over
+    ``max_precond_dim``) keeps its own shape and is updated by AdamW.
     """
 
     shape: tuple[int, ...]
@@ -53,6 +69,7 @@ class Layout:
     dtype: torch.dtype
     second_moment: str
     master: bool
+    skinny_rank: int = 0
 
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
@@ -64,18 +81,34 @@ class Layout:
         left = is_matrix and m <= group["max_precond_dim"]
         right = is_matrix and n <= group["max_precond_dim"]
         factored = left or right
+        skinny_rank = group["skinny_rank"]
+        is_skinny = (
+            left
+            and right
+            and (group["integrator"], group["metric_power"]) == ("diagonal", 0)
+            and min(m, n) <= skinny_rank
+            and max(m, n) >= max(2 * skinny_rank, SKINNY_RATIO * min(m, n))
+            and _C.backend_of(param, "params") == "cpu"
+        )
         low_precision = param.dtype in (torch.bfloat16, torch.float16)
         return cls(
             shape=shape,
             batch=batch if factored else (),
             m=m,
             n=n,
-            left=left,
-            right=right,
+            left=left and not (is_skinny and m > n),
+            right=right and not (is_skinny and m < n),
             dtype=torch.float64 if param.dtype == torch.float64 else torch.float32,
-            second_moment=group["second_moment"] if factored else "full",
+            second_moment=group["second_moment"] if factored and not is_skinny else "full",
             master=low_precision and group["low_precision"] == "master",
+            skinny_rank=skinny_rank if is_skinny else 0,
         )
+
+    @property
+    def refresh_costs(self) -> tuple[int, int]:
+        """Of the left and the right side, relative to each other; 0 without a factor."""
+        thin = self.skinny_rank**2 * max(self.m, self.n)
+        return self.m**3 if self.left else thin, self.n**3 if self.right else thin
 
     @property
     def count(self) -> int:
@@ -91,7 +124,14 @@ class Layout:
         }
         full = (*batch, m, n) if self.left or self.right else self.shape
         shapes["exp_avg"] = (full, dtype)
-        if self.second_moment == "full":
+        if self.skinny_rank:
+            short, long, rows = min(m, n), max(m, n), 2 * self.skinny_rank
+            shapes["exp_avg_sq"] = ((*batch, short, self.skinny_rank + 1), dtype)
+            shapes["basis"] = ((*batch, rows, long), dtype)
+            shapes["core"] = ((*batch, rows, rows), dtype)
+            shapes["flat"] = (batch, dtype)
+            shapes["rows"] = ((*batch, 2), torch.int64)
+        elif self.second_moment == "full":
             shapes["exp_avg_sq"] = (full, dtype)
         else:
             shapes["exp_avg_sq_row"] = ((*batch, m), dtype)

@@ -29,8 +29,8 @@ inline int64_t next_refresh(int64_t t, const Options& options, int64_t offset) {
   return latest - (excess < 0 ? excess + interval : excess);
 }
 
-// Counts a step of each matrix with factors. Returns, per Side, those whose basis is due now; their
-// dates move on.
+// Counts a step of each matrix with factors. Returns, per Side, those whose basis is due now, among
+// them skinny matrices that have no room for another gradient; their dates move on.
 template <typename T>
 std::array<std::vector<Problem<T>>, 2> take_due(std::span<const Problem<T>> problems,
                                                 const Options& options) {
@@ -40,8 +40,9 @@ std::array<std::vector<Problem<T>>, 2> take_due(std::span<const Problem<T>> prob
     const int64_t t = *p.schedule_step += 1;
     for (const Side side : {Side::kLeft, Side::kRight}) {
       const auto i = static_cast<size_t>(side);
-      const bool has_factor = (side == Side::kLeft ? p.L : p.R) != nullptr;
-      if (!has_factor || t < p.next_refresh[i]) continue;
+      const bool is_long = (side == Side::kRight) == (p.m < p.n);
+      const bool is_due = t >= p.next_refresh[i] || (is_long && p.is_full());
+      if (!p.has_factor(side) || !is_due) continue;
       due[i].push_back(p);
       p.next_refresh[i] = next_refresh(t, options, p.refresh_offset[i]);
     }

@@ -25,6 +25,11 @@ struct Gradient {
 // All arrays are row-major and contiguous and alias nothing else. L, R, exp_avg and exp_avg_sq
 // are stored in the bases Q_L and Q_R. A side without a factor has null L and Q_L (or R and Q_R).
 // A parameter without factors is a 1 x numel matrix, updated by AdamW.
+//
+// A skinny matrix keeps the factor of its short side (s) as any other, and the one of its long side
+// (l) as flat I + basis^T core basis, with unit trace, in the original coordinates. Its exp_avg is
+// stored in the short side's basis alone; the second moment has a column for each of the first
+// `skinny_rank` rows of `basis` and one for all that is orthogonal to them.
 template <typename T>
 struct Problem {
   int64_t m;
@@ -35,7 +40,7 @@ struct Problem {
   T* master;         // [m, n], the parameter in full precision; null: none
   T* exp_avg;        // [m, n]
 
-  T* exp_avg_sq;             // [m, n]; null with a compact second moment
+  T* exp_avg_sq;             // [m, n], skinny: [s, k + 1]; null with a compact second moment
   T* exp_avg_sq_row;         // [m]; null with the full second moment
   T* exp_avg_sq_col;         // [n]; null with the full second moment
   double* exp_avg_sq_scale;  // [1]; rank_one: the second moment is scale^2 row col^T
@@ -45,6 +50,13 @@ struct Problem {
   T* Q_L;       // [m, m], orthogonal, one basis vector per column
   T* Q_R;       // [n, n], orthogonal, one basis vector per column
   double* rho;  // [2], gradient units; the tracked Fisher matrix is rho^2 L (x) R
+
+  // Of a skinny matrix, else null and 0; k = skinny_rank.
+  int64_t skinny_rank;
+  T* basis;       // [2 k, l]: orthonormal rows, then gradients since the last refresh
+  T* core;        // [2 k, 2 k], symmetric, zero beyond the rows in use
+  T* flat;        // [1]
+  int64_t* rows;  // [2]: orthonormal rows, rows in use; on the host
 
   float* step;                 // [1], updates done
   int64_t* next_refresh;       // [2], per Side: the step from which a refresh is due; on the host
@@ -57,7 +69,17 @@ struct Problem {
   double grad_max;             // max|grad|
 
   bool is_unsided() const { return L == nullptr && R == nullptr; }
+  bool is_skinny() const { return basis != nullptr; }
   int64_t size() const { return m * n; }
+  int64_t short_side() const { return m < n ? m : n; }
+  int64_t long_side() const { return m < n ? n : m; }
+
+  bool has_factor(Side side) const {
+    return (side == Side::kLeft ? L : R) != nullptr || is_skinny();
+  }
+
+  // Of a skinny matrix: no rows are left for another gradient.
+  bool is_full() const { return is_skinny() && rows[1] + short_side() > 2 * skinny_rank; }
 };
 
 // The options of a parameter group, as in dykaf.DyKAF.

@@ -1,0 +1,207 @@
+#include "cpu/skinny.h"
+
+#include <ATen/ops/maximum.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/linalg.h"
+#include "cpu/refresh.h"
+
+namespace dykaf::cpu {
+namespace {
+
+at::Tensor symmetric(const at::Tensor& x) { return x.add(x.t()).div_(2); }
+
+// The update before lr, [s, l], in the basis of the short side; X is the rotated gradient over tau.
+at::Tensor adam_update_(const SkinnyMatrix& w, const Options& options, const at::Tensor& X,
+                        double tau) {
+  const int64_t inner = w.rows[0];
+  const at::Tensor V = w.basis.narrow(0, 0, inner);
+  const at::Tensor XV = X.mm(V.t());
+
+  // What lies outside of V: a mean over its coordinates, the same in any basis. Below the bound on
+  // the rounding of the difference it is not known.
+  const double rounding = X.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                         : std::numeric_limits<float>::epsilon();
+  const at::Tensor total = X.square().sum(1, /*keepdim=*/true);
+  const at::Tensor outside = total.sub(XV.square().sum(1, true));
+  const at::Tensor rest =
+      at::maximum(outside, total.mul(4 * rounding)).div_(X.size(1) - inner).sqrt_();
+
+  const double step = *w.step += 1;
+  const double root = std::sqrt(1 - std::pow(options.beta2, step));
+  // Squares after the scaling: what overflows is infinite, never NaN.
+  const auto inverse_root = [&](at::Tensor second_moment, const at::Tensor& x) {
+    second_moment.mul_(options.beta2).add_(x.mul(tau).square_(), 1 - options.beta2);
+    return second_moment.sqrt().div_(root).add_(options.eps).reciprocal_();
+  };
+  const at::Tensor within = inverse_root(w.exp_avg_sq.narrow(1, 0, inner), XV);
+  const at::Tensor beyond = inverse_root(w.exp_avg_sq.narrow(1, w.rank, 1), rest);
+
+  w.exp_avg.mul_(options.beta1).add_(X.mul(tau), 1 - options.beta1);
+  // (M V^T within) V + (M - M V^T V) beyond.
+  const at::Tensor MV = w.exp_avg.mm(V.t());
+  at::Tensor update = w.exp_avg.mul(beyond).addmm_(MV.mul_(within.sub(beyond)), V);
+  update.div_(1 - std::pow(options.beta1, step));
+  *w.update_rms = static_cast<float>(std::sqrt(update.square().mean(at::kDouble).item<double>()));
+  return update;
+}
+
+// The averages of both sides, and the gradient's rows into the basis.
+void factor_update_(const SkinnyMatrix& w, const Options& options, const at::Tensor& X,
+                    double tau) {
+  const double beta = options.factor_beta;
+  const int64_t size = X.size(0);
+  const auto s = static_cast<double>(size);
+  const auto l = static_cast<double>(X.size(1));
+  const auto kept = [&](double rho) { return beta * (rho / tau) * (rho / tau); };
+
+  const at::Tensor gram = X.mm(X.t());
+  const at::Tensor F = w.F.mul(kept(*w.rho_short)).add_(gram, (1 - beta) / l);
+  const double norm = F.norm().item<double>();
+  if (norm > 0) {
+    w.F.copy_(F.div(norm));
+    *w.rho_short = tau * std::sqrt(norm);
+  }
+
+  const double gain = (1 - beta) / s;
+  const double trace = kept(*w.rho_long) + gain * gram.trace().item<double>();
+  if (!(trace > 0)) return;
+  const double decay = kept(*w.rho_long) / trace;
+  w.flat.mul_(decay);
+  w.core.mul_(decay);
+  w.basis.narrow(0, w.rows[1], size).copy_(X);
+  w.core.diagonal().narrow(0, w.rows[1], size).fill_(gain / trace);
+  w.rows[1] += size;
+  *w.rho_long = tau * std::sqrt(trace);
+}
+
+}  // namespace
+
+template <typename T>
+SkinnyMatrix::SkinnyMatrix(const Problem<T>& p)
+    : is_tall(p.m > p.n), rank(p.skinny_rank), rows(p.rows) {
+  const int64_t s = p.short_side();
+  const int64_t short_idx = is_tall ? 1 : 0;
+  short_refreshes = p.refreshes + short_idx;
+  long_refreshes = p.refreshes + (1 - short_idx);
+  F = view(is_tall ? p.R : p.L, s, s);
+  Q = view(is_tall ? p.Q_R : p.Q_L, s, s);
+  basis = view(p.basis, 2 * rank, p.long_side());
+  core = view(p.core, 2 * rank, 2 * rank);
+  flat = view(p.flat, 1, 1).squeeze();
+  exp_avg = oriented(view(p.exp_avg, p.m, p.n));
+  exp_avg_sq = view(p.exp_avg_sq, s, rank + 1);
+  rho_short = p.rho + short_idx;
+  rho_long = p.rho + (1 - short_idx);
+  step = p.step;
+  update_rms = p.update_rms;
+  fallbacks = p.refresh_fallbacks;
+}
+
+at::Tensor skinny_step_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
+                        double tau) {
+  const at::Tensor X = w.Q.t().mm(H);
+  const at::Tensor update = w.Q.mm(adam_update_(w, options, X, tau));
+  factor_update_(w, options, X, tau);
+  return update;
+}
+
+void initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
+                        double tau) {
+  const int64_t size = H.size(0);
+  const auto s = static_cast<double>(size);
+  const auto l = static_cast<double>(H.size(1));
+  const double beta = options.factor_beta;
+  const at::Tensor identity = at::eye(size, H.options());
+  const auto basis_of = [&](const at::Tensor& factor) {
+    if (const std::optional<at::Tensor> vectors = eigenvectors(factor)) return *vectors;
+    *w.fallbacks += 1;
+    return identity;
+  };
+
+  // The prior is a multiple of the identity whose trace is that of the gradient's term.
+  const at::Tensor gram = H.mm(H.t());
+  const double gram_trace = gram.trace().item<double>();
+  const double prior = beta > 0 ? (1 - beta) * gram_trace / (s * l) : 0;
+  const at::Tensor F = gram.mul((1 - beta) / l).add_(identity, prior);
+  const double norm = F.norm().item<double>();
+  *w.rho_short = tau * std::sqrt(norm);
+  const at::Tensor unit = F.div(norm);
+  w.Q.copy_(basis_of(unit));
+  w.F.copy_(symmetric(w.Q.t().mm(unit).mm(w.Q)));
+
+  const auto [Z, T] = signed_qr(H.t());
+  const at::Tensor inner = T.mm(T.t());
+  const at::Tensor U = basis_of(inner);
+  const double trace = prior * l + (1 - beta) * gram_trace / s;
+  *w.rho_long = tau * std::sqrt(trace);
+  w.flat.fill_(prior / trace);
+  w.basis.narrow(0, 0, size).copy_(Z.mm(U).t());
+  at::Tensor core = w.core.narrow(0, 0, size).narrow(1, 0, size);
+  core.copy_(symmetric(U.t().mm(inner).mm(U)).mul_((1 - beta) / (s * trace)));
+  w.rows[0] = w.rows[1] = size;
+}
+
+void refresh_short_(const SkinnyMatrix& w, const Options& options) {
+  const auto [old_diagonal, order] =
+      at::sort(w.F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const auto [P, S] = signed_qr(w.F.index_select(1, order));
+  w.F.copy_(symmetric(S.mm(P.index_select(0, order))));
+  w.Q.copy_(w.Q.mm(P));
+  *w.short_refreshes += 1;
+  if (*w.short_refreshes % kRefreshesPerCorrection == 0) w.Q.copy_(orthonormalized(w.Q));
+  w.exp_avg.copy_(P.t().mm(w.exp_avg));
+  w.exp_avg_sq.copy_(w.exp_avg_sq.index_select(0, order).mul(
+      growth(options, old_diagonal, w.F.diagonal()).unsqueeze(1)));
+}
+
+void refresh_long_(const SkinnyMatrix& w, const Options& options) {
+  const int64_t inner = w.rows[0];
+  const int64_t used = w.rows[1];
+  const int64_t kept = std::min(w.rank, used);
+  const int64_t l = w.basis.size(1);
+  // The factor is flat I + Z (F - flat I) Z^T, Z's first columns being the old basis.
+  const auto [Z, T] = signed_qr(w.basis.narrow(0, 0, used).t());
+  const at::Tensor core = w.core.narrow(0, 0, used).narrow(1, 0, used);
+  at::Tensor F = symmetric(T.mm(core).mm(T.t()));
+  F.diagonal().add_(w.flat);
+  // The mean eigenvalue outside of the first `count` directions of a factor with this diagonal.
+  const auto mean_beyond = [&](const at::Tensor& diagonal, int64_t count) {
+    return w.flat.mul(l - used).add(diagonal.narrow(0, count, used - count).sum()).div(l - count);
+  };
+  const at::Tensor old_mean = mean_beyond(F.diagonal(), inner);
+  const auto [diagonal, order] =
+      at::sort(F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const auto [P, S] = signed_qr(F.index_select(1, order));
+  F = symmetric(S.mm(P.index_select(0, order)));
+  const at::Tensor new_diagonal = F.diagonal().narrow(0, 0, kept);
+  const at::Tensor mean = mean_beyond(F.diagonal(), kept);
+
+  // A direction that was in no basis had the second moment and the eigenvalue of the rest.
+  const at::Tensor chosen = order.narrow(0, 0, kept);
+  const at::Tensor rest = w.exp_avg_sq.narrow(1, w.rank, 1);
+  const at::Tensor old_columns =
+      at::cat({w.exp_avg_sq.narrow(1, 0, inner), rest.expand({-1, used - inner})}, 1);
+  const at::Tensor old_eigenvalues =
+      at::where(chosen.lt(inner), diagonal.narrow(0, 0, kept), old_mean);
+  const at::Tensor columns =
+      old_columns.index_select(1, chosen).mul(growth(options, old_eigenvalues, new_diagonal));
+  rest.mul_(growth(options, old_mean, mean));
+  w.exp_avg_sq.narrow(1, 0, kept).copy_(columns);
+
+  w.basis.narrow(0, 0, kept).copy_(Z.mm(P.narrow(1, 0, kept)).t());
+  at::Tensor new_core = w.core.zero_().narrow(0, 0, kept).narrow(1, 0, kept);
+  new_core.copy_(F.narrow(0, 0, kept).narrow(1, 0, kept));
+  new_core.diagonal().sub_(mean);
+  w.flat.copy_(mean);
+  *w.long_refreshes += 1;
+  w.rows[0] = w.rows[1] = kept;
+}
+
+template SkinnyMatrix::SkinnyMatrix(const Problem<float>&);
+template SkinnyMatrix::SkinnyMatrix(const Problem<double>&);
+
+}  // namespace dykaf::cpu

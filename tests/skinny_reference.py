@@ -1,0 +1,120 @@
+"""Skinny matrices in textbook form, float64: the long side's factor as a dense matrix."""
+
+from __future__ import annotations
+
+import reference
+import torch
+from torch import Tensor
+
+
+class ReferenceSkinny:
+    """DyKAF of one s x l matrix whose l x l factor is cut back to a given rank at each refresh.
+
+    L and R are the plain averages, not normalised. V has the basis of the long side as columns,
+    `since` the gradients since its last refresh,
+    as Q turned them. Attributes: W, L, R, Q, V, next_refresh.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        rank: int,
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        factor_beta: float = 0.9,
+        precondition_frequency: int = 10,
+        rescale_exp_avg_sq: bool = True,
+    ) -> None:
+        self.W, self.rank, self.lr, self.betas, self.eps = W.clone(), rank, lr, betas, eps
+        self.weight_decay, self.factor_beta = weight_decay, factor_beta
+        self.precondition_frequency = precondition_frequency
+        self.rescale = rescale_exp_avg_sq
+        self.t = -1
+
+    def step(self, G: Tensor) -> None:
+        self.t += 1
+        if self.t == 0:
+            self._first_gradient(G)
+            return
+        beta1, beta2 = self.betas
+        short, long = G.shape
+        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * G
+        X = self.Q.T @ G
+        inside = X @ self.V
+        # The mean square along what is orthogonal to V, from the projection itself.
+        rest = (X - inside @ self.V.T).square().sum(1) / (long - self.V.shape[1])
+        self.v = beta2 * self.v + (1 - beta2) * inside.square()
+        self.v_rest = beta2 * self.v_rest + (1 - beta2) * rest
+
+        def preconditioned(M: Tensor, v: Tensor) -> Tensor:
+            root = (v / (1 - beta2**self.t)).sqrt() + self.eps
+            return M / (1 - beta1**self.t) / root
+
+        M = self.Q.T @ self.exp_avg
+        M_rest = M - M @ self.V @ self.V.T
+        D = preconditioned(M @ self.V, self.v) @ self.V.T
+        D = D + preconditioned(M_rest, self.v_rest[:, None])
+        self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self.Q @ D
+
+        self.L = self.factor_beta * self.L + (1 - self.factor_beta) * G @ G.T / long
+        self.R = self.factor_beta * self.R + (1 - self.factor_beta) * G.T @ G / short
+        self.since.append(X)
+        self._refresh(short, long)
+
+    def _first_gradient(self, G: Tensor) -> None:
+        short, long = G.shape
+        prior = G.square().sum() / (short * long)
+        gain = 1 - self.factor_beta
+        self.L = gain * (prior * torch.eye(short).double() + G @ G.T / long)
+        self.R = gain * (prior * torch.eye(long).double() + G.T @ G / short)
+        self.Q = torch.linalg.eigh(self.L).eigenvectors.flip(1)
+        self.V = torch.linalg.eigh(self.R).eigenvectors.flip(1)[:, :short]
+        self.since: list[Tensor] = []
+        self.exp_avg = torch.zeros(short, long).double()
+        self.v, self.v_rest = torch.zeros(short, short).double(), torch.zeros(short).double()
+        interval = reference.refresh_interval(0, self.precondition_frequency, "geometric")
+        self.next_refresh = [interval, interval]
+
+    def _refresh(self, short: int, long: int) -> None:
+        interval = reference.refresh_interval(self.t, self.precondition_frequency, "geometric")
+        if self.t >= self.next_refresh[0]:
+            self._refresh_short()
+            self.next_refresh[0] = self.t + interval
+        is_full = self.V.shape[1] + (len(self.since) + 1) * short > 2 * self.rank
+        if self.t >= self.next_refresh[1] or is_full:
+            self._refresh_long(long)
+            self.next_refresh[1] = self.t + interval
+
+    def growth(self, old: Tensor, new: Tensor) -> Tensor:
+        return (new / old).clamp(0.1, 10) if self.rescale else torch.ones_like(new)
+
+    def _refresh_short(self) -> None:
+        before = reference.rayleigh(self.L, self.Q)
+        order = torch.argsort(before, descending=True, stable=True)
+        self.Q = reference.positive_qr(self.L @ self.Q[:, order])
+        growth = self.growth(before[order], reference.rayleigh(self.L, self.Q))
+        self.v = self.v[order] * growth[:, None]
+        self.v_rest = self.v_rest[order] * growth
+
+    def _refresh_long(self, long: int) -> None:
+        """One power iteration within the span of V and the gradients since; the rest made flat."""
+        num_old = self.V.shape[1]
+        Z = reference.positive_qr(torch.cat([self.V, *(X.T for X in self.since)], dim=1))
+        F = Z.T @ self.R @ Z
+        old_mean = (self.R.trace() - F.diagonal()[:num_old].sum()) / (long - num_old)
+        order = torch.argsort(F.diagonal(), descending=True, stable=True)
+        P = reference.positive_qr(F[:, order])
+        order = order[: min(self.rank, len(F))]
+        kept = len(order)
+        self.V = (Z @ P)[:, :kept]
+        old = torch.where(order < num_old, F.diagonal()[order], old_mean)
+        F = self.V.T @ self.R @ self.V
+        mean = (self.R.trace() - F.trace()) / (long - kept)
+        columns = torch.cat([self.v, self.v_rest[:, None].expand(-1, len(P) - num_old)], dim=1)
+        self.v = columns[:, order] * self.growth(old, F.diagonal())
+        self.v_rest = self.v_rest * self.growth(old_mean, mean)
+        flat = mean * torch.eye(kept).double()
+        self.R = mean * torch.eye(long).double() + self.V @ (F - flat) @ self.V.T
+        self.since = []
