@@ -88,6 +88,7 @@ BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
         [*NOT_NUMBERS, 2**62, 0, -1, 10.0, NAN, INF],
     ),
     "max_precond_dim": ("an integer >= 0", [*NOT_NUMBERS, -1, 10.0, NAN, INF]),
+    "skinny_rank": ("an integer in [0, 2**30)", [*NOT_NUMBERS, -1, 2**30, 0.0]),
     "integrator": ("one of 'ksl', 'bug', 'diagonal'", ["KSL", "", None, 0, b"ksl", ["ksl"]]),
     "metric_power": ("a number in [-1, 1]", [*NOT_NUMBERS, -1.01, 1.01, NAN, INF, -INF]),
     "init": ("one of 'identity', 'rank_one'", ["eye", "", None, 1]),

@@ -267,6 +267,9 @@ def layout(*shape: int, batch_dims: int = 0, max_precond_dim: int = 10_000) -> L
     group = {
         "batch_dims": batch_dims,
         "max_precond_dim": max_precond_dim,
+        "skinny_rank": 0,
+        "integrator": "diagonal",
+        "metric_power": 0.0,
         "second_moment": "full",
         "low_precision": "stochastic",
     }

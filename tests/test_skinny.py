@@ -272,7 +272,6 @@ def test_dense_state_is_refused() -> None:
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("bad", [-1, 1.5, True, None])
-def test_skinny_rank_is_checked(bad: object) -> None:
-    with pytest.raises(ValueError, match="skinny_rank: expected an integer"):
-        make(initial(), skinny_rank=bad)
+def test_a_refresh_of_both_sides_takes_a_place_in_the_period() -> None:
+    layout = Layout.of(param_of(make(initial())), make(initial()).param_groups[0])
+    assert layout.refresh_costs == (SHORT**3, RANK**2 * LONG)

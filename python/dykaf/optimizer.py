@@ -369,7 +369,7 @@ class DyKAF(Optimizer):
             (largest over smallest diagonal entry in the basis), ``staleness_L``, ``staleness_R``
             (the off-diagonal share of the squared norm), ``orthogonality_L``,
             ``orthogonality_R`` (``||Q^T Q x - x|| / ||x||`` for a fixed x), ``refreshes`` and
-            ``refresh_fallbacks``.
+            ``refresh_fallbacks``. Of a side kept at ``skinny_rank`` nothing is told.
             The entry "optimizer" holds ``skipped_steps``.
         """
         report: dict[str, dict[str, float]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
