@@ -216,7 +216,7 @@ KINDS = (
     ("exp_avg_sq", re.compile("exp_avg_sq")),
     ("exp_avg", re.compile("exp_avg|momentum_buffer")),
     ("bases", re.compile("(^|_)Q(_|$)")),
-    ("factors", re.compile("^[LR]$|(^|_)GG(_|$)")),
+    ("factors", re.compile("^([LR]|core)$|(^|_)GG(_|$)")),
 )
 
 
