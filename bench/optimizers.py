@@ -215,7 +215,7 @@ def expected_bytes(name: str, workload: Workload) -> float:
 KINDS = (
     ("exp_avg_sq", re.compile("exp_avg_sq")),
     ("exp_avg", re.compile("exp_avg|momentum_buffer")),
-    ("bases", re.compile("(^|_)Q(_|$)")),
+    ("bases", re.compile("^basis$|(^|_)Q(_|$)")),
     ("factors", re.compile("^([LR]|core)$|(^|_)GG(_|$)")),
 )
 
