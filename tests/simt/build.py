@@ -126,11 +126,14 @@ def make(objects: Sequence[Object], binary: Path, link_flags: Sequence[str]) -> 
         for obj, errors in zip(old, pool.map(Object.compile, old), strict=True):
             if errors:
                 sys.exit(f"{obj.source}: does not compile ({obj.mode})\n{errors}")
-    if not old and binary.exists():
-        return
+    if old or not binary.exists():
+        link([obj.path for obj in objects], binary, link_flags)
+
+
+def link(paths: Sequence[Path], binary: Path, link_flags: Sequence[str]) -> None:
+    """Exits on an error."""
     binary.unlink(missing_ok=True)  # a process may have it mapped
-    paths = [str(obj.path) for obj in objects]
-    command = [COMPILER, "-pthread", *paths, *link_flags, "-o", str(binary)]
+    command = [COMPILER, "-pthread", *map(str, paths), *link_flags, "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{binary}: does not link\n{done.stderr}")

@@ -109,7 +109,7 @@ def test_mode(mutant: Mutant, folder: Path, mode: str) -> str:
         if errors:
             sys.exit(f"{mutant.name}: does not compile\n{errors}")
     binary = folder / mode / "check_kernels"
-    build.link(mode, [*(obj.path for obj in new), *old], binary)
+    build.link([*(obj.path for obj in new), *old], binary, build.MODES[mode])
     command = [str(binary), str(NUM_SEEDS[mode]), "--stop"]
     for prefix in mutant.checks:
         command += ["--only", prefix]
