@@ -17,7 +17,8 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Group options that decide the layout; they cannot change once a parameter has state.
+# Group options that decide the layout; they cannot change once a parameter has state (integrator
+# and metric_power: where skinny_rank applies).
 STRUCTURAL_OPTIONS = (
     "max_precond_dim",
     "skinny_rank",
