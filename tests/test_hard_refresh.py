@@ -80,7 +80,9 @@ def test_columns_of_every_dependence(matrices: Matrices) -> None:
     """From clearly independent to dependent to rounding, with all that lies between."""
     U = matrices.orthogonal(SIZE).double()
     for decades in torch.linspace(2, 8, 61, dtype=torch.float64):
-        refresh(matrices, (U * torch.logspace(0, -float(decades), SIZE).double()) @ U.T)
+        spectrum = torch.logspace(0, -float(decades), SIZE).double()
+        before, after = refresh(matrices, (U * spectrum) @ U.T)
+        assert off_diagonal(after) < off_diagonal(before)
 
 
 @pytest.mark.skipif(not backends.is_gpu(), reason="Householder's decomposition does not fail")

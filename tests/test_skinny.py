@@ -8,7 +8,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from optim_helpers import bits, refuses, state_bits
+from optim_helpers import bits, params_of, refuses, state_bits
 from skinny_reference import ReferenceSkinny
 from tolerances import TRAJECTORY
 from torch import Tensor, nn
@@ -35,8 +35,7 @@ def make(W: Tensor, **options: Any) -> DyKAF:
 
 
 def param_of(optimizer: DyKAF) -> Tensor:
-    param: Tensor = optimizer.param_groups[0]["params"][0]
-    return param
+    return params_of(optimizer)[0]
 
 
 def step(optimizer: DyKAF, G: Tensor) -> None:
@@ -270,6 +269,21 @@ def test_dense_state_is_refused() -> None:
     )
     with refuses(optimizer, message):
         optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("rows", [(-1, 4), (17, 20), (8, 4), (4, 29)])
+def test_counts_that_do_not_fit_are_refused_before_anything_changes(rows: tuple[int, int]) -> None:
+    optimizer = make(initial())
+    for G in gradients(3):
+        step(optimizer, G)
+    optimizer.state[param_of(optimizer)]["rows"].copy_(torch.tensor(rows))
+    param_of(optimizer).grad = initial()
+    message = (
+        "states[0]['rows']: expected counts of rows with room for another gradient in 32, "
+        f"got {rows[0]} and {rows[1]}"
+    )
+    with refuses(optimizer, message):
+        optimizer.step()
 
 
 def test_a_refresh_of_both_sides_takes_a_place_in_the_period() -> None:

@@ -114,6 +114,17 @@ void read_skinny(const StateReader& state, at::IntArrayRef batch, Problem<T>& p)
   p.core = state.pointer<T>("core", extend(batch, {2 * p.skinny_rank, 2 * p.skinny_rank}));
   p.flat = state.pointer<T>("flat", batch);
   p.rows = state.host_pointer<int64_t>("rows", extend(batch, {2}));
+  const at::Tensor rows = state.tensor("rows");
+  for (int64_t i = 0; i < rows.numel(); i += 2) {
+    const int64_t inner = p.rows[i];
+    const int64_t used = p.rows[i + 1];
+    if (inner < 0 || inner > p.skinny_rank || used < inner ||
+        used > 2 * p.skinny_rank - p.short_side()) {
+      fail(state.name("rows"),
+           "counts of rows with room for another gradient in " + std::to_string(num_rows),
+           std::to_string(inner) + " and " + std::to_string(used));
+    }
+  }
   p.exp_avg_sq = state.pointer<T>("exp_avg_sq", extend(batch, {p.short_side(), p.skinny_rank + 1}));
 }
 

@@ -14,6 +14,21 @@ namespace {
 
 at::Tensor symmetric(const at::Tensor& x) { return x.add(x.t()).div_(2); }
 
+struct PowerIteration {
+  at::Tensor diagonal;  // of the old factor, descending
+  at::Tensor order;     // that sorts it
+  at::Tensor P;         // what the basis is multiplied by
+  at::Tensor F;         // in the new basis
+};
+
+// As in refresh_basis.cpp (E9).
+PowerIteration power_iteration(const at::Tensor& F) {
+  const auto [diagonal, order] =
+      at::sort(F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
+  const auto [P, S] = signed_qr(F.index_select(1, order));
+  return {diagonal, order, P, symmetric(S.mm(P.index_select(0, order)))};
+}
+
 // The update before lr, [s, l], in the basis of the short side; X is the rotated gradient over tau.
 at::Tensor adam_update_(const SkinnyMatrix& w, const Options& options, const at::Tensor& X,
                         double tau) {
@@ -146,10 +161,8 @@ void initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at:
 }
 
 void refresh_short_(const SkinnyMatrix& w, const Options& options) {
-  const auto [old_diagonal, order] =
-      at::sort(w.F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
-  const auto [P, S] = signed_qr(w.F.index_select(1, order));
-  w.F.copy_(symmetric(S.mm(P.index_select(0, order))));
+  const auto [old_diagonal, order, P, F] = power_iteration(w.F);
+  w.F.copy_(F);
   w.Q.copy_(w.Q.mm(P));
   *w.short_refreshes += 1;
   if (*w.short_refreshes % kRefreshesPerCorrection == 0) w.Q.copy_(orthonormalized(w.Q));
@@ -166,17 +179,14 @@ void refresh_long_(const SkinnyMatrix& w, const Options& options) {
   // The factor is flat I + Z (F - flat I) Z^T, Z's first columns being the old basis.
   const auto [Z, T] = signed_qr(w.basis.narrow(0, 0, used).t());
   const at::Tensor core = w.core.narrow(0, 0, used).narrow(1, 0, used);
-  at::Tensor F = symmetric(T.mm(core).mm(T.t()));
-  F.diagonal().add_(w.flat);
+  const at::Tensor old_F = symmetric(T.mm(core).mm(T.t()));
+  old_F.diagonal().add_(w.flat);
   // The mean eigenvalue outside of the first `count` directions of a factor with this diagonal.
   const auto mean_beyond = [&](const at::Tensor& diagonal, int64_t count) {
     return w.flat.mul(l - used).add(diagonal.narrow(0, count, used - count).sum()).div(l - count);
   };
-  const at::Tensor old_mean = mean_beyond(F.diagonal(), inner);
-  const auto [diagonal, order] =
-      at::sort(F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
-  const auto [P, S] = signed_qr(F.index_select(1, order));
-  F = symmetric(S.mm(P.index_select(0, order)));
+  const at::Tensor old_mean = mean_beyond(old_F.diagonal(), inner);
+  const auto [diagonal, order, P, F] = power_iteration(old_F);
   const at::Tensor new_diagonal = F.diagonal().narrow(0, 0, kept);
   const at::Tensor mean = mean_beyond(F.diagonal(), kept);
 
