@@ -58,7 +58,9 @@ class Inputs:
         place = self.workload.shapes.index(shape)
         param = torch.nn.Parameter(self.params[place].clone())
         group = {"params": [param], "batch_dims": len(shape) - 2}
-        optimizer = dykaf.DyKAF([group], max_precond_dim=self.workload.max_precond_dim)
+        optimizer = dykaf.DyKAF(
+            [group], max_precond_dim=self.workload.max_precond_dim, skinny_rank=0
+        )
         for grad in (self.grads[place], draw(1e-3)[place]):
             param.grad = grad
             optimizer.step()

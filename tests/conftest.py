@@ -44,7 +44,8 @@ def shape_id(shape: tuple[int, int]) -> str:
 
 
 class Matrices:
-    """Random states of one dtype, as an optimizer with given options would hold them."""
+    """Random states of one dtype, as an optimizer with given options would hold them; without
+    skinny matrices, which the single operations do not take."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         self.dtype = dtype
@@ -66,7 +67,8 @@ class Matrices:
         return ((F + F.T) / (F + F.T).norm()).to(self.dtype)
 
     def group(self, **kwargs: Any) -> dict[str, Any]:
-        return dykaf.DyKAF([torch.zeros(1)], **kwargs).param_groups[0]
+        options = {"skinny_rank": 0, **kwargs}
+        return dykaf.DyKAF([torch.zeros(1)], **options).param_groups[0]
 
     def options(self, **kwargs: Any) -> StepOptions:
         return step_options(self.group(**kwargs), 1.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import reference
 import torch
 from torch import Tensor
@@ -32,6 +35,31 @@ class ReferenceSkinny:
         self.precondition_frequency = precondition_frequency
         self.rescale = rescale_exp_avg_sq
         self.t = -1
+
+    @classmethod
+    def from_state(
+        cls, W: Tensor, state: Mapping[str, Tensor], **options: float
+    ) -> ReferenceSkinny:
+        """The same at the state of an optimizer, the parameter's short side first, with no refresh
+        in sight."""
+        x = {key: value.detach().cpu().double() for key, value in state.items()}
+        is_wide = W.shape[0] < W.shape[1]
+        Q, F = (x["Q_L"], x["L"]) if is_wide else (x["Q_R"], x["R"])
+        rho_short, rho_long = x["rho"] if is_wide else x["rho"].flip(0)
+        inner, used = (int(count) for count in state["rows"])
+        rank = x["exp_avg_sq"].shape[1] - 1
+        ref = cls((W if is_wide else W.T).detach().cpu().double(), rank, **options)
+        ref.t = int(x["step"])
+        ref.Q, ref.L = Q, rho_short**2 * Q @ F @ Q.T
+        basis, core = x["basis"][:used], x["core"][:used, :used]
+        ref.R = rho_long**2 * (
+            x["flat"] * torch.eye(basis.shape[1]).double() + basis.T @ core @ basis
+        )
+        ref.V, ref.since = basis[:inner].T, list(basis[inner:].split(len(Q)))
+        ref.exp_avg = Q @ (x["exp_avg"] if is_wide else x["exp_avg"].T)
+        ref.v, ref.v_rest = x["exp_avg_sq"][:, :inner], x["exp_avg_sq"][:, rank]
+        ref.next_refresh = [math.inf, math.inf]
+        return ref
 
     def step(self, G: Tensor) -> None:
         self.t += 1
@@ -75,7 +103,7 @@ class ReferenceSkinny:
         self.exp_avg = torch.zeros(short, long).double()
         self.v, self.v_rest = torch.zeros(short, short).double(), torch.zeros(short).double()
         interval = reference.refresh_interval(0, self.precondition_frequency, "geometric")
-        self.next_refresh = [interval, interval]
+        self.next_refresh: list[float] = [interval, interval]
 
     def _refresh(self, short: int, long: int) -> None:
         interval = reference.refresh_interval(self.t, self.precondition_frequency, "geometric")

@@ -13,6 +13,7 @@
 #include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/matmul_precision.h"
+#include "cpu/skinny.h"
 #include "dykaf/prior.h"
 #include "dykaf/schedule.h"
 
@@ -49,6 +50,15 @@ class FirstGradient {
     set_rho(rho[0], rho[1]);
   }
 
+  // All there is to do for a skinny matrix.
+  void initialize_skinny_() {
+    const cpu::SkinnyMatrix w(p_, group_.device);
+    const cpu::SkinnyStart start =
+        cpu::initialize_skinny_(w, group_.options, w.oriented(H_), tau_);
+    set_rho(start.rho[0], start.rho[1]);
+    count_fallbacks(start.fallbacks);
+  }
+
   void first_basis_(Side side) {
     const bool left = side == Side::kLeft;
     if ((left ? p_.L : p_.R) == nullptr) return;
@@ -62,13 +72,19 @@ class FirstGradient {
                                   : cpu::leading_eigenvectors(F, left ? H_ : H_.t());
     if (!vectors) {
       Q.copy_(at::eye(n, Q.options()));
-      const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
-      at::from_blob(p_.refresh_fallbacks, {1}, options).add_(1);
+      count_fallbacks(1);
       return;
     }
     Q.copy_(cpu::complete_basis(*vectors));
     const at::Tensor lower = Q.t().mm(F.mm(Q)).tril();
     F.copy_(lower.add(lower.tril(-1).t()));
+  }
+
+  void set_dates_() {
+    for (const Side side : {Side::kLeft, Side::kRight}) {
+      const auto i = static_cast<size_t>(side);
+      p_.next_refresh[i] = next_refresh(0, group_.options, p_.refresh_offset[i]);
+    }
   }
 
  private:
@@ -84,6 +100,11 @@ class FirstGradient {
     device_view(p_.R, {p_.n, p_.n}, group_.device).copy_(at::outer(top->v, top->v));
     set_rho(tau_ * top->sigma, tau_ * top->sigma);
     return true;
+  }
+
+  void count_fallbacks(int64_t num) {
+    const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
+    at::from_blob(p_.refresh_fallbacks, {1}, options).add_(num);
   }
 
   void set_rho(double left, double right) {
@@ -116,24 +137,27 @@ void initialize_on_device_(const DeviceGroup& group) {
   for (int64_t i = 0; i < maxima.numel(); ++i) {
     const double grad_max = maxima.const_data_ptr<double>()[i];
     if (grad_max == 0) continue;
+    const Problem<float>& p = group.problems[static_cast<size_t>(i)];
+    FirstGradient gradient(group, p, grad_max, group.options.grad_scale / amp_scale);
+    if (p.is_skinny()) {
+      gradient.initialize_skinny_();
+      gradient.set_dates_();
+      continue;
+    }
+    gradient.set_prior_();
     indices.push_back(i);
-    gradients.emplace_back(group, group.problems[static_cast<size_t>(i)], grad_max,
-                           group.options.grad_scale / amp_scale);
-    gradients.back().set_prior_();
+    problems.push_back(p);
+    gradients.push_back(gradient);
   }
   if (indices.empty()) return;
-  for (int64_t i : indices) problems.push_back(group.problems[static_cast<size_t>(i)]);
   DeviceGroup started{problems, group.options, group.device, cuda::MatmulPrecision::kHighest};
   started.amp_scale = group.amp_scale;
   started.grad_max = group.grad_max->index_select(0, at::tensor(indices).to(group.device));
   factor_update_on_device_(started);
 
-  for (size_t i = 0; i < problems.size(); ++i) {
-    for (const Side side : {Side::kLeft, Side::kRight}) {
-      const auto s = static_cast<size_t>(side);
-      gradients[i].first_basis_(side);
-      problems[i].next_refresh[s] = next_refresh(0, group.options, problems[i].refresh_offset[s]);
-    }
+  for (FirstGradient& gradient : gradients) {
+    for (const Side side : {Side::kLeft, Side::kRight}) gradient.first_basis_(side);
+    gradient.set_dates_();
   }
 }
 

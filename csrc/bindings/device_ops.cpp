@@ -72,6 +72,14 @@ void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) 
   }
 }
 
+// Rows that a skipped step did not write weigh nothing: their part of `core` is zero.
+void count_rows(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+  for (int64_t i : indices) {
+    const Problem<float>& p = group.problems[static_cast<size_t>(i)];
+    if (p.is_skinny()) p.rows[1] += p.short_side();
+  }
+}
+
 void refresh_due_(const DeviceGroup& group) {
   const auto due = take_due(group.problems, group.options);
   for (const Side side : {Side::kLeft, Side::kRight}) {
@@ -132,6 +140,7 @@ void step_on_device_(const DeviceGroup& group) {
     (awaits_first_gradient(group.problems[i]) ? fresh : running).push_back(static_cast<int64_t>(i));
   }
   plain_step_(group, running);
+  count_rows(group, running);
   std::vector<Problem<float>> problems;
   refresh_due_(subgroup(group, running, problems));
   if (fresh.empty()) return;

@@ -17,6 +17,7 @@
 #include "bindings/orthonormalize.h"
 #include "cpu/matmul_precision.h"
 #include "cpu/refresh.h"
+#include "cpu/skinny.h"
 
 #if defined(DYKAF_WITH_CUDA)
 
@@ -106,6 +107,11 @@ class RefreshBatch {
 
   void move_second_moment(const Problem<float>& p, const at::Tensor& order,
                           const at::Tensor& growth) const {
+    if (p.is_skinny()) {
+      at::Tensor v = cpu::SkinnyMatrix(p, group_.device).exp_avg_sq;
+      v.copy_(v.index_select(0, order).mul_(growth.unsqueeze(1)));
+      return;
+    }
     if (p.exp_avg_sq != nullptr) {
       at::Tensor v = device_view(p.exp_avg_sq, {p.m, p.n}, group_.device);
       v.copy_(v.index_select(left_ ? 0 : 1, order).mul_(growth.unsqueeze(left_ ? 1 : 0)));
@@ -148,7 +154,11 @@ void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
   std::map<int64_t, std::vector<const Problem<float>*>> by_size;
   for (const Problem<float>& p : group.problems) {
     const bool left = side == Side::kLeft;
-    if ((left ? p.L : p.R) == nullptr) continue;
+    if ((left ? p.L : p.R) == nullptr) {
+      // Also in a step that is skipped: the host counts the rows of the basis.
+      if (p.is_skinny()) cpu::refresh_long_(cpu::SkinnyMatrix(p, group.device), group.options);
+      continue;
+    }
     const int64_t n = left ? p.m : p.n;
     auto& batch = by_size[n];
     batch.push_back(&p);

@@ -294,7 +294,7 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
   const StateReader state(index, state_dict, device_);
   const bool factored = state.has("rho");
   if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
-  if ((inputs.needs_dense || backend_ != Backend::kCpu) && state.has("basis")) {
+  if (inputs.needs_dense && state.has("basis")) {
     fail(state.name("basis"), "nothing: this operation takes no skinny matrix", "a tensor");
   }
   const at::Tensor step = state.tensor("step");

@@ -48,7 +48,11 @@ void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
   }
   if (p.is_skinny()) {
     const SkinnyMatrix w(p);
-    return initialize_skinny_(w, options, w.oriented(view(H, p.m, p.n)), tau);
+    const SkinnyStart start =
+        initialize_skinny_(w, options, w.oriented(view(H, p.m, p.n)), tau);
+    std::copy(start.rho, start.rho + 2, p.rho);
+    *p.refresh_fallbacks += start.fallbacks;
+    return;
   }
   set_prior_(p, options, options.init, H, tau);
   // The prior can exceed tau without harm: both are near the gradient's size.

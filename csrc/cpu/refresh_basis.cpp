@@ -60,7 +60,9 @@ void refresh_basis_(std::span<const Problem<T>> problems, const Options& options
   for_each_matrix(problems, [&](size_t i) {
     const Problem<T>& p = problems[i];
     if (p.is_skinny()) {
-      refresh_skinny_(p, options, side);
+      const SkinnyMatrix w(p);
+      const bool is_short = (side == Side::kLeft) != w.is_tall;
+      is_short ? refresh_short_(w, options) : refresh_long_(w, options);
     } else if (p.has_factor(side)) {
       refresh_basis_(p, options, side);
     }

@@ -30,8 +30,9 @@ PowerIteration power_iteration(const at::Tensor& F) {
 }
 
 // The update before lr, [s, l], in the basis of the short side; X is the rotated gradient over tau.
-at::Tensor adam_update_(const SkinnyMatrix& w, const Options& options, const at::Tensor& X,
-                        double tau) {
+template <typename T>
+at::Tensor adam_update_(const Problem<T>& p, const SkinnyMatrix& w, const Options& options,
+                        const at::Tensor& X, double tau) {
   const int64_t inner = w.rows[0];
   const at::Tensor V = w.basis.narrow(0, 0, inner);
   const at::Tensor XV = X.mm(V.t());
@@ -45,7 +46,7 @@ at::Tensor adam_update_(const SkinnyMatrix& w, const Options& options, const at:
   const at::Tensor rest =
       at::maximum(outside, total.mul(4 * rounding)).div_(X.size(1) - inner).sqrt_();
 
-  const double step = *w.step += 1;
+  const double step = *p.step += 1;
   const double root = std::sqrt(1 - std::pow(options.beta2, step));
   // Squares after the scaling: what overflows is infinite, never NaN.
   const auto inverse_root = [&](at::Tensor second_moment, const at::Tensor& x) {
@@ -60,13 +61,16 @@ at::Tensor adam_update_(const SkinnyMatrix& w, const Options& options, const at:
   const at::Tensor MV = w.exp_avg.mm(V.t());
   at::Tensor update = w.exp_avg.mul(beyond).addmm_(MV.mul_(within.sub(beyond)), V);
   update.div_(1 - std::pow(options.beta1, step));
-  *w.update_rms = static_cast<float>(std::sqrt(update.square().mean(at::kDouble).item<double>()));
+  *p.update_rms = static_cast<float>(std::sqrt(update.square().mean(at::kDouble).item<double>()));
   return update;
 }
 
 // The averages of both sides, and the gradient's rows into the basis.
-void factor_update_(const SkinnyMatrix& w, const Options& options, const at::Tensor& X,
-                    double tau) {
+template <typename T>
+void factor_update_(const Problem<T>& p, const SkinnyMatrix& w, const Options& options,
+                    const at::Tensor& X, double tau) {
+  double& rho_short = p.rho[w.is_tall ? 1 : 0];
+  double& rho_long = p.rho[w.is_tall ? 0 : 1];
   const double beta = options.factor_beta;
   const int64_t size = X.size(0);
   const auto s = static_cast<double>(size);
@@ -74,66 +78,70 @@ void factor_update_(const SkinnyMatrix& w, const Options& options, const at::Ten
   const auto kept = [&](double rho) { return beta * (rho / tau) * (rho / tau); };
 
   const at::Tensor gram = X.mm(X.t());
-  const at::Tensor F = w.F.mul(kept(*w.rho_short)).add_(gram, (1 - beta) / l);
+  const at::Tensor F = w.F.mul(kept(rho_short)).add_(gram, (1 - beta) / l);
   const double norm = F.norm().item<double>();
   if (norm > 0) {
     w.F.copy_(F.div(norm));
-    *w.rho_short = tau * std::sqrt(norm);
+    rho_short = tau * std::sqrt(norm);
   }
 
   const double gain = (1 - beta) / s;
-  const double trace = kept(*w.rho_long) + gain * gram.trace().item<double>();
+  const double trace = kept(rho_long) + gain * gram.trace().item<double>();
   if (!(trace > 0)) return;
-  const double decay = kept(*w.rho_long) / trace;
+  const double decay = kept(rho_long) / trace;
   w.flat.mul_(decay);
   w.core.mul_(decay);
   w.basis.narrow(0, w.rows[1], size).copy_(X);
   w.core.diagonal().narrow(0, w.rows[1], size).fill_(gain / trace);
   w.rows[1] += size;
-  *w.rho_long = tau * std::sqrt(trace);
+  rho_long = tau * std::sqrt(trace);
 }
 
 }  // namespace
 
 template <typename T>
-SkinnyMatrix::SkinnyMatrix(const Problem<T>& p)
+SkinnyMatrix::SkinnyMatrix(const Problem<T>& p, at::Device device)
     : is_tall(p.m > p.n), rank(p.skinny_rank), rows(p.rows) {
   const int64_t s = p.short_side();
   const int64_t short_idx = is_tall ? 1 : 0;
   short_refreshes = p.refreshes + short_idx;
   long_refreshes = p.refreshes + (1 - short_idx);
-  F = view(is_tall ? p.R : p.L, s, s);
-  Q = view(is_tall ? p.Q_R : p.Q_L, s, s);
-  basis = view(p.basis, 2 * rank, p.long_side());
-  core = view(p.core, 2 * rank, 2 * rank);
-  flat = view(p.flat, 1, 1).squeeze();
-  exp_avg = oriented(view(p.exp_avg, p.m, p.n));
-  exp_avg_sq = view(p.exp_avg_sq, s, rank + 1);
-  rho_short = p.rho + short_idx;
-  rho_long = p.rho + (1 - short_idx);
-  step = p.step;
-  update_rms = p.update_rms;
-  fallbacks = p.refresh_fallbacks;
+  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value).device(device);
+  const auto tensor = [&](T* data, at::IntArrayRef shape) {
+    return at::from_blob(data, shape, options);
+  };
+  F = tensor(is_tall ? p.R : p.L, {s, s});
+  Q = tensor(is_tall ? p.Q_R : p.Q_L, {s, s});
+  basis = tensor(p.basis, {2 * rank, p.long_side()});
+  core = tensor(p.core, {2 * rank, 2 * rank});
+  flat = tensor(p.flat, {});
+  exp_avg = oriented(tensor(p.exp_avg, {p.m, p.n}));
+  exp_avg_sq = tensor(p.exp_avg_sq, {s, rank + 1});
 }
 
-at::Tensor skinny_step_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
+template <typename T>
+at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::Tensor& H,
                         double tau) {
-  const at::Tensor X = w.Q.t().mm(H);
-  const at::Tensor update = w.Q.mm(adam_update_(w, options, X, tau));
-  factor_update_(w, options, X, tau);
-  return update;
+  const SkinnyMatrix w(p);
+  const at::Tensor X = w.Q.t().mm(w.oriented(H));
+  const at::Tensor update = w.Q.mm(adam_update_(p, w, options, X, tau));
+  factor_update_(p, w, options, X, tau);
+  return w.oriented(update);
 }
 
-void initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
+SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
                         double tau) {
   const int64_t size = H.size(0);
   const auto s = static_cast<double>(size);
   const auto l = static_cast<double>(H.size(1));
   const double beta = options.factor_beta;
   const at::Tensor identity = at::eye(size, H.options());
+  SkinnyStart start{};
+  double& rho_short = start.rho[w.is_tall ? 1 : 0];
+  double& rho_long = start.rho[w.is_tall ? 0 : 1];
   const auto basis_of = [&](const at::Tensor& factor) {
     if (const std::optional<at::Tensor> vectors = eigenvectors(factor)) return *vectors;
-    *w.fallbacks += 1;
+    start.fallbacks += 1;
     return identity;
   };
 
@@ -143,7 +151,7 @@ void initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at:
   const double prior = beta > 0 ? (1 - beta) * gram_trace / (s * l) : 0;
   const at::Tensor F = gram.mul((1 - beta) / l).add_(identity, prior);
   const double norm = F.norm().item<double>();
-  *w.rho_short = tau * std::sqrt(norm);
+  rho_short = tau * std::sqrt(norm);
   const at::Tensor unit = F.div(norm);
   w.Q.copy_(basis_of(unit));
   w.F.copy_(symmetric(w.Q.t().mm(unit).mm(w.Q)));
@@ -152,12 +160,13 @@ void initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at:
   const at::Tensor inner = T.mm(T.t());
   const at::Tensor U = basis_of(inner);
   const double trace = prior * l + (1 - beta) * gram_trace / s;
-  *w.rho_long = tau * std::sqrt(trace);
+  rho_long = tau * std::sqrt(trace);
   w.flat.fill_(prior / trace);
   w.basis.narrow(0, 0, size).copy_(Z.mm(U).t());
   at::Tensor core = w.core.narrow(0, 0, size).narrow(1, 0, size);
   core.copy_(symmetric(U.t().mm(inner).mm(U)).mul_((1 - beta) / (s * trace)));
   w.rows[0] = w.rows[1] = size;
+  return start;
 }
 
 void refresh_short_(const SkinnyMatrix& w, const Options& options) {
@@ -211,7 +220,9 @@ void refresh_long_(const SkinnyMatrix& w, const Options& options) {
   w.rows[0] = w.rows[1] = kept;
 }
 
-template SkinnyMatrix::SkinnyMatrix(const Problem<float>&);
-template SkinnyMatrix::SkinnyMatrix(const Problem<double>&);
+template SkinnyMatrix::SkinnyMatrix(const Problem<float>&, at::Device);
+template SkinnyMatrix::SkinnyMatrix(const Problem<double>&, at::Device);
+template at::Tensor skinny_step_(const Problem<float>&, const Options&, const at::Tensor&, double);
+template at::Tensor skinny_step_(const Problem<double>&, const Options&, const at::Tensor&, double);
 
 }  // namespace dykaf::cpu

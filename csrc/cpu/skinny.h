@@ -8,16 +8,17 @@
 
 namespace dykaf::cpu {
 
-// The state as tensors over its memory, the short side first: [s, l] whichever side it is.
+// The state as tensors over its memory on any device, the short side first: [s, l] whichever side it
+// is.
 struct SkinnyMatrix {
   template <typename T>
-  explicit SkinnyMatrix(const Problem<T>& p);
+  explicit SkinnyMatrix(const Problem<T>& p, at::Device device = at::kCPU);
 
   bool is_tall;  // the parameter is l x s
   int64_t rank;
-  int64_t* rows;
-  int64_t* short_refreshes;
-  int64_t* long_refreshes;
+  int64_t* rows;             // on the host
+  int64_t* short_refreshes;  // on the host
+  int64_t* long_refreshes;   // on the host
   at::Tensor F;           // [s, s], the short side's factor
   at::Tensor Q;           // [s, s]
   at::Tensor basis;       // [2 k, l]
@@ -25,34 +26,28 @@ struct SkinnyMatrix {
   at::Tensor flat;        // []
   at::Tensor exp_avg;     // [s, l]
   at::Tensor exp_avg_sq;  // [s, k + 1]
-  double* rho_short;
-  double* rho_long;  // the long side's average is rho_long^2 of its factor
-  float* step;
-  float* update_rms;
-  int64_t* fallbacks;
 
   // From [m, n] to [s, l] and back.
   at::Tensor oriented(const at::Tensor& x) const { return is_tall ? x.t() : x; }
 };
 
-// Adam, then the factors, with the gradient H [s, l] over tau. Returns the update [s, l], in the
-// original coordinates.
-at::Tensor skinny_step_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
+// Adam, then the factors, on the CPU, with the gradient H [m, n] over tau. Returns the update [m, n],
+// in the original coordinates.
+template <typename T>
+at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::Tensor& H,
                         double tau);
 
-// The first gradient that is not zero.
-void initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
-                        double tau);
+// What the first gradient that is not zero leaves beside the tensors.
+struct SkinnyStart {
+  double rho[2];      // per Side
+  int64_t fallbacks;  // bases that could not be had
+};
+SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
+                               double tau);
 
-// One power iteration of a basis; the long side's gradients become part of its basis.
+// One power iteration of a basis; the long side's gradients become part of its basis. The long
+// side's on any device.
 void refresh_short_(const SkinnyMatrix& w, const Options& options);
 void refresh_long_(const SkinnyMatrix& w, const Options& options);
-
-template <typename T>
-void refresh_skinny_(const Problem<T>& p, const Options& options, Side side) {
-  const SkinnyMatrix w(p);
-  const bool is_short = (side == Side::kLeft) == (p.m < p.n);
-  is_short ? refresh_short_(w, options) : refresh_long_(w, options);
-}
 
 }  // namespace dykaf::cpu

@@ -20,9 +20,7 @@ void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& work
   const T tau = gradient_scale(p, options);
   load_gradient(p, options, tau, H);
   if (p.is_skinny()) {
-    const SkinnyMatrix w(p);
-    const at::Tensor rotated_back = skinny_step_(w, options, w.oriented(view(H, p.m, p.n)), tau);
-    view(update, p.m, p.n).copy_(w.oriented(rotated_back));
+    view(update, p.m, p.n).copy_(skinny_step_(p, options, view(H, p.m, p.n), tau));
     return apply_update_(p, options, update);
   }
   rotate(p, Rotation::kIntoBasis, H, H, workspace.product);

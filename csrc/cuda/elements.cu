@@ -92,6 +92,16 @@ DYKAF_DEVICE void weigh_unit(const ElementProblem& e, const UnitPlace& place, fl
   }
 }
 
+// One of row and col is null. The weights hold what there is of exp_avg_sq.
+DYKAF_DEVICE void beyond_unit(const Problem<float>& p, const MatrixScalars& s,
+                              const ElementProblem& e, const UnitPlace& place,
+                              const float (&within)[kUnit], float (&update)[kUnit]) {
+  load_unit(p.exp_avg + place.start, place.count, is_aligned(p.exp_avg, place.start, 4), update);
+  weigh_unit(e, place, update);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) update[i] = (within[i] + update[i]) * s.correction1;
+}
+
 // One block per kUnitsPerBlock units, in the order of the problems; each thread takes every
 // kThreads-th unit. Weights and roots start at multiples of 256 bytes.
 template <ElementOp kOp>
@@ -100,8 +110,8 @@ __global__ void __launch_bounds__(kThreads)
                     const __grid_constant__ Matrices matrices) {
   constexpr bool kReadsIn = kOp != ElementOp::kLoad && kOp != ElementOp::kAdamW;
   constexpr bool kWritesOut = kOp != ElementOp::kApply && kOp != ElementOp::kAdamW;
-  constexpr bool kSums =
-      kOp == ElementOp::kAdam || kOp == ElementOp::kCompact || kOp == ElementOp::kAdamW;
+  constexpr bool kSums = kOp == ElementOp::kAdam || kOp == ElementOp::kCompact ||
+                         kOp == ElementOp::kAdamW || kOp == ElementOp::kBeyond;
   DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
   const int block = static_cast<int>(blockIdx.x);
   const ElementProblem e = launch.problems[find_problem(launch.problems, launch.num, block)];
@@ -134,6 +144,7 @@ __global__ void __launch_bounds__(kThreads)
       apply_unit_(p, s, place, update);
     }
     if constexpr (kOp == ElementOp::kWeigh) weigh_unit(e, place, x);
+    if constexpr (kOp == ElementOp::kBeyond) beyond_unit(p, s, e, place, x, update);
     if constexpr (kSums) {
       float squares = 0.0f;
 #pragma unroll
@@ -224,6 +235,8 @@ int launch_elements(ElementOp op, const Grouped<ElementProblem>& launch, const M
       return launch_op<ElementOp::kAdamW>(launch, matrices, stream);
     case ElementOp::kWeigh:
       return launch_op<ElementOp::kWeigh>(launch, matrices, stream);
+    case ElementOp::kBeyond:
+      return launch_op<ElementOp::kBeyond>(launch, matrices, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

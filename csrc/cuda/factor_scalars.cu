@@ -39,6 +39,11 @@ DYKAF_DEVICE void set_blend(MatrixScalars& s, Side side, double a, double b, dou
   s.gain[static_cast<int>(side)] = static_cast<float>(b / norm);
 }
 
+// Whether each side has its own rho: with the averages of two factors.
+DYKAF_DEVICE bool has_two_averages(const Problem<float>& p) {
+  return (p.L != nullptr && p.R != nullptr) || p.basis != nullptr;
+}
+
 DYKAF_DEVICE void set_rho(double* rho, double value) {
   rho[0] = value;
   rho[1] = value;
@@ -89,10 +94,10 @@ DYKAF_DEVICE void average(MatrixScalars& s, const Problem<float>& p, Side side, 
   }
   set_blend(s, side, a, b, norm);
   const double rho = static_cast<double>(s.tau) * sqrt(norm);
-  if (p.L == nullptr || p.R == nullptr) {
-    set_rho(p.rho, rho);
-  } else {
+  if (has_two_averages(p)) {
     p.rho[i] = rho;
+  } else {
+    set_rho(p.rho, rho);
   }
 }
 
@@ -116,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
       f.stage == FactorStage::kAverageLeft || f.stage == FactorStage::kAverageRight;
   if (s.zero_gradient != 0) {
     // Once per factor, or once for both.
-    if (is_average && p.L != nullptr && p.R != nullptr) {
+    if (is_average && has_two_averages(p)) {
       p.rho[static_cast<int>(side)] *= sqrt(beta);
     } else if (f.stage != FactorStage::kKslLeft) {
       set_rho(p.rho, p.rho[0] * sqrt(beta));

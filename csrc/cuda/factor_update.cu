@@ -19,7 +19,8 @@ class FactorUpdatePlan {
     left.matrix_idx = i;
     FactorProblem right = left;
     if (!both) {
-      const double size = std::sqrt(static_cast<double>(p.L != nullptr ? p.n : p.m));
+      const auto other = static_cast<double>(p.L != nullptr ? p.n : p.m);
+      const double size = p.is_skinny() ? other : std::sqrt(other);
       if (p.L != nullptr) average_left(i, H, H, size, left);
       if (p.R != nullptr) average_right(i, H, H, size, right);
       return;

@@ -166,4 +166,8 @@ void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision 
 void add_compact_adam(GroupPlan& plan, const Options& options,
                       const std::vector<ElementProblem>& problems);
 
+// The same of skinny matrices, H being rotated on the short side, with the long side's factor.
+void add_skinny_update(GroupPlan& plan, const Options& options,
+                       const std::vector<ElementProblem>& problems);
+
 }  // namespace dykaf::cuda

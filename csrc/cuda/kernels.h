@@ -43,11 +43,11 @@ int launch_prepare(const Matrices& matrices, const Options& options, const Devic
 
 // Element-wise work on flat arrays.
 struct ElementProblem {
-  const float* in;   // load: unused. adam: H. apply: the update. weigh: H
-  float* out;        // load: H. adam: the update. weigh: the product
-  const float* row;  // adam: sqrt of the compact second moment; weigh: weights; or null
+  const float* in;   // load: unused. adam: H. apply: the update. weigh: H. beyond: the part within
+  float* out;        // load: H. adam, beyond: the update. weigh: the product
+  const float* row;  // adam: sqrt of the compact second moment; weigh, beyond: weights; or null
   const float* col;
-  double* partials;  // adam: [num_tiles], sums of update^2
+  double* partials;  // adam, beyond: [num_tiles], sums of update^2
   int64_t m;
   int64_t n;
   int32_t matrix_idx;
@@ -60,6 +60,7 @@ enum class ElementOp : int32_t {
   kApply,    // the parameter's update; 1 x size
   kAdamW,    // AdamW of a parameter without factors, from its gradient; partials; 1 x size
   kWeigh,    // out = diag(row) in diag(col), null: 1; m x n
+  kBeyond,   // out = the update of a skinny matrix, in + diag(row) exp_avg diag(col); partials; m x n
 };
 int64_t element_tiles(int64_t m, int64_t n);
 int launch_elements(ElementOp op, const Grouped<ElementProblem>& launch, const Matrices& matrices,
@@ -128,5 +129,27 @@ enum class MomentStage : int32_t { kRowSums, kRowVector, kColSums, kVectors };
 int64_t moment_tiles(MomentStage stage, int64_t m, int64_t n);
 int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const Matrices& matrices,
                   double beta2, Stream stream);
+
+// Skinny matrices, s the short and l the long side; V is `inner` rows of `basis`.
+struct SkinnyProblem {
+  const float* X;   // [m, n], the gradient over tau, in the short side's basis
+  double* sums;     // [skinny_pieces, s], of X^2 along pieces of the long side
+  const float* XV;  // X V^T, [s, inner]; of a tall matrix its transpose
+  float* MV;        // as XV for exp_avg; kMoments turns it into what V is multiplied by
+  float* beyond;    // [s], what exp_avg is multiplied by
+  int32_t inner;
+  int32_t used;  // rows of `basis` in use: X follows them
+  int32_t matrix_idx;
+  int32_t tile_begin;
+};
+enum class SkinnyStage : int32_t {
+  kGradient,    // exp_avg, sums, X as rows of `basis`
+  kMoments,     // exp_avg_sq, MV, beyond
+  kLongFactor,  // core, flat and rho of the long side; one block per matrix
+};
+int64_t skinny_pieces(int64_t l);
+int64_t skinny_tiles(SkinnyStage stage, int64_t s, int64_t l);
+int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Matrices& matrices,
+                  double factor_beta, Stream stream);
 
 }  // namespace dykaf::cuda

@@ -25,6 +25,7 @@ class StepPlan {
     plan_.products(into_.left(), precision_);
     plan_.products(into_.right(), precision_);
     if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
+    if (!skinny_.empty()) add_skinny_update(plan_, options_, skinny_);
     plan_.update_rms(sums_);
     plan_.products(out_of_.left(), precision_);
     plan_.products(out_of_.right(), precision_);
@@ -56,7 +57,7 @@ class StepPlan {
     float* loaded = both ? update : product;
     loads_.push_back(element_problem(1, p.size(), i));
     loads_.back().out = loaded;
-    if (p.exp_avg_sq != nullptr) {
+    if (p.exp_avg_sq != nullptr && !p.is_skinny()) {
       const auto [adam, num_partials] =
           into_.add(plan_, i, loaded, product, H, [&](GemmProblem& last) {
             last.epilogue = Epilogue::kAdam;
@@ -65,20 +66,20 @@ class StepPlan {
       sums_.push_back({adam.partials, num_partials, kNumSums, i});
     } else {
       into_.add(plan_, i, loaded, product, H, [](GemmProblem&) {});
-      add_compact(i, H, update);
+      add_adam(i, H, update, p.is_skinny() ? skinny_ : compact_);
     }
     out_of_.add(plan_, i, update, product, nullptr,
                 [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
   }
 
-  void add_compact(int32_t i, const float* H, float* update) {
+  void add_adam(int32_t i, const float* H, float* update, std::vector<ElementProblem>& adams) {
     const Problem<float>& p = plan_.problem(i);
     ElementProblem adam = element_problem(p.m, p.n, i);
     const auto num_tiles = static_cast<int32_t>(element_tiles(p.m, p.n));
     adam.in = H;
     adam.out = update;
     adam.partials = plan_.builder().take<double>(num_tiles);
-    compact_.push_back(adam);
+    adams.push_back(adam);
     sums_.push_back({adam.partials, num_tiles, /*stride=*/1, i});
   }
 
@@ -91,6 +92,7 @@ class StepPlan {
   std::vector<ElementProblem> adamws_;
   std::vector<ElementProblem> loads_;
   std::vector<ElementProblem> compact_;
+  std::vector<ElementProblem> skinny_;
   std::vector<RmsProblem> sums_;
   std::vector<const float*> H_;
   std::vector<float*> products_;

@@ -78,8 +78,8 @@ class DyKAF(Optimizer):
         skinny_rank: of a matrix with a side at least 16 times the other (LoRA's adapters), the rank
             at which the factor of the long side is kept, the rest of it as a multiple of the
             identity; 0: in full. It applies where the short side is at most, the long side at least
-            twice ``skinny_rank``, to the default integrator and metric, on the CPU; the second
-            moment of such a matrix is small whatever ``second_moment`` is.
+            twice ``skinny_rank``, to the default integrator and metric; the second moment of such a
+            matrix is small whatever ``second_moment`` is.
         integrator: "diagonal" (the metric reduced to a diagonal power of the other factor; two
             products, not four), "ksl" (Lubich & Oseledets) or "bug" (Ceruti & Lubich, the paper's).
         metric_power: power of the diagonal metric: 1 the paper's metric, 0 Shampoo's and SOAP's.
@@ -119,7 +119,7 @@ class DyKAF(Optimizer):
         factor_beta: float | None = 0.9,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
-        skinny_rank: int = 0,
+        skinny_rank: int = 64,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dykaf import _C
-
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -89,7 +87,6 @@ class Layout:
             and (group["integrator"], group["metric_power"]) == ("diagonal", 0)
             and min(m, n) <= skinny_rank
             and max(m, n) >= max(2 * skinny_rank, SKINNY_RATIO * min(m, n))
-            and _C.backend_of(param, "params") == "cpu"
         )
         low_precision = param.dtype in (torch.bfloat16, torch.float16)
         return cls(

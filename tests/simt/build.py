@@ -54,7 +54,7 @@ PROGRAMS = {
 
 # Under the sanitizers fewer schedules are run: what they look for hardly hangs on the schedule.
 NUM_SEEDS = {"release": 3, "asan": 0, "tsan": 0}
-QUICK_CHECKS = ["product highest medium", "epilogue", "adam", "apply", "step ksl"]
+QUICK_CHECKS = ["product highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"]
 
 
 @dataclass

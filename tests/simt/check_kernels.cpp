@@ -13,6 +13,7 @@ void check_grad_max();
 void check_ops();
 void check_factors();
 void check_steps();
+void check_skinny();
 void check_plans();
 }  // namespace kernel_check
 
@@ -33,6 +34,7 @@ int main(int argc, char** argv) {
   kernel_check::check_ops();
   kernel_check::check_factors();
   kernel_check::check_steps();
+  kernel_check::check_skinny();
   kernel_check::check_plans();
   if (kernel_check::g_num_checks == 0) check("a check was selected", false);
   return g_num_failed == 0 ? 0 : 1;

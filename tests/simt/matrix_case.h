@@ -5,7 +5,7 @@
 
 #include "dykaf/rounding.h"
 #include "kernel_check.h"
-#include "reference_ops.h"
+#include "reference_skinny.h"
 
 namespace kernel_check {
 
@@ -21,6 +21,10 @@ struct CaseSpec {
   Master master = Master::kNo;
   int64_t offset = 0;  // of the arrays in their allocations, in elements
   double size = 1;     // of the gradient and rho
+  int64_t skinny_rank = 0;  // with the short one of the sides
+
+  int64_t short_side() const { return std::min(m, n); }
+  int64_t long_side() const { return std::max(m, n); }
 };
 
 inline Options default_options() {
@@ -115,6 +119,17 @@ inline Array<float> random_basis(int64_t n, Rng& rng, int64_t offset) {
   return basis;
 }
 
+// The first rows of an orthogonal matrix, then random ones, then NaN, which nobody may read.
+inline Array<float> random_rows(int64_t inner, int64_t used, int64_t size, int64_t l, Rng& rng,
+                                int64_t offset) {
+  const Array<float> orthogonal = random_basis(l, rng, 0);
+  const Array<float> more = randn((used - inner) * l, rng);
+  Array<float> rows(size * l, offset);
+  std::copy_n(orthogonal.get(), inner * l, rows.get());
+  std::copy_n(more.get(), more.size(), rows.get() + inner * l);
+  return rows;
+}
+
 inline Array<float> random_positive(int64_t n, Rng& rng, int64_t offset = 0) {
   std::uniform_real_distribution<float> uniform(0.1f, 1);
   Array<float> x(n, offset);
@@ -140,10 +155,12 @@ struct MatrixCase {
   CaseSpec spec;
   TypedArray grad, param;
   Array<float> master, exp_avg, exp_avg_sq, row, col, L, R, Q_L, Q_R, step, update_rms;
+  Array<float> basis, core, flat;
+  Array<int64_t> rows;
   Array<double> scale, rho;
 
   MatrixCase(const CaseSpec& spec, const Options& options, Rng& rng) : spec(spec) {
-    const auto [m, n, sides, dtype, has_master, offset, size] = spec;
+    const auto [m, n, sides, dtype, has_master, offset, size, rank] = spec;
     std::normal_distribution<float> normal;
     grad = TypedArray(m * n, dtype, offset);
     param = TypedArray(m * n, dtype, offset);
@@ -159,7 +176,7 @@ struct MatrixCase {
       }
     }
     exp_avg = randn(m * n, rng, offset);
-    const bool is_compact = sides != Sides::kNone && options.second_moment != SecondMoment::kFull;
+    const bool is_compact = rank == 0 && sides != Sides::kNone && options.second_moment != SecondMoment::kFull;
     if (is_compact) {
       row = random_positive(m, rng, offset);
       col = random_positive(n, rng, offset);
@@ -169,8 +186,9 @@ struct MatrixCase {
         normalise(col);
       }
     } else {
-      exp_avg_sq = random_positive(m * n, rng, offset);
+      exp_avg_sq = random_positive(rank > 0 ? spec.short_side() * (rank + 1) : m * n, rng, offset);
     }
+    if (rank > 0) make_skinny(rng);
     if (sides == Sides::kBoth || sides == Sides::kLeft) {
       L = random_factor(m, rng, offset);
       Q_L = random_basis(m, rng, offset);
@@ -180,7 +198,8 @@ struct MatrixCase {
       Q_R = random_basis(n, rng, offset);
     }
     if (sides != Sides::kNone) {
-      const bool differ = sides == Sides::kBoth && options.integrator == Integrator::kDiagonal;
+      const bool differ =
+          rank > 0 || (sides == Sides::kBoth && options.integrator == Integrator::kDiagonal);
       rho = Array<double>(std::vector<double>{0.7 * size, (differ ? 0.4 : 0.7) * size});
     }
     step = Array<float>(std::vector<float>{3});
@@ -215,6 +234,11 @@ struct MatrixCase {
     p.Q_L = pointer(Q_L);
     p.Q_R = pointer(Q_R);
     p.rho = pointer(rho);
+    p.skinny_rank = spec.skinny_rank;
+    p.basis = pointer(basis);
+    p.core = pointer(core);
+    p.flat = pointer(flat);
+    p.rows = pointer(rows);
     p.step = step.get();
     p.update_rms = update_rms.get();
     p.stream = stream;
@@ -228,7 +252,9 @@ struct MatrixCase {
     p.grad = dense(grad, m, n);
     p.param = master.size() > 0 ? dense(master, m, n) : dense(param, m, n);
     p.exp_avg = dense(exp_avg, m, n);
-    p.exp_avg_sq = dense(exp_avg_sq, m, n);
+    p.exp_avg_sq = spec.skinny_rank > 0
+                       ? dense(exp_avg_sq, spec.short_side(), spec.skinny_rank + 1)
+                       : dense(exp_avg_sq, m, n);
     p.row = dense(row, 1, m);
     p.col = dense(col, 1, n);
     if (scale.size() > 0) p.scale = scale[0];
@@ -239,14 +265,21 @@ struct MatrixCase {
     if (rho.size() > 0) p.rho[0] = rho[0], p.rho[1] = rho[1];
     p.step = static_cast<double>(step[0]);
     p.update_rms = double{update_rms[0]};
+    if (spec.skinny_rank == 0) return p;
+    p.basis = dense(basis, 2 * spec.skinny_rank, spec.long_side());
+    p.core = dense(core, 2 * spec.skinny_rank, 2 * spec.skinny_rank);
+    p.flat = double{flat[0]};
+    p.inner = rows[0];
+    p.used = rows[1];
     return p;
   }
 
   // Everything that an operation may change.
   std::vector<std::byte> bytes() const {
     std::vector<std::byte> all;
-    for (const Array<float>* array : {&param.floats, &master, &exp_avg, &exp_avg_sq, &row, &col, &L,
-                                      &R, &Q_L, &Q_R, &step, &update_rms, &grad.floats}) {
+    for (const Array<float>* array :
+         {&param.floats, &master, &exp_avg, &exp_avg_sq, &row, &col, &L, &R, &Q_L, &Q_R, &basis,
+          &core, &flat, &step, &update_rms, &grad.floats}) {
       append_bytes(all, *array);
     }
     append_bytes(all, param.bits);
@@ -257,6 +290,21 @@ struct MatrixCase {
   }
 
  private:
+  // With room for another gradient, and none to spare where the rank is the short side's length.
+  void make_skinny(Rng& rng) {
+    const int64_t s = spec.short_side();
+    const int64_t size = 2 * spec.skinny_rank;
+    const int64_t inner = spec.skinny_rank - spec.skinny_rank / 4;
+    const int64_t used = std::max(inner, size - 2 * s + 1);
+    rows = Array<int64_t>(std::vector<int64_t>{inner, used});
+    basis = random_rows(inner, used, size, spec.long_side(), rng, spec.offset);
+    core = Array<float>(size * size, spec.offset);
+    std::fill_n(core.get(), core.size(), 0.0f);
+    const Array<float> block = random_factor(used, rng, 0);
+    for (int64_t i = 0; i < used * used; ++i) core[i / used * size + i % used] = block[i];
+    flat = Array<float>(std::vector<float>{0.003f});
+  }
+
   static void normalise(const Array<float>& x) {
     double squares = 0;
     for (int64_t i = 0; i < x.size(); ++i) squares += double{x[i]} * double{x[i]};
@@ -312,6 +360,22 @@ inline void require_parameter(const MatrixCase& c, const Dense& expected, uint64
   }
 }
 
+// What a skinny matrix has of its own.
+inline void require_skinny_matches(const MatrixCase& c, const reference::Matrix& expected) {
+  const int64_t l = c.spec.long_side();
+  require_close("flat", double{c.flat[0]}, expected.flat.rounded());
+  require_close("core", c.core, expected.core);
+  for (int64_t i = 0; i < c.basis.size(); ++i) {
+    const std::string what = "basis[" + std::to_string(i / l) + "," + std::to_string(i % l) + "]";
+    const Number x = expected.basis.x[static_cast<size_t>(i)];
+    if (std::isnan(x.value)) {
+      require(what + " is not written", std::isnan(c.basis[i]));
+    } else {
+      require_close(what, double{c.basis[i]}, x.rounded());
+    }
+  }
+}
+
 // All of the state.
 inline void require_matches(const MatrixCase& c, const reference::Matrix& expected,
                             const Options& options, uint64_t stream) {
@@ -327,6 +391,7 @@ inline void require_matches(const MatrixCase& c, const reference::Matrix& expect
     if (c.R.size() > 0) require_close("R", c.R, expected.R);
     if (c.rho.size() > 0) require_close("rho[0]", c.rho[0], expected.rho[0]);
     if (c.rho.size() > 0) require_close("rho[1]", c.rho[1], expected.rho[1]);
+    if (c.spec.skinny_rank > 0) require_skinny_matches(c, expected);
     require_close("update_rms", double{c.update_rms[0]}, expected.update_rms.rounded());
     require_parameter(c, expected.param,
                       rounding_key(options.seed, stream, static_cast<uint64_t>(c.step[0])));

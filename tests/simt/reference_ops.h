@@ -23,6 +23,12 @@ struct Matrix {
   Number rho[2];
   double step = 0;
   Number update_rms;
+
+  // Of a skinny matrix.
+  Dense basis, core;
+  Number flat;
+  int64_t inner = 0;
+  int64_t used = 0;
 };
 
 // What a step hangs on beside the matrix.
@@ -271,14 +277,6 @@ inline void factor_update(Matrix& p, const Dense& G, const Settings& settings) {
   } else {
     diagonal(p, H, tau, settings.options, settings.precision);
   }
-}
-
-// The whole step; no factors: AdamW.
-inline void step(Matrix& p, const Settings& settings) {
-  const Dense G = rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision);
-  const Dense D = adam_update(p, G, settings.options);
-  apply_update(p, rotate(p, Rotation::kOutOfBasis, D, settings.precision), settings);
-  if (!p.L.is_null() || !p.R.is_null()) factor_update(p, G, settings);
 }
 
 }  // namespace kernel_check::reference

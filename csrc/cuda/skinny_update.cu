@@ -1,0 +1,104 @@
+// Planning of what skinny matrices have of their own (see dykaf/types.h; docs/algorithm.md has the
+// mathematics).
+#include "cuda/group_plan.h"
+
+namespace dykaf::cuda {
+namespace {
+
+class SkinnyPlan {
+ public:
+  explicit SkinnyPlan(GroupPlan& plan) : plan_(plan) {}
+
+  void add(ElementProblem e) {
+    const Problem<float>& p = plan_.problem(e.matrix_idx);
+    const int64_t s = p.short_side();
+    const int64_t inner = p.rows[0];
+    PlanBuilder& builder = plan_.builder();
+    auto* XV = builder.take<float>(s * inner);
+    SkinnyProblem q{};
+    q.X = e.in;
+    q.sums = builder.take<double>(skinny_pieces(p.long_side()) * s);
+    q.XV = XV;
+    q.MV = builder.take<float>(s * inner);
+    q.beyond = builder.take<float>(s);
+    q.inner = static_cast<int32_t>(inner);
+    q.used = static_cast<int32_t>(p.rows[1]);
+    q.matrix_idx = e.matrix_idx;
+    problems_.push_back(q);
+    project(p, q.X, XV, q);
+    project(p, p.exp_avg, q.MV, q);
+    expand(p, e.out, q);
+    (p.m < p.n ? e.row : e.col) = q.beyond;
+    e.in = e.out;
+    beyond_.push_back(e);
+  }
+
+  void launch(double factor_beta) {
+    stage(SkinnyStage::kGradient, factor_beta);
+    // What lies outside of V is a difference, which rounding of the products would drown.
+    plan_.products(wide_projections_, MatmulPrecision::kHighest);
+    plan_.products(tall_projections_, MatmulPrecision::kHighest);
+    stage(SkinnyStage::kMoments, factor_beta);
+    plan_.products(wide_expansions_, MatmulPrecision::kHighest);
+    plan_.products(tall_expansions_, MatmulPrecision::kHighest);
+    plan_.elements(ElementOp::kBeyond, beyond_);
+    stage(SkinnyStage::kLongFactor, factor_beta);
+  }
+
+ private:
+  // out = x V^T [s, inner], of a tall matrix V x [inner, s].
+  void project(const Problem<float>& p, const float* x, float* out, const SkinnyProblem& q) {
+    if (p.m < p.n) {
+      wide_projections_.add(product(x, p.basis, out, p.m, q.inner, p.n, q.matrix_idx),
+                            plan_.builder());
+    } else {
+      tall_projections_.add(product(p.basis, x, out, q.inner, p.n, p.m, q.matrix_idx),
+                            plan_.builder());
+    }
+  }
+
+  // out = MV V, of a tall matrix V^T MV; [m, n].
+  void expand(const Problem<float>& p, float* out, const SkinnyProblem& q) {
+    if (p.m < p.n) {
+      wide_expansions_.add(product(q.MV, p.basis, out, p.m, p.n, q.inner, q.matrix_idx),
+                           plan_.builder());
+    } else {
+      tall_expansions_.add(product(p.basis, q.MV, out, p.m, p.n, q.inner, q.matrix_idx),
+                           plan_.builder());
+    }
+  }
+
+  void stage(SkinnyStage stage, double factor_beta) {
+    const auto launch = [stage, factor_beta](const auto& launch, const Matrices& matrices,
+                                             Stream stream) {
+      return launch_skinny(stage, launch, matrices, factor_beta, stream);
+    };
+    if (stage == SkinnyStage::kLongFactor) return plan_.one_block_each(problems_, launch);
+    plan_.tiled(
+        problems_,
+        [&](const SkinnyProblem& q) {
+          const Problem<float>& p = plan_.problem(q.matrix_idx);
+          return skinny_tiles(stage, p.short_side(), p.long_side());
+        },
+        launch);
+  }
+
+  GroupPlan& plan_;
+  std::vector<SkinnyProblem> problems_;
+  std::vector<ElementProblem> beyond_;
+  Products wide_projections_{ProductForm::kNT};
+  Products tall_projections_{ProductForm::kNN};
+  Products wide_expansions_{ProductForm::kNN};
+  Products tall_expansions_{ProductForm::kTN};
+};
+
+}  // namespace
+
+void add_skinny_update(GroupPlan& plan, const Options& options,
+                       const std::vector<ElementProblem>& problems) {
+  SkinnyPlan skinny(plan);
+  for (const ElementProblem& e : problems) skinny.add(e);
+  skinny.launch(options.factor_beta);
+}
+
+}  // namespace dykaf::cuda

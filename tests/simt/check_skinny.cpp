@@ -1,0 +1,97 @@
+// Steps of skinny matrices among others, against the references.
+#include "batch.h"
+
+namespace kernel_check {
+namespace {
+
+using namespace dykaf::cuda;
+
+Plan step_plan(Batch& b, const Scenario& s, void* workspace) {
+  return plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
+}
+
+Dense step_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
+  reference::step(p, s);
+  return {};
+}
+
+CaseSpec skinny(int64_t m, int64_t n, int64_t rank, DType dtype = DType::kFloat32,
+                Master master = Master::kNo, int64_t offset = 0) {
+  return {m, n, m < n ? Sides::kLeft : Sides::kRight, dtype, master, offset, 1, rank};
+}
+
+// Tails of every kind of tile, several tiles along either side, a rank of one, and arrays that
+// start where nothing is aligned; among matrices of other kinds.
+std::vector<CaseSpec> mixed_group() {
+  return {
+      skinny(8, 264, 12),
+      {20, 30},
+      skinny(264, 8, 9, DType::kBFloat16),
+      skinny(1, 33, 1),
+      skinny(3, 515, 7, DType::kFloat16, Master::kYes, 1),
+      {1, 50, Sides::kNone},
+      skinny(530, 33, 40, DType::kBFloat16, Master::kNo, 3),
+      skinny(17, 290, 17, DType::kFloat32, Master::kYes, 2),
+      {5, 60, Sides::kLeft},
+      skinny(270, 10, 11),
+  };
+}
+
+Scenario scenario_of(MatmulPrecision precision) {
+  Scenario scenario;
+  scenario.specs = mixed_group();
+  scenario.options.integrator = Integrator::kDiagonal;
+  scenario.options.metric_power = 0;
+  scenario.precision = precision;
+  return scenario;
+}
+
+// Zero gradients: rows of zeros that weigh nothing.
+void zero_gradients(Batch& batch) {
+  for (MatrixCase& c : batch.cases) {
+    std::fill_n(static_cast<std::byte*>(c.grad.get()), c.grad.num_bytes(), std::byte{0});
+  }
+  batch.find_grad_max();
+}
+
+// Nothing has ever come.
+void zero_rho(Batch& batch) {
+  zero_gradients(batch);
+  for (MatrixCase& c : batch.cases) {
+    for (int64_t i = 0; i < c.rho.size(); ++i) c.rho[i] = 0;
+  }
+}
+
+// Where both averages and the gradient are zero a trace cannot be had, and nothing moves.
+Dense without_averages(reference::Matrix& p, const reference::Settings& s, size_t) {
+  const Dense core = p.core;
+  const Number flat = p.flat;
+  reference::step(p, s);
+  p.core = core;
+  p.flat = flat;
+  p.rho[0] = p.rho[1] = 0;
+  return {};
+}
+
+}  // namespace
+
+void check_skinny() {
+  check_against_reference("skinny step", scenario_of(MatmulPrecision::kHighest), step_plan,
+                          step_reference);
+  check_against_reference("skinny step medium", scenario_of(MatmulPrecision::kMedium), step_plan,
+                          step_reference);
+  check_skip("skinny step", scenario_of(MatmulPrecision::kHighest), step_plan);
+  Scenario scaled = scenario_of(MatmulPrecision::kHighest);
+  scaled.options.grad_scale = -1;
+  scaled.amp_scale = 48;
+  scaled.lr = 0.25f;
+  check_against_reference("skinny step amp_scale and lr on the device", scaled, step_plan,
+                          step_reference);
+  Scenario zero = scenario_of(MatmulPrecision::kHighest);
+  check_against_reference("skinny step zero gradients", zero, step_plan, step_reference,
+                          zero_gradients);
+  std::erase_if(zero.specs, [](const CaseSpec& spec) { return spec.skinny_rank == 0; });
+  check_against_reference("skinny step zero rho", zero, step_plan, without_averages, zero_rho);
+}
+
+}  // namespace kernel_check
