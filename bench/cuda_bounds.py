@@ -55,9 +55,11 @@ MODELS = {
 SEQUENCES = {
     "this, a plain step": (costs.ours, None),
     f"this, a refresh every {PERIOD}": (costs.ours, costs.our_refresh),
+    "this, skinny_rank=0, a plain step": (costs.ours_dense, None),
+    f"this, skinny_rank=0, a refresh every {PERIOD}": (costs.ours_dense, costs.our_dense_refresh),
     'this, integrator="ksl", a plain step': (costs.ours_ksl, None),
-    f'this, integrator="ksl", a refresh every {PERIOD}': (costs.ours_ksl, costs.our_refresh),
-    "floor of a plain step": (costs.floor, None),
+    f'this, integrator="ksl", a refresh every {PERIOD}': (costs.ours_ksl, costs.our_dense_refresh),
+    "floor of a plain step, all factors in full": (costs.floor, None),
     f"research code, a refresh every {PERIOD}": (costs.research, costs.research_refresh),
     f"SOAP, a refresh every {PERIOD}": (costs.soap, costs.soap_refresh),
 }
@@ -95,12 +97,14 @@ def model_table(name: str, model: list[Matrix]) -> str:
     text += "".join(f" {d} {q} |" for d, q in columns)
     text += "\n|---|" + "---:|" * (3 + len(columns)) + "\n"
     for label, (step, refresh) in SEQUENCES.items():
+        if "skinny" in label and not any(costs.is_skinny(p) for p in model):
+            continue
         counted = totals(model, step, refresh)
         cells = [label, *(number(x / 1e12) for x in counted[:2]), number(counted[2] / 1e9)]
         cells += [bound_ms(counted, d, q) for d, q in columns]
         text += "| " + " | ".join(cells) + " |\n"
     launches = len({cost.launch for p in model for cost in costs.ours(p)})
-    # grad_max and prepare, the sums of update^2, two scalar launches; see launch_table
+    # grad_max in two stages, prepare, the sums of update^2, two scalar launches; see launch_table
     launches += 1 + 1 + 1 + 2
     passes = num_passes(model)
     return text + f"\nLaunches of a plain step: at most {launches} a pass, {passes} pass(es).\n"
@@ -110,7 +114,7 @@ def num_passes(model: list[Matrix]) -> int:
     """Passes that the workspace's limit makes of a step, if parameters come sorted as listed."""
     passes = used = 0
     for p in model:
-        squares = sum(size * size for size in costs.sides(p))
+        squares = sum(size * size for size in costs.our_sides(p))
         need = 4 * (3 * p.m * p.n + squares) if squares else 0
         for _ in range(p.count):
             if passes == 0 or (used > 0 and used + need > PASS_BYTES):
@@ -129,7 +133,8 @@ def launch_table() -> str:
             least = fixed + costs.ROTATIONS + general + symmetric
             most = fixed + 4 * (costs.ROTATIONS + general) + 2 * symmetric
             text += f"| {integrator} | {moment} | {least} | {most} |\n"
-    return text
+    least, most = costs.SKINNY
+    return text + f"\nWith skinny matrices {least} to {most} more.\n"
 
 
 def main() -> None:

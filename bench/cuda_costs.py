@@ -69,14 +69,55 @@ def product(site: str, form: str, m: int, n: int, k: int, floats: float, params:
     return Cost(f"{site} {form} {name}", 2.0 * number * rows * cols * k, floats, params)
 
 
+SKINNY_RANK = 64  # the default
+
+
+def is_skinny(p: Matrix) -> bool:
+    """As Layout.of in python/dykaf/state.py, with the default integrator and rank."""
+    short, long = min(p.m, p.n), max(p.m, p.n)
+    return p.left and p.right and short <= SKINNY_RANK and long >= max(2 * SKINNY_RANK, 16 * short)
+
+
+def ours(p: Matrix) -> Iterator[Cost]:
+    """What plan_grad_max and plan_step launch at the defaults."""
+    yield from ours_skinny(p) if is_skinny(p) else ours_dense(p)
+
+
 def ours_ksl(p: Matrix) -> Iterator[Cost]:
-    """What plan_grad_max and plan_step launch with the integrator "ksl"."""
-    yield from ours(p, integrator="ksl")
+    """The same with the integrator "ksl"."""
+    yield from ours_dense(p, integrator="ksl")
 
 
-def ours(p: Matrix, integrator: str = "diagonal") -> Iterator[Cost]:
-    """What plan_grad_max and plan_step launch: "diagonal" of metric power 0 (the default) or "ksl",
-    with the full second moment."""
+def ours_skinny(p: Matrix) -> Iterator[Cost]:
+    """Of a skinny matrix, whose basis of the long side has SKINNY_RANK directions."""
+    m, n, size = p.m, p.n, p.m * p.n
+    short, long, rank = min(m, n), max(m, n), SKINNY_RANK
+    wide = m < n
+    rows, cols = (short, rank) if wide else (rank, short)
+    yield Cost("grad_max", params=size)
+    yield Cost("load", floats=size, params=size)
+    side, form = ("left", "TN") if wide else ("right", "NN")
+    yield product(f"into {side}", form, m, n, short, short * short + 2 * size)
+    # exp_avg read and written, the rotated gradient read and written as rows of the basis
+    yield Cost("skinny gradient", floats=4 * size)
+    for _ in range(2):  # the gradient's and exp_avg's; V [rank, long]
+        data = size + rank * long + short * rank
+        yield product("into V", "NT" if wide else "NN", rows, cols, long, data)
+    yield Cost("skinny moments", floats=5 * short * rank)
+    data = size + rank * long + short * rank
+    yield product("out of V", "NN" if wide else "TN", m, n, rank, data)
+    yield Cost("beyond", floats=3 * size)
+    yield Cost("skinny long factor", floats=2 * (1.5 * rank) ** 2)  # the part of `core` in use
+    form = "NN" if wide else "NT"
+    yield product(f"out {side}", form, m, n, short, short * short + size, 2 * size)
+    form = "sym NT" if wide else "sym TN"
+    data = size + 1.5 * short * short
+    yield product(f"{side} increment", form, short, short, long, data)
+    yield Cost(f"{side} blend", floats=3 * short * short)
+
+
+def ours_dense(p: Matrix, integrator: str = "diagonal") -> Iterator[Cost]:
+    """With factors in full: "diagonal" of metric power 0 or "ksl", and the full second moment."""
     m, n, s = p.m, p.n, p.m * p.n
     yield Cost("grad_max", params=s)  # reads G
     if not (p.left or p.right):
@@ -120,10 +161,29 @@ def sides(p: Matrix) -> list[int]:
     return [size for size, has in ((p.m, p.left), (p.n, p.right)) if has]
 
 
+def our_sides(p: Matrix) -> list[int]:
+    """Those with a factor in full, at the defaults."""
+    return [min(p.m, p.n)] if is_skinny(p) else sides(p)
+
+
 def our_refresh(p: Matrix) -> Iterator[Cost]:
-    """One refresh of every side. The passes over n x n arrays beside the products are estimated."""
+    """One refresh of every side at the defaults."""
+    yield from refresh_of(p, our_sides(p))
+    if is_skinny(p):
+        # Householder QR of all 2 k rows, F and its power iteration, Z P; passes over the basis
+        long, rank, rows = max(p.m, p.n), SKINNY_RANK, 2 * SKINNY_RANK
+        flops = 4.0 * long * rows**2 + (4 + 2 + QR) * rows**3 + 2.0 * long * rows * rank
+        yield Cost("refresh", flops, 10 * rows * long)
+
+
+def our_dense_refresh(p: Matrix) -> Iterator[Cost]:
+    yield from refresh_of(p, sides(p))
+
+
+def refresh_of(p: Matrix, factored: list[int]) -> Iterator[Cost]:
+    """Of factors in full. The passes over n x n arrays beside the products are estimated."""
     s = p.m * p.n
-    for n in sides(p):
+    for n in factored:
         # P^T A P of the sorted factor; Q P; every 32nd time Q^T Q and its product with Q
         yield Cost("refresh", (CHOLESKY_QR2 + 4 + 2 + 4 / 32) * n**3, 60 * n * n)
         yield Cost("refresh", 2.0 * s * n, 4 * s + n * n)  # P^T exp_avg, copied back
@@ -202,6 +262,9 @@ SITES = {
     "diagonal": (0, 2, 4),  # with metric power 0: scalars and blend of each side
     "diagonal, a power": (0, 2, 7),  # besides weights and two weighings
 }
+# Of skinny matrices: gradient, moments, beyond, long factor, and a product into V and one out of it
+# of one block shape, or for wide and tall ones in every shape but the largest.
+SKINNY = (4 + 2, 4 + 4 * 3)
 SECOND_MOMENTS = {
     "full": 0,  # in the product's epilogue
     "rank_one": 5,  # row sums, row vector, column sums, vectors, Adam

@@ -19,7 +19,7 @@ GEMM_NAME = re.compile(
     r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?ProductFormE(\d).*?MatmulPrecisionE(\d)E"
 )
 KERNEL_NAME = re.compile(r"\d([a-z][a-z_]*)_kernel")  # the digit ends its length
-ELEMENT_OPS = ("load", "adam", "compact", "apply", "adamw", "weigh")
+ELEMENT_OPS = ("load", "adam", "compact", "apply", "adamw", "weigh", "beyond")
 THREADS = {"factor_scalars": 128, "metric_weights": 128, "prepare": 128, "update_rms": 32}
 DEFAULT_THREADS = 256
 

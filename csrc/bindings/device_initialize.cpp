@@ -53,8 +53,7 @@ class FirstGradient {
   // All there is to do for a skinny matrix.
   void initialize_skinny_() {
     const cpu::SkinnyMatrix w(p_, group_.device);
-    const cpu::SkinnyStart start =
-        cpu::initialize_skinny_(w, group_.options, w.oriented(H_), tau_);
+    const cpu::SkinnyStart start = cpu::initialize_skinny_(w, group_.options, w.oriented(H_), tau_);
     set_rho(start.rho[0], start.rho[1]);
     count_fallbacks(start.fallbacks);
   }

@@ -48,8 +48,7 @@ void initialize_(const Problem<T>& p, const Options& options, const T* H, T tau,
   }
   if (p.is_skinny()) {
     const SkinnyMatrix w(p);
-    const SkinnyStart start =
-        initialize_skinny_(w, options, w.oriented(view(H, p.m, p.n)), tau);
+    const SkinnyStart start = initialize_skinny_(w, options, w.oriented(view(H, p.m, p.n)), tau);
     std::copy(start.rho, start.rho + 2, p.rho);
     *p.refresh_fallbacks += start.fallbacks;
     return;

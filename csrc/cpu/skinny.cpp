@@ -130,7 +130,7 @@ at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::T
 }
 
 SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
-                        double tau) {
+                               double tau) {
   const int64_t size = H.size(0);
   const auto s = static_cast<double>(size);
   const auto l = static_cast<double>(H.size(1));

@@ -8,8 +8,8 @@
 
 namespace dykaf::cpu {
 
-// The state as tensors over its memory on any device, the short side first: [s, l] whichever side it
-// is.
+// The state as tensors over its memory on any device, the short side first: [s, l] whichever side
+// it is.
 struct SkinnyMatrix {
   template <typename T>
   explicit SkinnyMatrix(const Problem<T>& p, at::Device device = at::kCPU);
@@ -19,20 +19,20 @@ struct SkinnyMatrix {
   int64_t* rows;             // on the host
   int64_t* short_refreshes;  // on the host
   int64_t* long_refreshes;   // on the host
-  at::Tensor F;           // [s, s], the short side's factor
-  at::Tensor Q;           // [s, s]
-  at::Tensor basis;       // [2 k, l]
-  at::Tensor core;        // [2 k, 2 k]
-  at::Tensor flat;        // []
-  at::Tensor exp_avg;     // [s, l]
-  at::Tensor exp_avg_sq;  // [s, k + 1]
+  at::Tensor F;              // [s, s], the short side's factor
+  at::Tensor Q;              // [s, s]
+  at::Tensor basis;          // [2 k, l]
+  at::Tensor core;           // [2 k, 2 k]
+  at::Tensor flat;           // []
+  at::Tensor exp_avg;        // [s, l]
+  at::Tensor exp_avg_sq;     // [s, k + 1]
 
   // From [m, n] to [s, l] and back.
   at::Tensor oriented(const at::Tensor& x) const { return is_tall ? x.t() : x; }
 };
 
-// Adam, then the factors, on the CPU, with the gradient H [m, n] over tau. Returns the update [m, n],
-// in the original coordinates.
+// Adam, then the factors, on the CPU, with the gradient H [m, n] over tau. Returns the update [m,
+// n], in the original coordinates.
 template <typename T>
 at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::Tensor& H,
                         double tau);

@@ -60,7 +60,8 @@ enum class ElementOp : int32_t {
   kApply,    // the parameter's update; 1 x size
   kAdamW,    // AdamW of a parameter without factors, from its gradient; partials; 1 x size
   kWeigh,    // out = diag(row) in diag(col), null: 1; m x n
-  kBeyond,   // out = the update of a skinny matrix, in + diag(row) exp_avg diag(col); partials; m x n
+  kBeyond,   // out = the update of a skinny matrix, in + diag(row) exp_avg diag(col); partials; m x
+             // n
 };
 int64_t element_tiles(int64_t m, int64_t n);
 int launch_elements(ElementOp op, const Grouped<ElementProblem>& launch, const Matrices& matrices,

@@ -56,14 +56,13 @@ DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
 // exp_avg, and X from the array to `tile` [kShort, kStride], the short side first.
 DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, const float* X,
                               const Part& part, float* tile) {
-  const int units_per_row = (part.is_wide ? kLong : kShort) / kUnit;
   const int num_rows = part.is_wide ? part.num_i : part.num_j;
   const int num_cols = part.is_wide ? part.num_j : part.num_i;
+  const int units_per_row = (num_cols + kUnit - 1) / kUnit;
   const int64_t first = (part.is_wide ? part.i : part.j) * p.n + (part.is_wide ? part.j : part.i);
   for (int u = static_cast<int>(threadIdx.x); u < num_rows * units_per_row; u += kThreads) {
     const int row = u / units_per_row;
     const int col = u % units_per_row * kUnit;
-    if (col >= num_cols) continue;
     const int count = min(kUnit, num_cols - col);
     const int64_t start = first + row * p.n + col;
     const bool aligned = is_aligned(X, start, 4) && is_aligned(p.exp_avg, start, 4);
@@ -74,7 +73,7 @@ DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, c
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
       exp_avg[e] = blend_momentum(exp_avg[e], s.tau * x[e], s);
-      if (e < count) tile[part.is_wide ? row * kStride + col + e : (col + e) * kStride + row] = x[e];
+      tile[part.is_wide ? row * kStride + col + e : (col + e) * kStride + row] = x[e];
     }
     store_unit(p.exp_avg + start, count, aligned, exp_avg);
   }
@@ -169,8 +168,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The average of the long side, beta rho^2 of the old one and (1 - beta) tau^2 / s of X^T X, in unit
-// trace. One block per matrix.
+// The average of the long side, beta rho^2 of the old one and (1 - beta) tau^2 / s of X^T X, in
+// unit trace. One block per matrix.
 __global__ void __launch_bounds__(kThreads)
     skinny_long_factor_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
                               const __grid_constant__ Matrices matrices, double beta) {

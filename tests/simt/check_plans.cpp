@@ -100,6 +100,24 @@ void check_launch_counts(const Form& form) {
   });
 }
 
+// Beside "power 0" of the medium block shape a wide skinny matrix has two rotations of a narrow
+// shape, four kernels and two products of its own; a tall one two rotations and two products more.
+void check_skinny_launches() {
+  check_once("plan launches skinny", [] {
+    Scenario scenario;
+    scenario.options.integrator = Integrator::kDiagonal;
+    scenario.options.metric_power = 0;
+    const CaseSpec wide = {8, 264, Sides::kLeft, DType::kFloat32, Master::kNo, 0, 1, 12};
+    const CaseSpec tall = {264, 8, Sides::kRight, DType::kFloat32, Master::kNo, 0, 1, 12};
+    for (const int times : {1, 3}) {
+      scenario.specs = repeated({{33, 33}, wide}, times);
+      require_count("wide", launches_of(scenario).size(), 13 + 8);
+      scenario.specs = repeated({{33, 33}, wide, tall}, times);
+      require_count("wide and tall", launches_of(scenario).size(), 13 + 12);
+    }
+  });
+}
+
 // Two matrices of 100 x 70 in 64 x 64 tiles, and a vector.
 void check_grids() {
   check_once("plan grids", [] {
@@ -146,6 +164,7 @@ void check_nothing() {
 
 void check_plans() {
   for (const Form& form : kForms) check_launch_counts(form);
+  check_skinny_launches();
   check_grids();
   check_nothing();
 }

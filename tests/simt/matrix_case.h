@@ -19,8 +19,8 @@ struct CaseSpec {
   Sides sides = Sides::kBoth;
   DType dtype = DType::kFloat32;
   Master master = Master::kNo;
-  int64_t offset = 0;  // of the arrays in their allocations, in elements
-  double size = 1;     // of the gradient and rho
+  int64_t offset = 0;       // of the arrays in their allocations, in elements
+  double size = 1;          // of the gradient and rho
   int64_t skinny_rank = 0;  // with the short one of the sides
 
   int64_t short_side() const { return std::min(m, n); }
@@ -176,7 +176,8 @@ struct MatrixCase {
       }
     }
     exp_avg = randn(m * n, rng, offset);
-    const bool is_compact = rank == 0 && sides != Sides::kNone && options.second_moment != SecondMoment::kFull;
+    const bool is_compact =
+        rank == 0 && sides != Sides::kNone && options.second_moment != SecondMoment::kFull;
     if (is_compact) {
       row = random_positive(m, rng, offset);
       col = random_positive(n, rng, offset);
@@ -252,9 +253,8 @@ struct MatrixCase {
     p.grad = dense(grad, m, n);
     p.param = master.size() > 0 ? dense(master, m, n) : dense(param, m, n);
     p.exp_avg = dense(exp_avg, m, n);
-    p.exp_avg_sq = spec.skinny_rank > 0
-                       ? dense(exp_avg_sq, spec.short_side(), spec.skinny_rank + 1)
-                       : dense(exp_avg_sq, m, n);
+    p.exp_avg_sq = spec.skinny_rank > 0 ? dense(exp_avg_sq, spec.short_side(), spec.skinny_rank + 1)
+                                        : dense(exp_avg_sq, m, n);
     p.row = dense(row, 1, m);
     p.col = dense(col, 1, n);
     if (scale.size() > 0) p.scale = scale[0];

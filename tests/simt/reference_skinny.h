@@ -38,8 +38,8 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X, const
   const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
   const Number beta2 = Number(options.beta2).rounded();
   const Number gain2 = Number(1 - options.beta2).rounded();
-  exp_avg = combined(Number(options.beta1).rounded(), exp_avg,
-                     Number(1 - options.beta1).rounded(), X);
+  exp_avg =
+      combined(Number(options.beta1).rounded(), exp_avg, Number(1 - options.beta1).rounded(), X);
   const Dense V = top_rows(p.basis, p.inner);
   const Dense XV = multiplied(X, transposed(V), MatmulPrecision::kHighest);
   Dense MV = multiplied(exp_avg, transposed(V), MatmulPrecision::kHighest);
@@ -52,8 +52,8 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X, const
     const Number total = sum_of_squares(X, i);
     const Number outside = total - sum_of_squares(XV, i);
     const Number floor = Number(4 * 0x1p-23) * total;
-    const Number rest = sqrt((outside.value > floor.value ? outside : floor) /
-                             static_cast<double>(X.n - p.inner));
+    const Number rest =
+        sqrt((outside.value > floor.value ? outside : floor) / static_cast<double>(X.n - p.inner));
     beyond.at(0, i) = inverse_root(p.exp_avg_sq.at(i, rank), rest);
     for (int64_t j = 0; j < p.inner; ++j) {
       const Number within = inverse_root(p.exp_avg_sq.at(i, j), XV.at(i, j));
@@ -98,8 +98,8 @@ inline void skinny_step(Matrix& p, const Settings& settings) {
   const bool is_wide = p.grad.m < p.grad.n;
   const auto oriented = [&](const Dense& A) { return is_wide ? A : transposed(A); };
   const double tau = gradient_scale(p, settings);
-  const Dense X = oriented(
-      rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision));
+  const Dense X =
+      oriented(rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision));
   Dense exp_avg = oriented(p.exp_avg);
   const Dense D = oriented(skinny_adam_update(p, exp_avg, X, settings.options));
   p.exp_avg = oriented(exp_avg);

@@ -15,6 +15,7 @@ from .elements import DEVICE, ELEMENT_KERNELS
 from .fault import Mutant
 from .products import EPILOGUES, FRAGMENTS, MAIN_LOOP, TILE_LOADER
 from .scalars import FACTOR_SCALARS, GRAD_MAX, PLANS, PREPARE, SECOND_MOMENT
+from .skinny import SKINNY
 
 MUTANTS: list[Mutant] = [
     *TILE_LOADER,
@@ -28,4 +29,5 @@ MUTANTS: list[Mutant] = [
     *SECOND_MOMENT,
     *GRAD_MAX,
     *PLANS,
+    *SKINNY,
 ]

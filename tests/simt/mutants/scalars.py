@@ -30,8 +30,8 @@ FACTOR_SCALARS = faults(
     ("average: never stops", "if (!(norm > 0)) {", "if (norm < 0) {"),
     (
         "average: rho of one side",
-        "if (p.L == nullptr || p.R == nullptr) {",
-        "if (p.L == nullptr && p.R == nullptr) {",
+        "(p.L != nullptr && p.R != nullptr) || p.basis",
+        "(p.L != nullptr || p.R != nullptr) || p.basis",
     ),
     (
         "average: not over the size",

@@ -1,0 +1,87 @@
+"""Faults in what skinny matrices have of their own."""
+
+from .fault import faults
+
+CHECKS = ("skinny step", "skip skinny")
+
+SKINNY = (
+    faults(
+        "skinny.cu",
+        CHECKS,
+        ("no barrier before the rows", "  __syncthreads();\n  append_part_", "  append_part_"),
+        ("writes beyond a row", "j + kQuad <= part.num_j && ", ""),
+        ("rows taken for aligned", " && is_aligned(to, 0, 4)", ""),
+        ("a row's tail is left out", "e < kQuad && j + e < part.num_j", "false"),
+        ("rows over those in use", "p.basis + q.used * part.l", "p.basis + q.inner * part.l"),
+        ("tail of the short side", "min(int64_t{kShort}, part.s - part.i)", "int64_t{kShort}"),
+        ("tail of the long side", "min(int64_t{kLong}, part.l - part.j)", "int64_t{kLong}"),
+        ("parts of the short side", "tile % parts_i * kShort", "0 * kShort"),
+        ("a tall tile is not turned", "(col + e) * kStride + row]", "(row + e) * kStride + col]"),
+        ("momentum without tau", "s.tau * x[e], s)", "x[e], s)"),
+        (
+            "sums of the first row",
+            "q.sums[part.piece * part.s + part.i + i] = sum",
+            "q.sums[i] = sum",
+        ),
+        ("a piece is left out", "piece < ceil_div(l, kLong);", "piece < l / kLong;"),
+        ("rows beyond the matrix", "if (i >= num_rows) return;", ""),
+        ("no warp sum", "  total = warp_sum(total);\n", ""),
+        ("what V sees is not taken off", "fmax(total - inside,", "fmax(total,"),
+        ("no floor", "fmax(total - inside, 4 * kEpsilon * total)", "total - inside"),
+        ("mean over all directions", "(l - q.inner)", "(l)"),
+        (
+            "the rest without tau",
+            "exp_avg_sq[p.skinny_rank], s.tau * rest",
+            "exp_avg_sq[p.skinny_rank], rest",
+        ),
+        ("no broadcast", "  beyond = __shfl_sync(kFullMask, beyond, 0);\n", ""),
+        ("V as if its part were not beyond", "q.XV[place(j)]) - beyond", "q.XV[place(j)])"),
+        (
+            "no bias correction",
+            "(sqrtf(second_moment) * s.correction2 + s.eps)",
+            "(sqrtf(second_moment) + s.eps)",
+        ),
+        ("core does not decay", "*= decay;\n  }", "*= 1.0f;\n  }"),
+        ("flat does not decay", "*p.flat *= decay;", ""),
+        ("rows in use from the stride", "p.core[i / q.used * size + i % q.used]", "p.core[i]"),
+        ("new rows weigh nothing", "(size + 1)] = added", "(size + 1)] = 0.0f"),
+        ("rho of the short side", "p.rho[is_wide ? 1 : 0]", "p.rho[is_wide ? 0 : 1]"),
+        ("rho is written too early", "  __syncthreads();  // all have read rho\n", ""),
+        ("no trace", "  if (!(trace > 0)) return;\n", ""),
+        ("skipped steps move on", "if (s.active == 0) return;\n  const Part", "const Part"),
+    )
+    + faults(
+        "skinny_update.cu",
+        CHECKS,
+        (
+            "V has all rows in use",
+            "q.inner = static_cast<int32_t>(inner)",
+            "q.inner = static_cast<int32_t>(p.rows[1])",
+        ),
+        (
+            "beyond along the wrong side",
+            "(p.m < p.n ? e.row : e.col)",
+            "(p.m > p.n ? e.row : e.col)",
+        ),
+        (
+            "long factor before the moments",
+            "    stage(SkinnyStage::kMoments, factor_beta);\n",
+            "    stage(SkinnyStage::kLongFactor, factor_beta);\n",
+        ),
+    )
+    + faults(
+        "elements.cu",
+        CHECKS,
+        (
+            "the rest without bias correction",
+            "(within[i] + update[i]) * s.correction1",
+            "within[i] + update[i]",
+        ),
+        ("what V sees is lost", "(within[i] + update[i])", "update[i]"),
+    )
+    + faults(
+        "factor_scalars.cu",
+        CHECKS,
+        ("both sides take the short one's rho", " || p.basis != nullptr", ""),
+    )
+)
