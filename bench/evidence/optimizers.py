@@ -63,7 +63,12 @@ def make_adamw(
 
 
 # What a contender of kind dykaf does not name, whatever the package's defaults are.
-DYKAF_BASE = {"factor_beta": None, "metric_power": 1.0, "rescale_exp_avg_sq": False}
+DYKAF_BASE = {
+    "factor_beta": None,
+    "metric_power": 1.0,
+    "rescale_exp_avg_sq": False,
+    "skinny_rank": 0,
+}
 
 
 def make_optimizer(
