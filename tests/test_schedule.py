@@ -271,6 +271,7 @@ def layout(*shape: int, batch_dims: int = 0, max_precond_dim: int = 10_000) -> L
         "integrator": "diagonal",
         "metric_power": 0.0,
         "second_moment": "full",
+        "state_dtype": "float32",
         "low_precision": "stochastic",
     }
     return Layout.of(torch.empty(shape, device="meta"), group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dykaf.narrow import widened
 from dykaf.state import State, matrices
 
 
@@ -68,7 +69,7 @@ def parameter_diagnostics(state: State) -> dict[str, float]:
     }
     if "rho" not in state:
         return report
-    for matrix in matrices(state):
+    for matrix in matrices(widened(state)):
         if not float(matrix["rho"][0]) > 0:
             continue
         for key, value in _matrix_diagnostics(matrix).items():

@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from dykaf import ops
 from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
+from dykaf.narrow import in_full, passes
 from dykaf.options import RULES, StepOptions, check_options, step_options
 from dykaf.schedule import stagger_offsets
 from dykaf.state import (
@@ -93,6 +94,9 @@ class DyKAF(Optimizer):
         matmul_precision: "highest", "high" or "medium" for float32 products, as
             torch.set_float32_matmul_precision; None follows torch's setting.
         batch_dims: leading dimensions that index separate matrices (experts, stacked layers).
+        state_dtype: of factors and bases: "float32" (float64 for float64 parameters) or "bfloat16",
+            half the memory of these; a step then computes with copies in full, at most 512 MiB of
+            them, or one parameter's, at a time.
         low_precision: how bfloat16 and float16 parameters are updated: "stochastic" rounding or a
             float32 "master" copy in the state.
         seed: of the stochastic rounding.
@@ -129,6 +133,7 @@ class DyKAF(Optimizer):
         refresh_stagger: bool = True,
         matmul_precision: str | None = None,
         batch_dims: int = 0,
+        state_dtype: str = "float32",
         low_precision: str = "stochastic",
         seed: int = 0,
         maximize: bool = False,
@@ -208,19 +213,26 @@ class DyKAF(Optimizer):
         offsets = self._stagger_offsets()
         for item, grad_max in zip(work, maxima, strict=True):
             gpu_inputs = self._gpu_inputs(item, skip) if item.on_gpu else {}
-            ops.step_(
-                item.params,
-                item.grads,
-                grad_max,
-                [
-                    self._state_of(param, layout)
-                    for param, layout in zip(item.params, item.layouts, strict=True)
-                ],
-                item.indices,
-                [offsets[idx] for idx in item.indices],
-                self._step_options(item, gpu_inputs),
-                **gpu_inputs,
-            )
+            options = self._step_options(item, gpu_inputs)
+            states = [
+                self._state_of(param, layout)
+                for param, layout in zip(item.params, item.layouts, strict=True)
+            ]
+            num_done = 0
+            for part in passes(states):
+                num_matrices = sum(layout.count for layout in item.layouts[part])
+                with in_full(states[part]) as wide:
+                    ops.step_(
+                        item.params[part],
+                        item.grads[part],
+                        grad_max[num_done : num_done + num_matrices],
+                        wide,
+                        item.indices[part],
+                        [offsets[idx] for idx in item.indices[part]],
+                        options,
+                        **gpu_inputs,
+                    )
+                num_done += num_matrices
         return loss
 
     def _collect(self) -> list[_GroupWork]:

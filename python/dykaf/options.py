@@ -105,6 +105,7 @@ RULES: dict[str, _Rule] = {
     "refresh_stagger": _FLAG,
     "matmul_precision": _one_of(None, "highest", "high", "medium"),
     "batch_dims": _integer(lambda value: value >= 0, "an integer >= 0"),
+    "state_dtype": _one_of("float32", "bfloat16"),
     "low_precision": _one_of("stochastic", "master"),
     "seed": _integer(lambda value: 0 <= value < 2**64, "an integer in [0, 2**64)"),
     "maximize": _FLAG,

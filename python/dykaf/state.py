@@ -24,6 +24,7 @@ STRUCTURAL_OPTIONS = (
     "metric_power",
     "batch_dims",
     "second_moment",
+    "state_dtype",
     "low_precision",
 )
 
@@ -66,6 +67,7 @@ class Layout:
     left: bool
     right: bool
     dtype: torch.dtype
+    factor_dtype: torch.dtype  # of factors and bases
     second_moment: str
     master: bool
     skinny_rank: int = 0
@@ -88,6 +90,7 @@ class Layout:
             and min(m, n) <= skinny_rank
             and max(m, n) >= max(2 * skinny_rank, SKINNY_RATIO * min(m, n))
         )
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         low_precision = param.dtype in (torch.bfloat16, torch.float16)
         return cls(
             shape=shape,
@@ -96,7 +99,8 @@ class Layout:
             n=n,
             left=left and not (is_skinny and m > n),
             right=right and not (is_skinny and m < n),
-            dtype=torch.float64 if param.dtype == torch.float64 else torch.float32,
+            dtype=dtype,
+            factor_dtype=torch.bfloat16 if group["state_dtype"] == "bfloat16" else dtype,
             second_moment=group["second_moment"] if factored and not is_skinny else "full",
             master=low_precision and group["low_precision"] == "master",
             skinny_rank=skinny_rank if is_skinny else 0,
@@ -125,8 +129,8 @@ class Layout:
         if self.skinny_rank:
             short, long, rows = min(m, n), max(m, n), 2 * self.skinny_rank
             shapes["exp_avg_sq"] = ((*batch, short, self.skinny_rank + 1), dtype)
-            shapes["basis"] = ((*batch, rows, long), dtype)
-            shapes["core"] = ((*batch, rows, rows), dtype)
+            shapes["basis"] = ((*batch, rows, long), self.factor_dtype)
+            shapes["core"] = ((*batch, rows, rows), self.factor_dtype)
             shapes["flat"] = (batch, dtype)
             shapes["rows"] = ((*batch, 2), torch.int64)
         elif self.second_moment == "full":
@@ -137,9 +141,9 @@ class Layout:
         if self.second_moment == "rank_one":
             shapes["exp_avg_sq_scale"] = (batch, torch.float64)
         if self.left:
-            shapes["L"] = shapes["Q_L"] = ((*batch, m, m), dtype)
+            shapes["L"] = shapes["Q_L"] = ((*batch, m, m), self.factor_dtype)
         if self.right:
-            shapes["R"] = shapes["Q_R"] = ((*batch, n, n), dtype)
+            shapes["R"] = shapes["Q_R"] = ((*batch, n, n), self.factor_dtype)
         if self.left or self.right:
             shapes["rho"] = ((*batch, 2), torch.float64)
             shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
