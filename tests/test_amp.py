@@ -215,13 +215,13 @@ def _from_basis(state: dict[str, Tensor], key: str) -> Tensor:
 @pytest.mark.parametrize(("m", "n"), [(48, 48), (64, 32)])
 @pytest.mark.parametrize("source", ["option", "torch"])
 def test_medium_stays_near_highest(m: int, n: int, source: str) -> None:
-    """A product of operands rounded to bfloat16, u = 2^-8: |fl(Q X) - Q X| <= (2 u + u^2) |Q| |X|
-    by entry, in norm at most 2.01 u sqrt(m) ||X|| for an orthogonal m x m Q. The momentum of one
-    gradient is two such products away from it. It is compared in the original coordinates, where
-    the bases (which hang on the rounded factors) do not show. A factor is the normalised sum of
-    non-negative terms with two products each (three of four operands rounded: 4.02 u), by entry
-    against the sum of absolute values: at most the square root of its size in norm."""
-    u = 2.0**-8
+    """A product whose operands and result are rounded to bfloat16, u = 2^-9: |fl(Q X) - Q X| <=
+    3.01 u |Q| |X| by entry, in norm at most 3.01 u sqrt(m) ||X|| for an orthogonal m x m Q. The
+    momentum of one gradient is two such products away from it. It is compared in the original
+    coordinates, where the bases (which hang on the rounded factors) do not show. A factor is the
+    normalised sum of non-negative terms with two products each (6.03 u), by entry against the sum
+    of absolute values: at most the square root of its size in norm."""
+    u = 2.0**-9
     states = {}
     for precision in ("highest", "medium"):
         param = parameter(m, n)
@@ -237,21 +237,23 @@ def test_medium_stays_near_highest(m: int, n: int, source: str) -> None:
         run(optimizer, range(2))
         states[precision] = optimizer.state[param]
     exact = 0.05 * gradient(param, 1, 0).double()
-    bound = 2.01 * u * (m**0.5 + n**0.5)
+    bound = 3.01 * u * (m**0.5 + n**0.5)
     momenta = {key: _from_basis(state, "exp_avg") for key, state in states.items()}
     assert float((momenta["highest"] - exact).norm()) < 1e-5 * float(exact.norm())
     assert float((momenta["medium"] - exact).norm()) < bound * float(exact.norm())
     for key, size in (("L", m), ("R", n)):
         difference = _from_basis(states["medium"], key) - _from_basis(states["highest"], key)
-        assert float(difference.norm()) < 2 * 4.02 * u * size**0.5
+        assert float(difference.norm()) < 2 * 6.03 * u * size**0.5
     ratio = states["medium"]["rho"] / states["highest"]["rho"]
-    assert bool(((ratio - 1).abs() < 2 * 4.02 * u * max(m, n) ** 0.5).all())
+    assert bool(((ratio - 1).abs() < 2 * 6.03 * u * max(m, n) ** 0.5).all())
+    if torch.cpu.get_capabilities().get("avx512_bf16"):
+        assert float((momenta["medium"] - exact).norm()) > 0.01 * bound * float(exact.norm())
 
 
 def test_refreshed_bases_are_orthogonal_at_medium() -> None:
     """Bases are made at full precision: the error stays that of float32, not of bfloat16.
 
-    Where oneDNN has no bfloat16 kernels for float32 inputs, both settings give float32.
+    On a CPU without bfloat16 instructions both settings give float32.
     """
     param = parameter(320, 288)
     optimizer = DyKAF([param], matmul_precision="medium", precondition_frequency=1)
@@ -261,3 +263,23 @@ def test_refreshed_bases_are_orthogonal_at_medium() -> None:
         Q = state[key].double()
         error = Q.T @ Q - torch.eye(size, dtype=torch.float64)
         assert float(error.abs().max()) < 1e-5
+
+
+@pytest.mark.usefixtures("restored")
+def test_initialisation_and_refreshes_are_the_same_at_medium() -> None:
+    """Bit for bit: no product of theirs is rounded."""
+    states = []
+    for precision in ("highest", "medium"):
+        param = parameter(40, 24)
+        optimizer = DyKAF([param], matmul_precision="highest", refresh_schedule="fixed")
+        run(optimizer, range(3))
+        fresh = DyKAF([parameter(40, 24)], matmul_precision=precision)
+        run(fresh, range(1))
+        ops.refresh_basis_(
+            [optimizer.state[param]], "left", step_options({**fresh.param_groups[0]}, 1.0)
+        )
+        states.append(
+            [*optimizer.state[param].values(), *fresh.state[params_of(fresh)[0]].values()]
+        )
+    for expected, actual in zip(*states, strict=True):
+        assert torch.equal(expected, actual)

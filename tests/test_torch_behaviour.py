@@ -3,6 +3,9 @@ added late, closures, hooks, missing gradients."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -358,3 +361,24 @@ def test_named_parameters_give_their_names() -> None:
     optimizer.param_groups[0]["nonfinite"] = "raise"
     with pytest.raises(RuntimeError, match=r"^gradient of 1\.weight: "):
         optimizer.step()
+
+
+MANY_THREADS = """
+import torch
+from dykaf import DyKAF
+torch.set_num_threads(2)
+params = [torch.nn.Parameter(torch.randn(1024, 256)) for _ in range(4)]
+optimizer = DyKAF(params, precondition_frequency=1)
+for _ in range(3):
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+assert all(param.isfinite().all() for param in params)
+"""
+
+
+def test_steps_end_after_set_num_threads() -> None:
+    """MKL then wants as many threads within each of torch's, where it gets one, and can wait for
+    the others for ever."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", MANY_THREADS], check=True, timeout=120, env=environment)

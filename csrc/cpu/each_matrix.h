@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/aten.h"
+#include "cpu/mkl_threads.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cpu {
@@ -71,6 +72,7 @@ void for_each_matrix(std::span<const Problem<T>> problems, const MakeContext& ma
     std::atomic<size_t> next = 0;
     at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
       const at::AutoDispatchBelowADInplaceOrView no_autograd;  // does not carry over to threads
+      const OneMklThread one_thread;
       auto context = make_context(std::span<const Problem<T>>(list));
       for (size_t k = next++; k < shared.size(); k = next++) body(shared[k], context);
     });

@@ -1,7 +1,9 @@
 #include "cpu/linalg.h"
 
+#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
 
 #include <algorithm>
 
@@ -48,23 +50,53 @@ int64_t panel_height(int64_t n) {
   return n < 2 * least ? n : std::max(least, (n + 7) / 8);
 }
 
+bool multiplies_bfloat16() {
+  static const bool is_supported = [] {
+    const auto capabilities = at::cpu::get_cpu_capabilities();
+    const auto found = capabilities.find("avx512_bf16");
+    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
+  }();
+  return is_supported;
+}
+
+// How the factors of a product are read. At precision "medium" oneDNN may round float32 to bfloat16
+// by itself, but does not on CPUs that have only AVX-512 instructions for it.
+at::Tensor operand(const at::Tensor& x) {
+  const bool rounds = x.scalar_type() == at::kFloat && multiplies_bfloat16() &&
+                      at::globalContext().float32Precision(at::Float32Backend::MKLDNN,
+                                                           at::Float32Op::MATMUL) ==
+                          at::Float32Precision::BF16;
+  return rounds ? x.to(at::kBFloat16) : x;
+}
+
+// out = a b of operands.
+void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (a.scalar_type() == out.scalar_type()) {
+    at::mm_out(out, a, b);
+  } else {
+    out.copy_(a.mm(b));
+  }
+}
+
 }  // namespace
 
 void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
   if (b.size(1) <= kFewColumns && a.size(0) > kFewColumns) {
-    out.copy_(b.t().contiguous().mm(a.t()).t());
+    out.copy_(operand(b.t().contiguous()).mm(operand(a.t())).t());
   } else {
-    at::mm_out(out, a, b);
+    multiply(out, operand(a), operand(b));
   }
 }
 
-void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+void symmetric_product(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right) {
+  const at::Tensor a = operand(left);
+  const at::Tensor b = operand(right);
   const int64_t n = out.size(0);
   const int64_t panel = panel_height(n);
   for (int64_t begin = 0; begin < n; begin += panel) {
     const int64_t end = std::min(n, begin + panel);
-    at::Tensor block = out.slice(0, begin, end).slice(1, 0, end);
-    at::mm_out(block, a.slice(0, begin, end), b.slice(1, 0, end));
+    multiply(out.slice(0, begin, end).slice(1, 0, end), a.slice(0, begin, end),
+             b.slice(1, 0, end));
   }
   mirror(out, [](auto lower, auto) { return lower; });
 }
