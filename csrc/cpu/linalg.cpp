@@ -62,10 +62,10 @@ bool multiplies_bfloat16() {
 // How the factors of a product are read. At precision "medium" oneDNN may round float32 to bfloat16
 // by itself, but does not on CPUs that have only AVX-512 instructions for it.
 at::Tensor operand(const at::Tensor& x) {
-  const bool rounds = x.scalar_type() == at::kFloat && multiplies_bfloat16() &&
-                      at::globalContext().float32Precision(at::Float32Backend::MKLDNN,
-                                                           at::Float32Op::MATMUL) ==
-                          at::Float32Precision::BF16;
+  const bool rounds =
+      x.scalar_type() == at::kFloat && multiplies_bfloat16() &&
+      at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+          at::Float32Precision::BF16;
   return rounds ? x.to(at::kBFloat16) : x;
 }
 
@@ -95,8 +95,7 @@ void symmetric_product(const at::Tensor& out, const at::Tensor& left, const at::
   const int64_t panel = panel_height(n);
   for (int64_t begin = 0; begin < n; begin += panel) {
     const int64_t end = std::min(n, begin + panel);
-    multiply(out.slice(0, begin, end).slice(1, 0, end), a.slice(0, begin, end),
-             b.slice(1, 0, end));
+    multiply(out.slice(0, begin, end).slice(1, 0, end), a.slice(0, begin, end), b.slice(1, 0, end));
   }
   mirror(out, [](auto lower, auto) { return lower; });
 }
