@@ -1,4 +1,4 @@
-"""The command line: python -m bench {ops,step,scale,evidence}."""
+"""The command line: python -m bench {ops,step,scale,memory,evidence}."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "ops": "every operation against plain torch and the machine's peaks",
     "step": "whole optimizer steps, the optimizers in turns",
     "scale": "cost against size and number of matrices",
+    "memory": "bytes of state per parameter, by mode and model",
 }
 EVIDENCE = "python -m bench evidence: training runs against other optimizers, and their report."
 
@@ -37,7 +38,7 @@ def make_parser(selected: str | None) -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
         command.add_argument("--json", type=Path, metavar="FILE", help="all numbers, single times")
         command.add_argument("--csv", type=Path, metavar="FILE", help="one line per row")
-        if name != "ops":
+        if name in ("step", "scale"):
             command.add_argument("--png", type=Path, metavar="FILE", help="a picture")
         if name != "scale":
             command.add_argument(
