@@ -19,13 +19,26 @@ def _narrow(state: State) -> dict[str, Tensor]:
     return {key: state[key] for key in KEYS if key in state and state[key].dtype == torch.bfloat16}
 
 
+def _widen(states: Sequence[State]) -> tuple[list[State], list[Tensor], list[Tensor]]:
+    """The states with copies in full; what was copied, and the copies."""
+    wide: list[State] = []
+    kept: list[Tensor] = []
+    full: list[Tensor] = []
+    for state in states:
+        narrow = _narrow(state)
+        dtype = state["exp_avg"].dtype
+        copies = {key: torch.empty_like(value, dtype=dtype) for key, value in narrow.items()}
+        wide.append({**state, **copies} if copies else state)
+        kept += narrow.values()
+        full += copies.values()
+    if full:
+        torch._foreach_copy_(full, kept)
+    return wide, kept, full
+
+
 def widened(state: State) -> State:
     """``state`` with copies in full of what is kept in bfloat16."""
-    narrow = _narrow(state)
-    if not narrow:
-        return state
-    dtype = state["exp_avg"].dtype
-    return {**state, **{key: value.to(dtype) for key, value in narrow.items()}}
+    return _widen([state])[0][0]
 
 
 def passes(states: Sequence[State]) -> Iterator[slice]:
@@ -44,12 +57,7 @@ def passes(states: Sequence[State]) -> Iterator[slice]:
 @contextmanager
 def in_full(states: Sequence[State]) -> Iterator[list[State]]:
     """The states with nothing in bfloat16; at the end the copies are rounded back, to nearest."""
-    wide = [widened(state) for state in states]
+    wide, kept, full = _widen(states)
     yield wide
-    pairs = [
-        (value, full[key])
-        for state, full in zip(states, wide, strict=True)
-        for key, value in _narrow(state).items()
-    ]
-    if pairs:
-        torch._foreach_copy_([value for value, _ in pairs], [full for _, full in pairs])
+    if full:
+        torch._foreach_copy_(kept, full)
