@@ -67,8 +67,9 @@ def draw_scale(records: Sequence[Record], path: Path) -> None:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10 ... on a log axis that may not reach over a decade."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2, 5, 10 ... on a log axis that may not reach over a decade; 1, 10 ... over many."""
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 2000 * low else (1,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
