@@ -15,7 +15,8 @@ TORCH ?= 2.13.0
 DYKAF_CUDA ?= auto
 export DYKAF_CUDA
 
-GPU_TESTS := tests/test_ops.py tests/test_hard_refresh.py tests/test_gpu.py tests/test_skinny.py
+GPU_TESTS := tests/test_ops.py tests/test_hard_refresh.py tests/test_gpu.py tests/test_skinny.py \
+  tests/test_factor_update_every.py
 
 VENV := .venv
 BIN := $(VENV)/bin

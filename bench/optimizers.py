@@ -129,6 +129,7 @@ SPECS: dict[str, Spec] = {
     "dykaf-bug": dykaf_spec(5, integrator="bug"),
     "dykaf-factored": dykaf_spec(3, second_moment="factored"),
     "dykaf-dense": dykaf_spec(3, skinny_rank=0),
+    "dykaf-every-2": dykaf_spec(2.5, factor_update_every=2),
     "dykaf-rank-one": dykaf_spec(3, second_moment="rank_one"),
     "dykaf-unstaggered": dykaf_spec(3, refresh_stagger=False),
     "textbook-dykaf": Spec(textbook(TextbookDyKAF), None, 6, refresh=16),
@@ -142,7 +143,13 @@ SPECS: dict[str, Spec] = {
     "adamw": Spec(adamw),
 }
 # Compiling takes a minute and more per shape; the other two modes are variations.
-NOT_BY_DEFAULT = ("dykaf-dense", "dykaf-rank-one", "dykaf-unstaggered", "soap-heavyball-compiled")
+NOT_BY_DEFAULT = (
+    "dykaf-dense",
+    "dykaf-every-2",
+    "dykaf-rank-one",
+    "dykaf-unstaggered",
+    "soap-heavyball-compiled",
+)
 DEFAULT_OPTIMIZERS = tuple(name for name in SPECS if name not in NOT_BY_DEFAULT)
 BASELINES = ("textbook-dykaf", "textbook-soap", "adamw")
 FIRST_BASIS = 30  # flops per cube of a side, decompositions as products take their time

@@ -245,6 +245,7 @@ class ReferenceDyKAF:
         *,
         factor_beta: float | None = 0.9,
         precondition_frequency: int = 10,
+        factor_update_every: int = 1,
         max_precond_dim: int = 10000,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
@@ -260,6 +261,7 @@ class ReferenceDyKAF:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.factor_beta = betas[1] if factor_beta is None else factor_beta
         self.precondition_frequency = precondition_frequency
+        self.factor_update_every = factor_update_every
         self.integrator, self.metric_power, self.init = integrator, metric_power, init
         self.refresh_schedule, self.rescale_exp_avg_sq = refresh_schedule, rescale_exp_avg_sq
         self.stagger_offsets, self.maximize, self.dense = stagger_offsets, maximize, dense
@@ -322,7 +324,8 @@ class ReferenceDyKAF:
         D = (self._rotate(self.exp_avg) / (1 - beta1**self.t)) / (root + self.eps)
         self.update_rms = float(D.square().mean().sqrt())
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self._rotate_back(D)
-        if self.kept:
+        offset = 0 if self.stagger_offsets is None else self.stagger_offsets[0]
+        if self.kept and (self.t + offset) % self.factor_update_every == 0:
             self._update_factors(G)
         for side in self.kept:
             if self.t >= self.next_refresh[side]:
@@ -347,13 +350,18 @@ class ReferenceDyKAF:
             self._schedule(side)
         self.started = True
 
+    def _decay(self) -> float:
+        """Of the factors from one update to the next: factor_beta for each step."""
+        return math.prod([self.factor_beta] * self.factor_update_every)
+
     def _identity_prior(self, G: Tensor) -> None:
         """L = I / sqrt(m), R = I / sqrt(n); rho^2 L (x) R = (1 - beta)/beta mean(G^2) I."""
         m, n = G.shape
         for side in self.kept:
             d = G.shape[side]
             self.factors[side] = torch.eye(d, dtype=torch.float64) / math.sqrt(d)
-        weighted_square = (1 - self.factor_beta) / self.factor_beta * float(G.square().sum())
+        beta = self._decay()
+        weighted_square = (1 - beta) / beta * float(G.square().sum())
         if self.integrator == "diagonal" and len(self.kept) == 2:
             # L_total = (1 - beta)/beta mean(G^2) I, and R_total likewise.
             self.rho = [
@@ -364,7 +372,7 @@ class ReferenceDyKAF:
             self.rho = [math.sqrt(weighted_square / math.sqrt(m * n))] * 2
 
     def _update_factors(self, G: Tensor) -> None:
-        beta = self.factor_beta
+        beta = self._decay()
         if min(self.rho) == 0:  # underflow after a long run of zero gradients
             if not bool((G != 0).any()):
                 return

@@ -28,11 +28,14 @@ class ReferenceSkinny:
         weight_decay: float = 0.01,
         factor_beta: float = 0.9,
         precondition_frequency: int = 10,
+        factor_update_every: int = 1,
         rescale_exp_avg_sq: bool = True,
     ) -> None:
         self.W, self.rank, self.lr, self.betas, self.eps = W.clone(), rank, lr, betas, eps
-        self.weight_decay, self.factor_beta = weight_decay, factor_beta
+        self.weight_decay = weight_decay
         self.precondition_frequency = precondition_frequency
+        self.factor_update_every = factor_update_every
+        self.decay = factor_beta**factor_update_every
         self.rescale = rescale_exp_avg_sq
         self.t = -1
 
@@ -86,15 +89,16 @@ class ReferenceSkinny:
         D = D + preconditioned(M_rest, self.v_rest[:, None])
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self.Q @ D
 
-        self.L = self.factor_beta * self.L + (1 - self.factor_beta) * G @ G.T / long
-        self.R = self.factor_beta * self.R + (1 - self.factor_beta) * G.T @ G / short
-        self.since.append(X)
+        if self.t % self.factor_update_every == 0:
+            self.L = self.decay * self.L + (1 - self.decay) * G @ G.T / long
+            self.R = self.decay * self.R + (1 - self.decay) * G.T @ G / short
+            self.since.append(X)
         self._refresh(short, long)
 
     def _first_gradient(self, G: Tensor) -> None:
         short, long = G.shape
         prior = G.square().sum() / (short * long)
-        gain = 1 - self.factor_beta
+        gain = 1 - self.decay
         self.L = gain * (prior * torch.eye(short).double() + G @ G.T / long)
         self.R = gain * (prior * torch.eye(long).double() + G.T @ G / short)
         self.Q = torch.linalg.eigh(self.L).eigenvectors.flip(1)

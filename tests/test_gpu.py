@@ -69,6 +69,8 @@ def amplification(factor: Tensor) -> float:
         {"second_moment": "rank_one"},
         {"second_moment": "factored", "integrator": "ksl"},
         {"max_precond_dim": 6},
+        {"factor_update_every": 2},
+        {"factor_update_every": 3, "integrator": "ksl"},
         {"matmul_precision": "highest", "precondition_frequency": 1},
     ],
     ids=lambda options: " ".join(map(str, options.values())) or "default",

@@ -93,6 +93,7 @@ def _reference(param: Tensor, **options: Any) -> ReferenceDyKAF:
         ("weight_decay", 2.0, {"weight_decay": 2.0}),
         ("factor_beta", 0.5, {"factor_beta": 0.5}),
         ("precondition_frequency", 3, {"precondition_frequency": 3}),
+        ("factor_update_every", 3, {"factor_update_every": 3}),
         ("integrator", "bug", {"integrator": "bug"}),
         ("refresh_schedule", "geometric", {"refresh_schedule": "geometric"}),
         ("integrator", "ksl", {"integrator": "ksl"}),

@@ -35,6 +35,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "precondition_frequency": 7,
         "refresh_stagger": False,
     },
+    "factors every 2": {"factor_update_every": 2},
+    "factors every 3, not staggered": {"factor_update_every": 3, "refresh_stagger": False},
+    "one side, factors every 2": {"max_precond_dim": 16, "factor_update_every": 2},
     "maximize": {"maximize": True, "lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6},
     "one side": {"max_precond_dim": 16},
     "no side": {"max_precond_dim": 0},
@@ -97,6 +100,22 @@ def test_trajectory_with_refreshes_at_other_phases(phase: int) -> None:
     refreshes = optimizer.state[optimizer.param_groups[0]["params"][-1]]["refreshes"]
     assert refreshes.tolist() == ref.refreshes
     assert optimizer._stagger_offsets()[-1] != (0, 0)
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("every", [2, 3, 5])
+@pytest.mark.parametrize("integrator", ["ksl", "bug", "diagonal"])
+def test_trajectory_with_factors_updated_in_some_steps(
+    integrator: str, every: int, stagger: bool
+) -> None:
+    """Zero gradients come in steps that update the factors and in steps that do not."""
+    shape = (6, 9)
+    grads = random_gradients(shape, 50)
+    for idx in (20, 21, 33):
+        grads[idx] = torch.zeros(shape, dtype=torch.float64)
+    options = {"integrator": integrator, "refresh_stagger": stagger}
+    optimizer, _ = compare(shape, grads, factor_update_every=every, **options)
+    assert optimizer._stagger_offsets() == [(1, 0)]
 
 
 @pytest.mark.parametrize("integrator", ["ksl", "bug", "diagonal"])

@@ -76,7 +76,7 @@ void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) 
 void count_rows(const DeviceGroup& group, const std::vector<int64_t>& indices) {
   for (int64_t i : indices) {
     const Problem<float>& p = group.problems[static_cast<size_t>(i)];
-    if (p.is_skinny()) p.rows[1] += p.short_side();
+    if (p.is_skinny() && updates_factors(p, group.options)) p.rows[1] += p.short_side();
   }
 }
 

@@ -44,6 +44,7 @@ Options parse_options(const py::dict& options) {
       .metric_power = read<double>(options, "metric_power"),
       .grad_scale = read<double>(options, "grad_scale"),
       .precondition_frequency = read<int64_t>(options, "precondition_frequency"),
+      .factor_update_every = read<int64_t>(options, "factor_update_every"),
       .seed = read<uint64_t>(options, "seed"),
       .integrator = read_name(
           options, "integrator",

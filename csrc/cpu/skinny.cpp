@@ -8,6 +8,7 @@
 
 #include "cpu/linalg.h"
 #include "cpu/refresh.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::cpu {
 namespace {
@@ -125,7 +126,7 @@ at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::T
   const SkinnyMatrix w(p);
   const at::Tensor X = w.Q.t().mm(w.oriented(H));
   const at::Tensor update = w.Q.mm(adam_update_(p, w, options, X, tau));
-  factor_update_(p, w, options, X, tau);
+  if (updates_factors(p, options)) factor_update_(p, w, options, X, tau);
   return w.oriented(update);
 }
 

@@ -27,7 +27,7 @@ void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& work
   adam_update_(p, options, H, tau, update);
   rotate(p, Rotation::kOutOfBasis, update, update, workspace.product);
   apply_update_(p, options, update);
-  factor_update_(p, options, H, tau, workspace);
+  if (updates_factors(p, options)) factor_update_(p, options, H, tau, workspace);
 }
 
 }  // namespace

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   const Part part = locate_part(p, block - q.tile_begin);
   blend_part_(p, s, q.X, part, tile);
   __syncthreads();
-  append_part_(p.basis + q.used * part.l, part, tile);
+  if (q.updates_factor) append_part_(p.basis + q.used * part.l, part, tile);
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < part.num_i; i += kWarps) {
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
   const SkinnyProblem q = launch.problems[blockIdx.x];
   const Problem<float>& p = matrices.problems[q.matrix_idx];
   const MatrixScalars& s = matrices.scalars[q.matrix_idx];
-  if (s.active == 0) return;
+  if (s.active == 0 || !q.updates_factor) return;
   const bool is_wide = p.m < p.n;
   const int64_t num_rows = is_wide ? p.m : p.n;
   const int64_t num_sums = num_rows * ceil_div(is_wide ? p.n : p.m, kLong);

@@ -1,13 +1,14 @@
 // Planning of what skinny matrices have of their own (see dykaf/types.h; docs/algorithm.md has the
 // mathematics).
 #include "cuda/group_plan.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::cuda {
 namespace {
 
 class SkinnyPlan {
  public:
-  explicit SkinnyPlan(GroupPlan& plan) : plan_(plan) {}
+  SkinnyPlan(GroupPlan& plan, const Options& options) : plan_(plan), options_(options) {}
 
   void add(ElementProblem e) {
     const Problem<float>& p = plan_.problem(e.matrix_idx);
@@ -23,6 +24,7 @@ class SkinnyPlan {
     q.beyond = builder.take<float>(s);
     q.inner = static_cast<int32_t>(inner);
     q.used = static_cast<int32_t>(p.rows[1]);
+    q.updates_factor = updates_factors(p, options_);
     q.matrix_idx = e.matrix_idx;
     problems_.push_back(q);
     project(p, q.X, XV, q);
@@ -33,16 +35,16 @@ class SkinnyPlan {
     beyond_.push_back(e);
   }
 
-  void launch(double factor_beta) {
-    stage(SkinnyStage::kGradient, factor_beta);
+  void launch() {
+    stage(SkinnyStage::kGradient);
     // What lies outside of V is a difference, which rounding of the products would drown.
     plan_.products(wide_projections_, MatmulPrecision::kHighest);
     plan_.products(tall_projections_, MatmulPrecision::kHighest);
-    stage(SkinnyStage::kMoments, factor_beta);
+    stage(SkinnyStage::kMoments);
     plan_.products(wide_expansions_, MatmulPrecision::kHighest);
     plan_.products(tall_expansions_, MatmulPrecision::kHighest);
     plan_.elements(ElementOp::kBeyond, beyond_);
-    stage(SkinnyStage::kLongFactor, factor_beta);
+    stage(SkinnyStage::kLongFactor);
   }
 
  private:
@@ -68,9 +70,9 @@ class SkinnyPlan {
     }
   }
 
-  void stage(SkinnyStage stage, double factor_beta) {
-    const auto launch = [stage, factor_beta](const auto& launch, const Matrices& matrices,
-                                             Stream stream) {
+  void stage(SkinnyStage stage) {
+    const auto launch = [stage, factor_beta = options_.factor_beta](
+                            const auto& launch, const Matrices& matrices, Stream stream) {
       return launch_skinny(stage, launch, matrices, factor_beta, stream);
     };
     if (stage == SkinnyStage::kLongFactor) return plan_.one_block_each(problems_, launch);
@@ -84,6 +86,7 @@ class SkinnyPlan {
   }
 
   GroupPlan& plan_;
+  const Options& options_;
   std::vector<SkinnyProblem> problems_;
   std::vector<ElementProblem> beyond_;
   Products wide_projections_{ProductForm::kNT};
@@ -96,9 +99,9 @@ class SkinnyPlan {
 
 void add_skinny_update(GroupPlan& plan, const Options& options,
                        const std::vector<ElementProblem>& problems) {
-  SkinnyPlan skinny(plan);
+  SkinnyPlan skinny(plan, options);
   for (const ElementProblem& e : problems) skinny.add(e);
-  skinny.launch(options.factor_beta);
+  skinny.launch();
 }
 
 }  // namespace dykaf::cuda

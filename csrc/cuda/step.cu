@@ -1,5 +1,6 @@
 // Planning of the rotations and of the whole step, and running of plans.
 #include "cuda/group_plan.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -50,7 +51,7 @@ class StepPlan {
     auto* H = plan_.builder().take<float>(p.size());
     auto* product = plan_.builder().take<float>(p.size());
     auto* update = plan_.builder().take<float>(p.size());
-    H_.push_back(H);
+    H_.push_back(updates_factors(p, options_) ? H : nullptr);
     products_.push_back(product);
 
     // With one basis the update must not land where the product still reads the gradient.

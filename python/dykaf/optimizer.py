@@ -75,6 +75,9 @@ class DyKAF(Optimizer):
         weight_decay: decoupled weight decay.
         factor_beta: decay of the factors; None: ``betas[1]``, as in the paper.
         precondition_frequency: steps between refreshes of a basis.
+        factor_update_every: k > 1 updates the factors of a matrix in every k-th step alone, with
+            weights factor_beta^k and 1 - factor_beta^k, so that they forget at the same pace; with
+            ``refresh_stagger`` matrices take turns.
         max_precond_dim: a side longer than this gets no factor; 0 sends all matrices to AdamW.
         skinny_rank: of a matrix with a side at least 16 times the other (LoRA's adapters), the rank
             at which the factor of the long side is kept, the rest of it as a multiple of the
@@ -122,6 +125,7 @@ class DyKAF(Optimizer):
         *,
         factor_beta: float | None = 0.9,
         precondition_frequency: int = 10,
+        factor_update_every: int = 1,
         max_precond_dim: int = 10000,
         skinny_rank: int = 64,
         integrator: str = "diagonal",

@@ -23,6 +23,7 @@ class StepOptions(TypedDict):
     metric_power: float
     grad_scale: float
     precondition_frequency: int
+    factor_update_every: int
     seed: int
     integrator: str
     init: str
@@ -94,6 +95,7 @@ RULES: dict[str, _Rule] = {
     "precondition_frequency": _integer(
         lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"
     ),
+    "factor_update_every": _integer(lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"),
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
     "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
     "integrator": _one_of("ksl", "bug", "diagonal"),
@@ -134,15 +136,17 @@ def step_options(
         grad_scale: GradScaler's scale, by which the gradients are divided.
         lr: in place of the group's.
     """
+    factor_beta = group["betas"][1] if group["factor_beta"] is None else group["factor_beta"]
     return {
         "lr": float(group["lr"]) if lr is None else lr,
         "betas": (float(group["betas"][0]), float(group["betas"][1])),
         "eps": group["eps"],
         "weight_decay": group["weight_decay"],
-        "factor_beta": group["betas"][1] if group["factor_beta"] is None else group["factor_beta"],
+        "factor_beta": factor_beta ** group["factor_update_every"],
         "metric_power": group["metric_power"],
         "grad_scale": (-1.0 if group["maximize"] else 1.0) / grad_scale,
         "precondition_frequency": group["precondition_frequency"],
+        "factor_update_every": group["factor_update_every"],
         "seed": group["seed"],
         "integrator": group["integrator"],
         "init": group["init"],

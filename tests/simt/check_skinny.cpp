@@ -73,6 +73,11 @@ void zero_gradients(Batch& batch) {
   batch.find_grad_max();
 }
 
+Dense between_updates(reference::Matrix& p, const reference::Settings& s, size_t) {
+  reference::step_between_updates(p, s);
+  return {};
+}
+
 // Nothing has ever come.
 void zero_rho(Batch& batch) {
   zero_gradients(batch);
@@ -111,6 +116,10 @@ void check_skinny() {
   Scenario zero = scenario_of(MatmulPrecision::kHighest);
   check_against_reference("skinny step zero gradients", zero, step_plan, step_reference,
                           zero_gradients);
+  // The step is the fourth.
+  Scenario between = scenario_of(MatmulPrecision::kHighest);
+  between.options.factor_update_every = 3;
+  check_against_reference("skinny step between updates", between, step_plan, between_updates);
   std::erase_if(zero.specs, [](const CaseSpec& spec) { return spec.skinny_rank == 0; });
   check_against_reference("skinny step zero rho", zero, step_plan, without_averages, zero_rho);
 }

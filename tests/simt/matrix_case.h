@@ -35,6 +35,7 @@ inline Options default_options() {
   o.eps = 0.02;  // large, so that its place shows
   o.weight_decay = 0.1;
   o.factor_beta = 0.9;
+  o.factor_update_every = 1;
   o.metric_power = 1;
   o.grad_scale = 1;
   o.seed = 11;
@@ -156,7 +157,7 @@ struct MatrixCase {
   TypedArray grad, param;
   Array<float> master, exp_avg, exp_avg_sq, row, col, L, R, Q_L, Q_R, step, update_rms;
   Array<float> basis, core, flat;
-  Array<int64_t> rows;
+  Array<int64_t> rows, schedule_step;
   Array<double> scale, rho;
 
   MatrixCase(const CaseSpec& spec, const Options& options, Rng& rng) : spec(spec) {
@@ -204,6 +205,7 @@ struct MatrixCase {
       rho = Array<double>(std::vector<double>{0.7 * size, (differ ? 0.4 : 0.7) * size});
     }
     step = Array<float>(std::vector<float>{3});
+    schedule_step = Array<int64_t>(std::vector<int64_t>{3});
     update_rms = Array<float>(std::vector<float>{0.5f});
   }
 
@@ -241,6 +243,7 @@ struct MatrixCase {
     p.flat = pointer(flat);
     p.rows = pointer(rows);
     p.step = step.get();
+    p.schedule_step = schedule_step.get();
     p.update_rms = update_rms.get();
     p.stream = stream;
     return p;

@@ -118,4 +118,16 @@ inline void step(Matrix& p, const Settings& settings) {
   if (!p.L.is_null() || !p.R.is_null()) factor_update(p, G, settings);
 }
 
+// A step between two updates of the factors.
+inline void step_between_updates(Matrix& p, const Settings& settings) {
+  const Matrix before = p;
+  step(p, settings);
+  p.L = before.L;
+  p.R = before.R;
+  p.basis = before.basis;
+  p.core = before.core;
+  p.flat = before.flat;
+  std::copy(before.rho, before.rho + 2, p.rho);
+}
+
 }  // namespace kernel_check::reference

@@ -9,14 +9,19 @@
 
 namespace dykaf {
 
+// The prior of a lesser beta is so large that the gradient, which weighs as much, would vanish in
+// float32 beside it.
+constexpr double kLeastBeta = 1e-24;
+
 // rho of each side for factors that start as scaled identities, from ||G||_F of the first gradient:
 // the prior's weight equals that of the gradient, since the two terms of K have the same trace.
+// Below kLeastBeta there is no prior.
 inline std::array<double, 2> prior_rho(const Options& options, int64_t m, int64_t n, bool two_sided,
                                        double gradient_norm) {
   const auto rows = static_cast<double>(m);
   const auto cols = static_cast<double>(n);
   const double beta = options.factor_beta;
-  const double size = gradient_norm * std::sqrt(beta > 0 ? (1 - beta) / beta : 0);
+  const double size = gradient_norm * std::sqrt(beta > kLeastBeta ? (1 - beta) / beta : 0);
   if (two_sided && options.integrator == Integrator::kDiagonal) {
     return {size / std::sqrt(cols * std::sqrt(rows)), size / std::sqrt(rows * std::sqrt(cols))};
   }

@@ -1,4 +1,4 @@
-// When the basis of a side is refreshed next.
+// When the factors of a matrix are updated, and when the basis of a side is refreshed next.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,15 @@
 #include "dykaf/types.h"
 
 namespace dykaf {
+
+// Whether the step that comes is one of those that update the factors of a matrix. Staggered,
+// matrices with different offsets take turns.
+template <typename T>
+bool updates_factors(const Problem<T>& p, const Options& options) {
+  const int64_t t = *p.schedule_step + 1;
+  const int64_t offset = options.refresh_stagger ? p.refresh_offset[0] : 0;
+  return (t + offset) % options.factor_update_every == 0;
+}
 
 // Steps until the next refresh after step t: the period, or with the geometric schedule a tenth of
 // the steps done, at least 1 and at most the period (bases move fast at the start).

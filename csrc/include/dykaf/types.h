@@ -89,10 +89,11 @@ struct Options {
   double beta2;
   double eps;
   double weight_decay;
-  double factor_beta;
+  double factor_beta;  // over factor_update_every steps
   double metric_power;
   double grad_scale;  // gradients are multiplied by it: +1 or -1 over GradScaler's scale
   int64_t precondition_frequency;
+  int64_t factor_update_every;
   uint64_t seed;
   Integrator integrator;
   Init init;

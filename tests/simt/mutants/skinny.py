@@ -8,7 +8,7 @@ SKINNY = (
     faults(
         "skinny.cu",
         CHECKS,
-        ("no barrier before the rows", "  __syncthreads();\n  append_part_", "  append_part_"),
+        ("no barrier before the rows", "  __syncthreads();\n  if (q.", "  if (q."),
         ("writes beyond a row", "j + kQuad <= part.num_j && ", ""),
         ("rows taken for aligned", " && is_aligned(to, 0, 4)", ""),
         ("a row's tail is left out", "e < kQuad && j + e < part.num_j", "false"),
@@ -65,8 +65,8 @@ SKINNY = (
         ),
         (
             "long factor before the moments",
-            "    stage(SkinnyStage::kMoments, factor_beta);\n",
-            "    stage(SkinnyStage::kLongFactor, factor_beta);\n",
+            "    stage(SkinnyStage::kMoments);\n",
+            "    stage(SkinnyStage::kLongFactor);\n",
         ),
     )
     + faults(
