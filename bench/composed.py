@@ -177,7 +177,7 @@ def signed_qr(x: Tensor) -> tuple[Tensor, Tensor]:
 def initialize_(
     grads: Sequence[Tensor],
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int]],
+    offsets: Sequence[tuple[int, int, int]],
     options: StepOptions,
 ) -> None:
     """Factors and first bases; refresh dates are left to the caller."""

@@ -227,8 +227,8 @@ class ReferenceDyKAF:
 
     L, R and exp_avg live in the original coordinates (exp_avg is projected at every step),
     exp_avg_sq in the rotated basis. Options are those of dykaf.DyKAF; the stagger is given as
-    `stagger_offsets`, one offset per side, or None. `dense` runs the factor update on the
-    mn x mn matrix.
+    `stagger_offsets`, one offset per side and one for factor_update_every, or None. `dense` runs
+    the factor update on the mn x mn matrix.
 
     Attributes: W, t, L, R, rho [rho_L, rho_R], Q_L, Q_R (None for a side that is not kept),
     exp_avg, exp_avg_sq or exp_avg_sq_row/_col/_scale, next_refresh, refreshes, update_rms;
@@ -253,7 +253,7 @@ class ReferenceDyKAF:
         second_moment: str = "full",
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
-        stagger_offsets: tuple[int, int] | None = None,
+        stagger_offsets: tuple[int, int, int] | None = None,
         maximize: bool = False,
         dense: bool = False,
     ) -> None:
@@ -324,7 +324,7 @@ class ReferenceDyKAF:
         D = (self._rotate(self.exp_avg) / (1 - beta1**self.t)) / (root + self.eps)
         self.update_rms = float(D.square().mean().sqrt())
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self._rotate_back(D)
-        offset = 0 if self.stagger_offsets is None else self.stagger_offsets[0]
+        offset = 0 if self.stagger_offsets is None else self.stagger_offsets[2]
         if self.kept and (self.t + offset) % self.factor_update_every == 0:
             self._update_factors(G)
         for side in self.kept:

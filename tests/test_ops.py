@@ -307,7 +307,7 @@ def test_initialize(
     G = (matrices.randn(m, n).double() * scale).to(matrices.dtype)
     state = matrices.zero_state(m, n)
     options = matrices.options(init=init, integrator=integrator)
-    ops.initialize_([G], [state], [(0, 0)], options)
+    ops.initialize_([G], [state], [(0, 0, 0)], options)
     ref = reference.ReferenceDyKAF(torch.zeros(m, n), init=init, integrator=integrator)
     ref._first_gradient(G.double() / scale)
 
@@ -421,7 +421,7 @@ def test_refresh_moves_the_compact_second_moment_as_the_full_one(
 def test_initialize_waits_for_a_gradient_that_is_not_zero(matrices: Matrices) -> None:
     state = matrices.zero_state(4, 3)
     zero = torch.zeros(4, 3, dtype=matrices.dtype)
-    ops.initialize_([zero], [state], [(0, 0)], matrices.options())
+    ops.initialize_([zero], [state], [(0, 0, 0)], matrices.options())
     assert not any(bool(value.any()) for value in state.values())
 
 
@@ -438,7 +438,7 @@ def test_a_failed_refresh_keeps_the_old_basis_and_counts(matrices: Matrices) -> 
 def test_a_failed_first_basis_is_the_identity_and_counts(matrices: Matrices) -> None:
     state = matrices.zero_state(3, 5)
     G = torch.full((3, 5), math.nan, dtype=matrices.dtype)
-    ops.initialize_([G], [state], [(0, 0)], matrices.options())
+    ops.initialize_([G], [state], [(0, 0, 0)], matrices.options())
     assert state["refresh_fallbacks"] == 1
     assert torch.equal(state["Q_R"], torch.eye(5, dtype=matrices.dtype))
 
@@ -456,7 +456,7 @@ def test_step_is_the_composition_of_the_operations_bit_for_bit(
     twin = {key: value.clone() for key, value in state.items()}
     twin_param = param.clone()
 
-    ops.step_([param], [G], ops.grad_max([G], [1]), [state], [0], [(0, 0)], options)
+    ops.step_([param], [G], ops.grad_max([G], [1]), [state], [0], [(0, 0, 0)], options)
 
     (rotated,) = ops.rotate([G], [twin], True, options)
     (update,) = ops.adam_update_([rotated], [twin], options)

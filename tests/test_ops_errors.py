@@ -38,7 +38,7 @@ class Inputs:
             new_state(param, Layout.of(param, group)) for param in self.params
         ]
         self.streams = [0, 1]
-        self.offsets = [(0, 0), (0, 0)]
+        self.offsets = [(0, 0, 0), (0, 0, 0)]
         ops.initialize_(self.grads, self.states, self.offsets, self.options)
 
     @property
@@ -316,7 +316,7 @@ def _vector(inputs: Inputs) -> None:
     inputs.params = [param]
     inputs.grads = [torch.ones(50_000)]
     inputs.states = [new_state(param, Layout.of(param, group))]
-    inputs.streams, inputs.offsets = [0], [(0, 0)]
+    inputs.streams, inputs.offsets = [0], [(0, 0, 0)]
 
 
 def _set(name: str, value: Any) -> Callable[[Inputs], None]:
@@ -349,7 +349,7 @@ DANGEROUS: dict[str, tuple[str, Callable[[Inputs], None]]] = {
     "step_ no maxima": ("step_ no maxima", lambda inputs: None),
     "step_ one maximum": ("step_ one maximum", lambda inputs: None),
     "step_ three maxima": ("step_ three maxima", lambda inputs: None),
-    "step_ offset triple": ("step_", _set("offsets", [(0, 0, 0), (0, 0)])),
+    "step_ offset pair": ("step_", _set("offsets", [(0, 0), (0, 0, 0)])),
     "apply_update_ short update": (
         "apply_update_",
         lambda inputs: inputs.grads.__setitem__(0, torch.ones(2, 3)),

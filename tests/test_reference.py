@@ -194,7 +194,7 @@ OPTIONS = {
     "diagonal": {"integrator": "diagonal", "metric_power": -1.0},
     "left-only": {"max_precond_dim": 4},
     "right-only": {"max_precond_dim": 4, "integrator": "diagonal"},
-    "stagger": {"stagger_offsets": (3, 1), "refresh_schedule": "fixed"},
+    "stagger": {"stagger_offsets": (3, 1, 0), "refresh_schedule": "fixed"},
     "rescale": {"rescale_exp_avg_sq": True},
     "rank_one-moment": {"second_moment": "rank_one", "rescale_exp_avg_sq": True},
     "factored": {"second_moment": "factored", "factor_beta": 0.8, "maximize": True},

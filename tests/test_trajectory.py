@@ -99,11 +99,11 @@ def test_trajectory_with_refreshes_at_other_phases(phase: int) -> None:
     optimizer, ref = compare((9, 6), random_gradients((9, 6), 50), phase=phase, **options)
     refreshes = optimizer.state[optimizer.param_groups[0]["params"][-1]]["refreshes"]
     assert refreshes.tolist() == ref.refreshes
-    assert optimizer._stagger_offsets()[-1] != (0, 0)
+    assert optimizer._stagger_offsets()[-1] != (0, 0, 0)
 
 
 @pytest.mark.parametrize("stagger", [False, True])
-@pytest.mark.parametrize("every", [2, 3, 5])
+@pytest.mark.parametrize("every", [2, 3])
 @pytest.mark.parametrize("integrator", ["ksl", "bug", "diagonal"])
 def test_trajectory_with_factors_updated_in_some_steps(
     integrator: str, every: int, stagger: bool
@@ -114,8 +114,8 @@ def test_trajectory_with_factors_updated_in_some_steps(
     for idx in (20, 21, 33):
         grads[idx] = torch.zeros(shape, dtype=torch.float64)
     options = {"integrator": integrator, "refresh_stagger": stagger}
-    optimizer, _ = compare(shape, grads, factor_update_every=every, **options)
-    assert optimizer._stagger_offsets() == [(1, 0)]
+    optimizer, _ = compare(shape, grads, phase=1, factor_update_every=every, **options)
+    assert optimizer._stagger_offsets()[-1][2] == 1
 
 
 @pytest.mark.parametrize("integrator", ["ksl", "bug", "diagonal"])

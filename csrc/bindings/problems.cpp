@@ -202,6 +202,7 @@ Problem<T> matrix_of_stack(Problem<T> p, int64_t i, size_t element_size) {
   p.refresh_fallbacks = advance(p.refresh_fallbacks, i);
   p.update_rms = advance(p.update_rms, i);
   for (int64_t& offset : p.refresh_offset) offset += i;
+  p.update_offset += i;
   p.stream = (p.stream << 32) + static_cast<uint64_t>(i);
   return p;
 }
@@ -354,8 +355,9 @@ void Problems::append(ProblemList<T>& list, size_t index, const py::dict& state_
   if (inputs.streams) p.stream = (*inputs.streams)[index];
   if (inputs.offsets) {
     const auto& offsets = (*inputs.offsets)[index];
-    if (offsets.size() != 2) fail("offsets", "two entries", std::to_string(offsets.size()));
-    std::copy(offsets.begin(), offsets.end(), p.refresh_offset);
+    if (offsets.size() != 3) fail("offsets", "three entries", std::to_string(offsets.size()));
+    std::copy_n(offsets.begin(), 2, p.refresh_offset);
+    p.update_offset = offsets[2];
   }
 
   for (int64_t i = 0; i < count; ++i) {

@@ -22,7 +22,7 @@ struct Inputs {
   std::optional<TensorList> updates = {};   // contiguous; of type T
   std::optional<at::Tensor> grad_max = {};  // float64, one per matrix of each gradient
   std::optional<std::vector<uint64_t>> streams = {};
-  std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
+  std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right, update]
   bool needs_factors = false;        // a parameter without factors is an error
   bool needs_dense = false;          // a skinny matrix is an error
   const char* grads_name = "grads";  // in messages

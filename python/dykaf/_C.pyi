@@ -27,7 +27,7 @@ def factor_update_(
 def initialize_(
     grads: Sequence[Tensor],
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int]],
+    offsets: Sequence[tuple[int, int, int]],
     options: StepOptions,
 ) -> None: ...
 def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> None: ...
@@ -37,7 +37,7 @@ def step_(
     grad_max: Tensor,
     states: Sequence[State],
     streams: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
+    offsets: Sequence[tuple[int, int, int]],
     options: StepOptions,
     skip: Tensor | None = None,
     amp_scale: Tensor | None = None,

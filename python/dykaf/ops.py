@@ -85,7 +85,7 @@ def factor_update_(grads: Sequence[Tensor], states: Sequence[State], options: St
 def initialize_(
     grads: Sequence[Tensor],
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int]],
+    offsets: Sequence[tuple[int, int, int]],
     options: StepOptions,
 ) -> None:
     """Sets factors, bases and refresh dates in place from the first gradients.
@@ -93,7 +93,8 @@ def initialize_(
     Args:
         grads: unrotated gradients; one that is all zero changes nothing.
         states: zero, as :func:`dykaf.state.new_state` makes them.
-        offsets: place of the left and the right side in the refresh period.
+        offsets: places of the left and the right side in the refresh period, and of the matrix
+            among the steps of which one updates its factors.
         options: the group's.
     """
     _C.initialize_(grads, states, offsets, options)
@@ -114,7 +115,7 @@ def step_(
     grad_max: Tensor,
     states: Sequence[State],
     streams: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
+    offsets: Sequence[tuple[int, int, int]],
     options: StepOptions,
     *,
     skip: Tensor | None = None,

@@ -14,7 +14,7 @@ from dykaf.checks import check_backend, check_grad, check_param, is_capturing, p
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import in_full, passes
 from dykaf.options import RULES, StepOptions, check_options, step_options
-from dykaf.schedule import stagger_offsets
+from dykaf.schedule import stagger_offsets, update_offsets
 from dykaf.state import (
     HOST_KEYS,
     KINDS,
@@ -154,7 +154,7 @@ class DyKAF(Optimizer):
 
     def _reset_caches(self) -> None:
         self._layouts: dict[Tensor, tuple[tuple[object, ...], Layout]] = {}
-        self._offsets: tuple[list[int], list[tuple[int, int]]] | None = None
+        self._offsets: tuple[list[tuple[int, int]], list[tuple[int, int, int]]] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
@@ -354,15 +354,21 @@ class DyKAF(Optimizer):
             skip = True
         return skip
 
-    def _stagger_offsets(self) -> list[tuple[int, int]]:
-        periods = [group["precondition_frequency"] for group in self.param_groups]
+    def _stagger_offsets(self) -> list[tuple[int, int, int]]:
+        periods = [
+            (group["precondition_frequency"], group["factor_update_every"])
+            for group in self.param_groups
+        ]
         if self._offsets is None or self._offsets[0] != periods:
             layouts = [
-                (Layout.of(param, group), group["precondition_frequency"])
-                for group in self.param_groups
+                (Layout.of(param, group), *of_group)
+                for group, of_group in zip(self.param_groups, periods, strict=True)
                 for param in group["params"]
             ]
-            self._offsets = (periods, stagger_offsets(layouts))
+            refreshes = stagger_offsets((layout, period) for layout, period, _ in layouts)
+            updates = update_offsets((layout, every) for layout, _, every in layouts)
+            offsets = [(*sides, own) for sides, own in zip(refreshes, updates, strict=True)]
+            self._offsets = (periods, offsets)
         return self._offsets[1]
 
     @property

@@ -1,9 +1,9 @@
-"""Where in the refresh period each side of each matrix has its turn."""
+"""Where in its period each side of each matrix, and each matrix, has its turn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dykaf.state import Layout
 
@@ -21,24 +21,41 @@ def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, in
     Returns:
         for each parameter the offsets of its left and right side.
     """
-    parameters = list(layouts)
-    sides = []
-    for idx, (layout, period) in enumerate(parameters):
-        turns = math.ceil(layout.count / period)
-        for side_idx, cost in enumerate(layout.refresh_costs):
-            if cost:
-                sides.append((turns * cost, idx, side_idx))
-    sides.sort(key=lambda side: (-side[0], side[1], side[2]))
+    slots = _spread(
+        [
+            (cost, layout.count, period)
+            for layout, period in layouts
+            for cost in layout.refresh_costs
+        ]
+    )
+    return list(zip(slots[::2], slots[1::2], strict=True))
 
-    # Slots beyond the number of refreshes would stay empty.
-    num_refreshes = sum(parameters[idx][0].count for _, idx, _ in sides)
-    offsets = [[0, 0] for _ in parameters]
+
+def update_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[int]:
+    """Spreads the factor updates of all matrices likewise.
+
+    Args:
+        layouts: each parameter's layout and factor_update_every.
+
+    Returns:
+        for each parameter its offset.
+    """
+    return _spread([(layout.update_cost, layout.count, period) for layout, period in layouts])
+
+
+def _spread(tasks: Sequence[tuple[int, int, int]]) -> list[int]:
+    """The slots of tasks that are given by cost, number of matrices and period."""
+    costs = [math.ceil(count / period) * cost for cost, count, period in tasks]
+    dearest_first = sorted((idx for idx, cost in enumerate(costs) if cost), key=lambda i: -costs[i])
+
+    # Slots beyond the number of turns would stay empty.
+    num_turns = sum(tasks[idx][1] for idx in dearest_first)
+    slots = [0] * len(tasks)
     loads: dict[int, list[int]] = {}  # the work in each slot, by period
-    for cost, idx, side_idx in sides:
-        layout, period = parameters[idx]
-        load = loads.setdefault(period, [0] * min(period, num_refreshes))
-        slot = load.index(min(load))
-        offsets[idx][side_idx] = slot
-        for turn in range(min(len(load), layout.count)):
-            load[(slot + turn) % len(load)] += cost
-    return [(left, right) for left, right in offsets]
+    for idx in dearest_first:
+        _, count, period = tasks[idx]
+        load = loads.setdefault(period, [0] * min(period, num_turns))
+        slots[idx] = load.index(min(load))
+        for turn in range(min(len(load), count)):
+            load[(slots[idx] + turn) % len(load)] += costs[idx]
+    return slots

@@ -113,6 +113,11 @@ class Layout:
         return self.m**3 if self.left else thin, self.n**3 if self.right else thin
 
     @property
+    def update_cost(self) -> int:
+        """Of the factors' update, relative to other matrices."""
+        return self.m * self.n * (self.m * self.left + self.n * self.right)
+
+    @property
     def count(self) -> int:
         """The number of matrices in the stack."""
         return math.prod(self.batch)

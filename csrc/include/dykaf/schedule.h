@@ -16,7 +16,7 @@ namespace dykaf {
 template <typename T>
 bool updates_factors(const Problem<T>& p, const Options& options) {
   const int64_t t = *p.schedule_step + 1;
-  const int64_t offset = options.refresh_stagger ? p.refresh_offset[0] : 0;
+  const int64_t offset = options.refresh_stagger ? p.update_offset : 0;
   return (t + offset) % options.factor_update_every == 0;
 }
 

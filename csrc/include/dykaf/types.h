@@ -65,6 +65,7 @@ struct Problem {
   int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period
+  int64_t update_offset;       // place among the steps of which one updates the factors
   uint64_t stream;             // names the random numbers of this matrix
   double grad_max;             // max|grad|
 
