@@ -100,19 +100,17 @@ def ours_skinny(p: Matrix) -> Iterator[Cost]:
     yield product(f"into {side}", form, m, n, short, short * short + 2 * size)
     # exp_avg read and written, the rotated gradient read and written as rows of the basis
     yield Cost("skinny gradient", floats=4 * size)
-    for _ in range(2):  # the gradient's and exp_avg's; V [rank, long]
-        data = size + rank * long + short * rank
+    data = size + rank * long + short * rank  # V [rank, long]
+    for _ in range(2):  # the gradient's and exp_avg's
         yield product("into V", "NT" if wide else "NN", rows, cols, long, data)
     yield Cost("skinny moments", floats=5 * short * rank)
-    data = size + rank * long + short * rank
     yield product("out of V", "NN" if wide else "TN", m, n, rank, data)
     yield Cost("beyond", floats=3 * size)
     yield Cost("skinny long factor", floats=2 * (1.5 * rank) ** 2)  # the part of `core` in use
     form = "NN" if wide else "NT"
     yield product(f"out {side}", form, m, n, short, short * short + size, 2 * size)
     form = "sym NT" if wide else "sym TN"
-    data = size + 1.5 * short * short
-    yield product(f"{side} increment", form, short, short, long, data)
+    yield product(f"{side} increment", form, short, short, long, size + 1.5 * short * short)
     yield Cost(f"{side} blend", floats=3 * short * short)
 
 

@@ -12,14 +12,10 @@ from typing import Any
 
 import torch
 
+import dykaf
 from bench.report import Record, Report, print_table
 from bench.shapes import SHAPE_SETS, Matrix, Workload
-
-try:
-    import dykaf
-    from dykaf.state import Layout
-except ImportError:
-    dykaf = None  # type: ignore[assignment]  # said by run()
+from dykaf.state import Layout
 
 FLOAT = 4
 MODES: dict[str, dict[str, Any]] = {
@@ -68,9 +64,6 @@ def measured(workload: Workload) -> Record:
 
 def run(options: argparse.Namespace, report: Report) -> None:
     """Print the table; a record per mode."""
-    if dykaf is None:
-        report.note("dykaf is not installed: nothing to count")
-        return
     names = list(options.sets)
     by_set = {name: measured(SHAPE_SETS[name].workload(options.size)) for name in names}
     print(f"\n### Bytes of state per float32 parameter, {options.size}\n")

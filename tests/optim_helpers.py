@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import backends
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,18 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(randn(*shape, seed=seed, dtype=dtype))
+
+
+def with_stack(
+    shapes: list[tuple[int, ...]], stack: tuple[int, ...], dtype: torch.dtype, **options: Any
+) -> DyKAF:
+    """An optimizer on the backend's device: a parameter of each shape, and in a group of its own a
+    stack of matrices, the last one."""
+    params = [
+        nn.Parameter(randn(*shape, seed=i, dtype=dtype).to(backends.device()))
+        for i, shape in enumerate([*shapes, stack])
+    ]
+    return DyKAF([{"params": params[:-1]}, {"params": params[-1:], "batch_dims": 1}], **options)
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

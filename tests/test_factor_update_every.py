@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import backends
 import pytest
 import torch
-from optim_helpers import bits, params_of, randn, run
-from torch import Tensor, nn
+from optim_helpers import bits, params_of, run, with_stack
+from torch import Tensor
 
 from dykaf import DyKAF, ops
 from dykaf.options import step_options
@@ -27,12 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def make(**options: Any) -> DyKAF:
     """With a skinny matrix, a vector between others, and a stack."""
     shapes = [(12, 8), (8, 9), (3, 130), (9,), (9, 8)]
-    params = [
-        nn.Parameter(randn(*shape, seed=i, dtype=torch.float32).to(backends.device()))
-        for i, shape in enumerate([*shapes, (5, 6, 4)])
-    ]
-    stack = {"params": [params[-1]], "batch_dims": 1}
-    return DyKAF([{"params": params[:-1]}, stack], **options)
+    return with_stack(shapes, (5, 6, 4), torch.float32, **options)
 
 
 def start(optimizer: DyKAF) -> None:

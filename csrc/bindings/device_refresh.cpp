@@ -11,6 +11,7 @@
 #include <ATen/ops/where.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <array>
 #include <map>
 
 #include "bindings/device_ops.h"
@@ -107,14 +108,12 @@ class RefreshBatch {
 
   void move_second_moment(const Problem<float>& p, const at::Tensor& order,
                           const at::Tensor& growth) const {
-    if (p.is_skinny()) {
-      at::Tensor v = cpu::SkinnyMatrix(p, group_.device).exp_avg_sq;
-      v.copy_(v.index_select(0, order).mul_(growth.unsqueeze(1)));
-      return;
-    }
     if (p.exp_avg_sq != nullptr) {
-      at::Tensor v = device_view(p.exp_avg_sq, {p.m, p.n}, group_.device);
-      v.copy_(v.index_select(left_ ? 0 : 1, order).mul_(growth.unsqueeze(left_ ? 1 : 0)));
+      const std::array<int64_t, 2> shape =
+          p.is_skinny() ? std::array{p.short_side(), p.skinny_rank + 1} : std::array{p.m, p.n};
+      const bool by_rows = left_ || p.is_skinny();
+      at::Tensor v = device_view(p.exp_avg_sq, shape, group_.device);
+      v.copy_(v.index_select(by_rows ? 0 : 1, order).mul_(growth.unsqueeze(by_rows ? 1 : 0)));
       return;
     }
     at::Tensor vector =

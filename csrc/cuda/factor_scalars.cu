@@ -41,7 +41,7 @@ DYKAF_DEVICE void set_blend(MatrixScalars& s, Side side, double a, double b, dou
 
 // Whether each side has its own rho: with the averages of two factors.
 DYKAF_DEVICE bool has_two_averages(const Problem<float>& p) {
-  return (p.L != nullptr && p.R != nullptr) || p.basis != nullptr;
+  return (p.L != nullptr && p.R != nullptr) || p.is_skinny();
 }
 
 DYKAF_DEVICE void set_rho(double* rho, double value) {

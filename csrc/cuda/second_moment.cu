@@ -36,10 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     const double h = q.H[row * p.n + j];
     sum += h * h * (rank_one ? unit_entry(p.exp_avg_sq_col, *p.exp_avg_sq_scale, j, p.n) : 1.0);
   }
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    sum += __shfl_xor_sync(kFullMask, sum, offset);
-  }
+  sum = warp_sum(sum);
   if (lane == 0) q.row_sums[row] = sum;
 }
 

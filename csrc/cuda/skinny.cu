@@ -19,19 +19,8 @@ constexpr int kQuad = 4;
 constexpr int kStride = kLong + kQuad;  // rows apart by a multiple of 16 bytes, banks by 4
 constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
 
-DYKAF_DEVICE double warp_sum(double x) {
-#pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    x += __shfl_xor_sync(kFullMask, x, offset);
-  }
-  return x;
-}
-
 // A part of a matrix, and the same part of the array that holds it.
 struct Part {
-  bool is_wide;
-  int64_t s;
-  int64_t l;
   int64_t piece;  // of the long side
   int64_t i;      // from here on the short side
   int64_t j;      // from here on the long side
@@ -41,25 +30,23 @@ struct Part {
 
 DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
   Part part;
-  part.is_wide = p.m < p.n;
-  part.s = part.is_wide ? p.m : p.n;
-  part.l = part.is_wide ? p.n : p.m;
-  const int64_t parts_i = ceil_div(part.s, kShort);
+  const int64_t parts_i = ceil_div(p.short_side(), kShort);
   part.piece = tile / parts_i;
   part.i = tile % parts_i * kShort;
   part.j = part.piece * kLong;
-  part.num_i = static_cast<int>(min(int64_t{kShort}, part.s - part.i));
-  part.num_j = static_cast<int>(min(int64_t{kLong}, part.l - part.j));
+  part.num_i = static_cast<int>(min(int64_t{kShort}, p.short_side() - part.i));
+  part.num_j = static_cast<int>(min(int64_t{kLong}, p.long_side() - part.j));
   return part;
 }
 
 // exp_avg, and X from the array to `tile` [kShort, kStride], the short side first.
 DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, const float* X,
                               const Part& part, float* tile) {
-  const int num_rows = part.is_wide ? part.num_i : part.num_j;
-  const int num_cols = part.is_wide ? part.num_j : part.num_i;
+  const bool is_wide = p.is_wide();
+  const int num_rows = is_wide ? part.num_i : part.num_j;
+  const int num_cols = is_wide ? part.num_j : part.num_i;
   const int units_per_row = (num_cols + kUnit - 1) / kUnit;
-  const int64_t first = (part.is_wide ? part.i : part.j) * p.n + (part.is_wide ? part.j : part.i);
+  const int64_t first = (is_wide ? part.i : part.j) * p.n + (is_wide ? part.j : part.i);
   for (int u = static_cast<int>(threadIdx.x); u < num_rows * units_per_row; u += kThreads) {
     const int row = u / units_per_row;
     const int col = u % units_per_row * kUnit;
@@ -73,20 +60,20 @@ DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, c
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
       exp_avg[e] = blend_momentum(exp_avg[e], s.tau * x[e], s);
-      tile[part.is_wide ? row * kStride + col + e : (col + e) * kStride + row] = x[e];
+      tile[is_wide ? row * kStride + col + e : (col + e) * kStride + row] = x[e];
     }
     store_unit(p.exp_avg + start, count, aligned, exp_avg);
   }
 }
 
-// The tile as rows of the basis.
-DYKAF_DEVICE void append_part_(float* rows, const Part& part, const float* tile) {
+// The tile as rows of length l of the basis.
+DYKAF_DEVICE void append_part_(float* rows, int64_t l, const Part& part, const float* tile) {
   constexpr int kQuadsPerRow = kLong / kQuad;
   for (int u = static_cast<int>(threadIdx.x); u < part.num_i * kQuadsPerRow; u += kThreads) {
     const int i = u / kQuadsPerRow;
     const int j = u % kQuadsPerRow * kQuad;
     const float* from = tile + i * kStride + j;
-    float* to = rows + (part.i + i) * part.l + part.j + j;
+    float* to = rows + (part.i + i) * l + part.j + j;
     if (j + kQuad <= part.num_j && is_aligned(to, 0, 4)) {
       store_global4(to, make_float4(from[0], from[1], from[2], from[3]));
       continue;
@@ -108,7 +95,8 @@ __global__ void __launch_bounds__(kThreads)
   const Part part = locate_part(p, block - q.tile_begin);
   blend_part_(p, s, q.X, part, tile);
   __syncthreads();
-  if (q.updates_factor) append_part_(p.basis + q.used * part.l, part, tile);
+  const int64_t l = p.long_side();
+  if (q.updates_factor) append_part_(p.basis + q.used * l, l, part, tile);
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < part.num_i; i += kWarps) {
@@ -118,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
       sum += x * x;
     }
     sum = warp_sum(sum);
-    if (lane == 0) q.sums[part.piece * part.s + part.i + i] = sum;
+    if (lane == 0) q.sums[part.piece * p.short_side() + part.i + i] = sum;
   }
 }
 
@@ -131,14 +119,13 @@ __global__ void __launch_bounds__(kThreads)
   const Problem<float>& p = matrices.problems[q.matrix_idx];
   const MatrixScalars& s = matrices.scalars[q.matrix_idx];
   if (s.active == 0) return;
-  const bool is_wide = p.m < p.n;
-  const int64_t num_rows = is_wide ? p.m : p.n;
-  const int64_t l = is_wide ? p.n : p.m;
+  const int64_t num_rows = p.short_side();
+  const int64_t l = p.long_side();
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t i = static_cast<int64_t>(block - q.tile_begin) * kWarps +
                     static_cast<int>(threadIdx.x) / kWarpSize;
   if (i >= num_rows) return;  // whole warps; no barrier follows
-  const auto place = [&](int64_t j) { return is_wide ? i * q.inner + j : j * num_rows + i; };
+  const auto place = [&](int64_t j) { return p.is_wide() ? i * q.inner + j : j * num_rows + i; };
 
   double total = 0.0;
   for (int64_t piece = lane; piece < ceil_div(l, kLong); piece += kWarpSize) {
@@ -178,10 +165,9 @@ __global__ void __launch_bounds__(kThreads)
   const Problem<float>& p = matrices.problems[q.matrix_idx];
   const MatrixScalars& s = matrices.scalars[q.matrix_idx];
   if (s.active == 0 || !q.updates_factor) return;
-  const bool is_wide = p.m < p.n;
-  const int64_t num_rows = is_wide ? p.m : p.n;
-  const int64_t num_sums = num_rows * ceil_div(is_wide ? p.n : p.m, kLong);
-  double& rho = p.rho[is_wide ? 1 : 0];
+  const int64_t num_rows = p.short_side();
+  const int64_t num_sums = num_rows * ceil_div(p.long_side(), kLong);
+  double& rho = p.rho[p.is_wide() ? 1 : 0];
   double total[1] = {0.0};
   for (int64_t i = static_cast<int>(threadIdx.x); i < num_sums; i += kThreads) {
     total[0] += q.sums[i];

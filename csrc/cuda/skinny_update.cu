@@ -30,7 +30,7 @@ class SkinnyPlan {
     project(p, q.X, XV, q);
     project(p, p.exp_avg, q.MV, q);
     expand(p, e.out, q);
-    (p.m < p.n ? e.row : e.col) = q.beyond;
+    (p.is_wide() ? e.row : e.col) = q.beyond;
     e.in = e.out;
     beyond_.push_back(e);
   }
@@ -50,7 +50,7 @@ class SkinnyPlan {
  private:
   // out = x V^T [s, inner], of a tall matrix V x [inner, s].
   void project(const Problem<float>& p, const float* x, float* out, const SkinnyProblem& q) {
-    if (p.m < p.n) {
+    if (p.is_wide()) {
       wide_projections_.add(product(x, p.basis, out, p.m, q.inner, p.n, q.matrix_idx),
                             plan_.builder());
     } else {
@@ -61,7 +61,7 @@ class SkinnyPlan {
 
   // out = MV V, of a tall matrix V^T MV; [m, n].
   void expand(const Problem<float>& p, float* out, const SkinnyProblem& q) {
-    if (p.m < p.n) {
+    if (p.is_wide()) {
       wide_expansions_.add(product(q.MV, p.basis, out, p.m, p.n, q.inner, q.matrix_idx),
                            plan_.builder());
     } else {

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dykaf.state import State
+from dykaf.state import KINDS, State
 
-KEYS = ("L", "R", "Q_L", "Q_R", "basis", "core")
+KEYS = tuple(key for key, kind in KINDS.items() if kind in ("factors", "bases"))
 # Full copies that are there at one time, unless a single parameter's are larger.
 MAX_PASS_BYTES = 2**29
 

@@ -114,6 +114,16 @@ inline void check_against_reference(const std::string& name, const Scenario& sce
   });
 }
 
+// The whole step, and what it must come to.
+inline Plan step_plan(Batch& b, const Scenario& s, void* workspace) {
+  return dykaf::cuda::plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
+}
+
+inline Dense step_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
+  reference::step(p, s);
+  return {};
+}
+
 // No bit of the state changes.
 inline void check_unchanged(const std::string& name, const Scenario& scenario,
                             const MakePlan& make_plan, const Modify& modify) {

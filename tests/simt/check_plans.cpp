@@ -16,9 +16,7 @@ struct Launched {
 std::vector<Launched> launches_of(const Scenario& scenario) {
   Batch batch(scenario);
   simt::reset();
-  run(batch, scenario, [](Batch& b, const Scenario& s, void* workspace) {
-    return plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
-  });
+  run(batch, scenario, step_plan);
   std::vector<Launched> launches;
   for (const simt::LaunchRecord& record : simt::launch_log()) {
     require("grids have one dimension", record.grid.y == 1 && record.grid.z == 1);
@@ -67,9 +65,8 @@ constexpr Form kForms[] = {
 
 // Large matrices are planned and not run.
 size_t num_planned(const Scenario& scenario) {
-  const Batch batch(scenario);
-  return plan_step(batch.problems, scenario.options, batch.inputs, scenario.precision, nullptr)
-      .launches.size();
+  Batch batch(scenario);
+  return step_plan(batch, scenario, nullptr).launches.size();
 }
 
 void require_count(const std::string& what, size_t found, size_t expected) {

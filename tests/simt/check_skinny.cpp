@@ -6,15 +6,6 @@ namespace {
 
 using namespace dykaf::cuda;
 
-Plan step_plan(Batch& b, const Scenario& s, void* workspace) {
-  return plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
-}
-
-Dense step_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
-  reference::step(p, s);
-  return {};
-}
-
 CaseSpec skinny(int64_t m, int64_t n, int64_t rank, DType dtype = DType::kFloat32,
                 Master master = Master::kNo, int64_t offset = 0) {
   return {m, n, m < n ? Sides::kLeft : Sides::kRight, dtype, master, offset, 1, rank};

@@ -6,15 +6,6 @@ namespace {
 
 using namespace dykaf::cuda;
 
-Plan step_plan(Batch& b, const Scenario& s, void* workspace) {
-  return plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
-}
-
-Dense step_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
-  reference::step(p, s);
-  return {};
-}
-
 // Every dtype, every block shape but the largest, every choice of sides, and arrays that start
 // where nothing is aligned.
 std::vector<CaseSpec> mixed_group() {

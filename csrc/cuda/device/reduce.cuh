@@ -8,6 +8,15 @@ namespace dykaf::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xffffffffu;
 
+// The sum over the warp, known to every lane.
+DYKAF_DEVICE double warp_sum(double x) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    x += __shfl_xor_sync(kFullMask, x, offset);
+  }
+  return x;
+}
+
 // The sums over the block of kNum numbers per thread, known to every thread afterwards. `scratch`
 // is shared, [kNum * number of warps]; it is free for use again when this returns.
 template <int kNum>
@@ -16,10 +25,7 @@ DYKAF_DEVICE void block_sum(double (&values)[kNum], double* scratch, int num_thr
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 #pragma unroll
   for (int i = 0; i < kNum; ++i) {
-#pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      values[i] += __shfl_xor_sync(kFullMask, values[i], offset);
-    }
+    values[i] = warp_sum(values[i]);
     if (lane == 0) scratch[warp * kNum + i] = values[i];
   }
   __syncthreads();

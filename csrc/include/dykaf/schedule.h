@@ -49,7 +49,7 @@ std::array<std::vector<Problem<T>>, 2> take_due(std::span<const Problem<T>> prob
     const int64_t t = *p.schedule_step += 1;
     for (const Side side : {Side::kLeft, Side::kRight}) {
       const auto i = static_cast<size_t>(side);
-      const bool is_long = (side == Side::kRight) == (p.m < p.n);
+      const bool is_long = (side == Side::kRight) == p.is_wide();
       const bool is_due = t >= p.next_refresh[i] || (is_long && p.is_full());
       if (!p.has_factor(side) || !is_due) continue;
       due[i].push_back(p);

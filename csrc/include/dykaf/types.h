@@ -69,11 +69,13 @@ struct Problem {
   uint64_t stream;             // names the random numbers of this matrix
   double grad_max;             // max|grad|
 
+  // constexpr is what lets kernels call them.
   bool is_unsided() const { return L == nullptr && R == nullptr; }
-  bool is_skinny() const { return basis != nullptr; }
+  constexpr bool is_skinny() const { return basis != nullptr; }
+  constexpr bool is_wide() const { return m < n; }
   int64_t size() const { return m * n; }
-  int64_t short_side() const { return m < n ? m : n; }
-  int64_t long_side() const { return m < n ? n : m; }
+  constexpr int64_t short_side() const { return is_wide() ? m : n; }
+  constexpr int64_t long_side() const { return is_wide() ? n : m; }
 
   bool has_factor(Side side) const {
     return (side == Side::kLeft ? L : R) != nullptr || is_skinny();

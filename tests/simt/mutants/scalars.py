@@ -30,8 +30,8 @@ FACTOR_SCALARS = faults(
     ("average: never stops", "if (!(norm > 0)) {", "if (norm < 0) {"),
     (
         "average: rho of one side",
-        "(p.L != nullptr && p.R != nullptr) || p.basis",
-        "(p.L != nullptr || p.R != nullptr) || p.basis",
+        "(p.L != nullptr && p.R != nullptr) || p.is_skinny()",
+        "(p.L != nullptr || p.R != nullptr) || p.is_skinny()",
     ),
     (
         "average: not over the size",
@@ -117,7 +117,7 @@ SECOND_MOMENT = faults(
         "if (warp != 0 || col >= p.n) return;",
         "if (col >= p.n) return;",
     ),
-    ("half of a row is summed", "int offset = kWarpSize / 2;", "int offset = kWarpSize / 4;"),
+    ("a row is not summed", "  sum = warp_sum(sum);\n", ""),
     ("rows are not weighed", "q.u != nullptr ? q.u[i] : 1.0", "1.0"),
     ("u is not normalised", "q.u[i] /= norm;", "q.u[i] /= 1.0;"),
     ("c without a", "q.scratch[0] = w.a * sums[1] / norm;", "q.scratch[0] = sums[1] / norm;"),

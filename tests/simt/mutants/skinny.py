@@ -8,19 +8,29 @@ SKINNY = (
     faults(
         "skinny.cu",
         CHECKS,
-        ("no barrier before the rows", "  __syncthreads();\n  if (q.", "  if (q."),
+        (
+            "no barrier before the rows",
+            "  __syncthreads();\n  const int64_t l",
+            "  const int64_t l",
+        ),
         ("writes beyond a row", "j + kQuad <= part.num_j && ", ""),
         ("rows taken for aligned", " && is_aligned(to, 0, 4)", ""),
         ("a row's tail is left out", "e < kQuad && j + e < part.num_j", "false"),
-        ("rows over those in use", "p.basis + q.used * part.l", "p.basis + q.inner * part.l"),
-        ("tail of the short side", "min(int64_t{kShort}, part.s - part.i)", "int64_t{kShort}"),
-        ("tail of the long side", "min(int64_t{kLong}, part.l - part.j)", "int64_t{kLong}"),
+        ("rows follow though none is due", "if (q.updates_factor) append", "append"),
+        ("the long factor moves though not due", " || !q.updates_factor", ""),
+        ("rows over those in use", "p.basis + q.used * l", "p.basis + q.inner * l"),
+        (
+            "tail of the short side",
+            "min(int64_t{kShort}, p.short_side() - part.i)",
+            "int64_t{kShort}",
+        ),
+        ("tail of the long side", "min(int64_t{kLong}, p.long_side() - part.j)", "int64_t{kLong}"),
         ("parts of the short side", "tile % parts_i * kShort", "0 * kShort"),
         ("a tall tile is not turned", "(col + e) * kStride + row]", "(row + e) * kStride + col]"),
         ("momentum without tau", "s.tau * x[e], s)", "x[e], s)"),
         (
             "sums of the first row",
-            "q.sums[part.piece * part.s + part.i + i] = sum",
+            "q.sums[part.piece * p.short_side() + part.i + i] = sum",
             "q.sums[i] = sum",
         ),
         ("a piece is left out", "piece < ceil_div(l, kLong);", "piece < l / kLong;"),
@@ -45,7 +55,7 @@ SKINNY = (
         ("flat does not decay", "*p.flat *= decay;", ""),
         ("rows in use from the stride", "p.core[i / q.used * size + i % q.used]", "p.core[i]"),
         ("new rows weigh nothing", "(size + 1)] = added", "(size + 1)] = 0.0f"),
-        ("rho of the short side", "p.rho[is_wide ? 1 : 0]", "p.rho[is_wide ? 0 : 1]"),
+        ("rho of the short side", "p.rho[p.is_wide() ? 1 : 0]", "p.rho[p.is_wide() ? 0 : 1]"),
         ("rho is written too early", "  __syncthreads();  // all have read rho\n", ""),
         ("no trace", "  if (!(trace > 0)) return;\n", ""),
         ("skipped steps move on", "if (s.active == 0) return;\n  const Part", "const Part"),
@@ -60,7 +70,7 @@ SKINNY = (
         ),
         (
             "beyond along the wrong side",
-            "(p.m < p.n ? e.row : e.col)",
+            "(p.is_wide() ? e.row : e.col)",
             "(p.m > p.n ? e.row : e.col)",
         ),
         (
@@ -82,6 +92,6 @@ SKINNY = (
     + faults(
         "factor_scalars.cu",
         CHECKS,
-        ("both sides take the short one's rho", " || p.basis != nullptr", ""),
+        ("both sides take the short one's rho", " || p.is_skinny()", ""),
     )
 )
