@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evidence import EvidenceError
 from bench.evidence import sources as sources_module
-from bench.evidence.grid import MODULES, Plan, Run, load_grid
+from bench.evidence.grid import MODULES, Plan, Run, baselines_of, load_grid, settings_of
 from bench.evidence.kronecker import KroneckerOptimizer
+from bench.evidence.muon import Float32Muon, orthogonalise
 from bench.evidence.optimizers import make_optimizer
 from bench.evidence.records import append_record, by_key, read_records
 from bench.evidence.sources import Source, check_sha256, fetch, members, sha256_of
@@ -34,7 +35,7 @@ from bench.evidence.stats import (
     student_cdf,
     student_quantile,
 )
-from bench.evidence.summary import summarise
+from bench.evidence.summary import current_records, summarise
 from bench.evidence.tasks import byte_lm, digits, minilm, vision
 from bench.evidence.training import lr_factor, train
 
@@ -199,7 +200,10 @@ def test_the_grid_file_is_sound() -> None:
         assert {"full", "quick"} <= set(sizes)
         for table in sizes.values():
             assert grid["tuning_seed"] not in table["seeds"]
-            assert task == "fisher" or set(grid["baselines"]) <= set(table["contenders"])
+            if task != "fisher":
+                assert set(baselines_of(grid, table)) <= set(table["contenders"])
+            if "steps" in table:
+                assert set(table["steps"]) == set(table["contenders"])
 
 
 def test_every_contender_can_be_made_and_takes_a_step() -> None:
@@ -222,7 +226,20 @@ def test_every_contender_can_be_made_and_takes_a_step() -> None:
 def make_plan(lrs: list[float]) -> Plan:
     table = {"lrs": lrs, "warmups": [0], "seeds": [0, 1], "settings": {"steps": 3}}
     contenders = {"a": {"kind": "adamw"}, "b": {"kind": "muon"}}
-    return Plan("digits", "quick", table, contenders, 1000, ("a",), "hash")
+    return Plan("digits", "quick", table, contenders, 1000, "hash")
+
+
+def test_a_contender_may_have_steps_of_its_own() -> None:
+    table = make_plan([0.1]).table | {"steps": {"a": 5}}
+    plan = dataclasses.replace(make_plan([0.1]), table=table)
+    steps = {run.contender: run.settings["steps"] for run in plan.runnable({})}
+    assert steps == {"a": 5, "b": 3}
+    records = [fake_record(run, 1.0) for run in plan.runnable({})]
+    kept, notes = current_records(records, table, plan.contenders)
+    assert (kept, notes) == (records, [])
+    changed = table | {"steps": {"a": 6}}
+    assert current_records(records, changed, plan.contenders)[0] == records[1:]
+    assert settings_of(table, "b") is table["settings"]
 
 
 def fake_record(run: Run, loss: float) -> dict[str, Any]:
@@ -442,6 +459,59 @@ def test_kronecker_steps(factors: str, update: str) -> None:
             Q[side] = torch.linalg.qr(S[side] @ Q[side][:, order]).Q
             V = V.index_select(side, order)
     assert torch.allclose(W.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_soap_without_the_factor_of_a_long_side() -> None:
+    """As SOAP of the matrix times any rotation of that side would be of the unrotated one."""
+    generator = torch.Generator().manual_seed(2)
+    W = torch.nn.Parameter(torch.randn(3, 6, generator=generator, dtype=torch.float64))
+    beta1, beta2, lr = 0.9, 0.8, 0.1
+    options = {"eps": 1e-3, "weight_decay": 0.0, "precondition_frequency": 1}
+    optimizer = KroneckerOptimizer([W], lr, (beta1, beta2), max_precond_dim=5, **options)
+    gradients = torch.randn(4, 3, 6, generator=generator, dtype=torch.float64)
+    expected, M, V = W.detach().clone(), torch.zeros(3, 6).double(), torch.zeros(3, 6).double()
+    S = (1 - beta2) * gradients[0] @ gradients[0].T
+    Q = eigenbasis(S)
+    for t, G in enumerate(gradients):
+        W.grad = G.clone()
+        optimizer.step()
+        if t == 0:
+            continue
+        M = beta1 * M + (1 - beta1) * G
+        V = beta2 * V + (1 - beta2) * (Q.T @ G) ** 2
+        mean, square = M / (1 - beta1**t), V / (1 - beta2**t)
+        expected = expected - lr * Q @ ((Q.T @ mean) / (square.sqrt() + 1e-3))
+        S = beta2 * S + (1 - beta2) * G @ G.T
+        order = torch.diag(Q.T @ S @ Q).argsort(descending=True)
+        Q, V = torch.linalg.qr(S @ Q[:, order]).Q, V[order]
+    assert torch.allclose(W.detach(), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="max_precond_dim: for SOAP alone, got 5"):
+        KroneckerOptimizer([W], factors="kl", max_precond_dim=5)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+def test_muon_in_float32_is_torchs_muon(shape: tuple[int, int]) -> None:
+    """The iteration on singular values, and torch's own class up to its bfloat16."""
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    U, s, Vt = torch.linalg.svd(grad / grad.norm(), full_matrices=False)
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    found = orthogonalise(grad, coefficients, 5, 1e-7)
+    assert torch.allclose(found, U @ torch.diag(s) @ Vt, rtol=0, atol=1e-12)
+
+    steps = []
+    for kind in (torch.optim.Muon, Float32Muon):
+        W = torch.nn.Parameter(torch.zeros(shape))
+        W.grad = grad.float()
+        kind([W], lr=1.0, weight_decay=0.0, adjust_lr_fn="original").step()
+        steps.append(-W.detach().double())
+    # The first momentum is a multiple of the gradient. Fifteen products round to 2^-8 and 2^-24;
+    # singular values near 1 keep an error as it is, or damp it.
+    expected = found * max(1.0, shape[0] / shape[1]) ** 0.5
+    for step, roundoff in zip(steps, (2**-8, 2**-24), strict=True):
+        assert float((step - expected).norm() / expected.norm()) <= 15 * roundoff
 
 
 def test_the_optimum_of_digits_is_stationary(monkeypatch: pytest.MonkeyPatch) -> None:

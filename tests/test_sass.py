@@ -1,5 +1,6 @@
 """bench.sass: reading of machine code, of names and of budgets; no compiler is needed."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -86,6 +87,11 @@ def test_main_loop_takes_the_aligned_path():
     assert loop.limit == "tensor"
 
 
+def test_the_tensor_cores_run_at_the_rate_of_mma_sync():
+    cycles = loop_of(LOOP).cycles["tensor"]  # of four warps, one on each partition
+    assert cycles == pytest.approx(NUM_HMMA * 4 / 0.629)
+
+
 def test_unrolled_loops_count_per_stage():
     body = LOOP[LOOP.index(".L_x_3:") + 1 : -2]
     unrolled = [*LOOP[:-2], *body, *LOOP[-2:]]
@@ -170,6 +176,19 @@ def test_an_excess_is_found(what, budget, is_excess):
     lines = budgets.excesses([kernel], changed)
     assert bool(lines) == is_excess
     assert all(what in line and str(budget) in line for line in lines)
+
+
+def test_a_large_product_that_waits_for_shared_memory_is_found():
+    kernel = a_kernel()
+    recorded = budgets.make([kernel])
+    assert budgets.excesses([kernel], recorded) == []
+    large = dataclasses.replace(kernel, name="gemm 128x128 NT high")
+    recorded["sm_90"][large.name] = recorded["sm_90"].pop(kernel.name)
+    assert budgets.excesses([large], recorded) == []
+    large.loop.cycles["shared"] = large.loop.cycles["tensor"] / 0.79
+    assert budgets.excesses([large], recorded) == [
+        "sm_90 gemm 128x128 NT high: bound 79%, least 80%"
+    ]
 
 
 def test_budgets_and_kernels_must_match():

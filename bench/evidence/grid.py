@@ -67,17 +67,13 @@ class Plan:
     table: dict[str, Any]
     contenders: dict[str, dict[str, Any]]  # the chosen ones, in order
     tuning_seed: int
-    baselines: tuple[str, ...]
     data_sha256: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.table["settings"]
 
     def run(self, contender: str, lr: float, warmup: int, seed: int, role: str) -> Run:
         options = self.contenders[contender]
         task, size, data = self.task, self.size, self.data_sha256
-        return Run(task, size, contender, options, lr, warmup, seed, role, self.settings, data)
+        settings = settings_of(self.table, contender)
+        return Run(task, size, contender, options, lr, warmup, seed, role, settings, data)
 
     def tuning_runs(self, contender: str) -> list[Run]:
         points = itertools.product(self.table["lrs"], self.table["warmups"])
@@ -119,7 +115,7 @@ class Plan:
                 0,
                 seed,
                 "report",
-                self.settings,
+                table["settings"],
                 self.data_sha256,
             )
             for problem, beta, scale, seed in axes
@@ -132,6 +128,17 @@ class Plan:
             return len(self.fisher_runs())
         points = len(table["lrs"]) * len(table["warmups"])
         return len(self.contenders) * (points + len(table["seeds"]))
+
+
+def settings_of(table: Mapping[str, Any], contender: str) -> dict[str, Any]:
+    """The settings of a contender's runs; a size may give each a number of steps of its own."""
+    steps = table.get("steps", {}).get(contender)
+    return table["settings"] if steps is None else {**table["settings"], "steps": steps}
+
+
+def baselines_of(grid: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
+    """Whom the contenders of a size are compared with in pairs."""
+    return list(table.get("baselines", grid["baselines"]))
 
 
 def task_module(task: str) -> ModuleType:
@@ -179,6 +186,5 @@ def make_plan(
         table,
         {name: grid["contenders"][name] for name in names},
         grid["tuning_seed"],
-        tuple(grid["baselines"]),
         task_module(task).data_sha256(task, table["settings"]),
     )

@@ -43,6 +43,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled.
         precondition_frequency: steps between two refreshes of the bases.
+        max_precond_dim: a longer side has no factor and keeps the identity as its basis.
         factors: "shampoo" or "kl".
         update: "adam" or "root".
     """
@@ -56,11 +57,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         *,
         precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
         factors: str = "shampoo",
         update: str = "adam",
     ) -> None:
         if factors not in ("shampoo", "kl") or update not in ("adam", "root"):
             raise ValueError(f"no such form: factors {factors!r}, update {update!r}")
+        if (factors, update) != ("shampoo", "adam") and max_precond_dim < 10000:
+            raise ValueError(f"max_precond_dim: for SOAP alone, got {max_precond_dim}")
         super().__init__(
             params,
             {
@@ -69,6 +73,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "precondition_frequency": precondition_frequency,
+                "max_precond_dim": max_precond_dim,
                 "factors": factors,
                 "update": update,
             },
@@ -86,7 +91,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         if not state:
             if bool((G != 0).any()):  # a zero gradient has no basis
-                state.update(first_state(G, beta2, group["factors"]))
+                state.update(first_state(G, beta2, group["factors"], group["max_precond_dim"]))
             return
         state["step"] += 1
         t = state["step"]
@@ -94,9 +99,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         W.mul_(1 - group["lr"] * group["weight_decay"])
         Q_L, Q_R = state["Q"]
         if group["update"] == "adam":
-            V = state["V"].mul_(beta2).add_((Q_L.T @ G @ Q_R).square(), alpha=1 - beta2)
+            V = state["V"].mul_(beta2).add_(into(G, Q_L, Q_R).square(), alpha=1 - beta2)
             denominator = (V / (1 - beta2**t)).sqrt() + group["eps"]
-            W.sub_(Q_L @ ((Q_L.T @ M @ Q_R) / denominator) @ Q_R.T, alpha=group["lr"])
+            W.sub_(out_of(into(M, Q_L, Q_R) / denominator, Q_L, Q_R), alpha=group["lr"])
             update_factors(state, G, beta2, group["factors"])
         else:
             update_factors(state, G, beta2, group["factors"])
@@ -106,27 +111,47 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             refresh(state)
 
 
-def first_state(G: Tensor, beta: float, factors: str) -> dict[str, Any]:
-    """State after the first gradient: factors that have seen it, and their eigenvectors."""
+def into(X: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
+    """Q_L^T X Q_R; None is the identity."""
+    X = X if Q_L is None else Q_L.T @ X
+    return X if Q_R is None else X @ Q_R
+
+
+def out_of(X: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
+    """Q_L X Q_R^T; None is the identity."""
+    X = X if Q_L is None else Q_L @ X
+    return X if Q_R is None else X @ Q_R.T
+
+
+def first_state(G: Tensor, beta: float, factors: str, max_precond_dim: int) -> dict[str, Any]:
+    """State after the first gradient: factors that have seen it, and their eigenvectors.
+
+    Sides over max_precond_dim have None in place of both.
+    """
     sides = G.shape
     state: dict[str, Any] = {"step": 0, "M": torch.zeros_like(G), "V": torch.zeros_like(G)}
     start = 0.0 if factors == "shampoo" else G.square().mean().sqrt()
-    state["S"] = [start * torch.eye(d, dtype=G.dtype, device=G.device) for d in sides]
-    state["Q"] = [torch.eye(d, dtype=G.dtype, device=G.device) for d in sides]
+    identities = [
+        torch.eye(d, dtype=G.dtype, device=G.device) if d <= max_precond_dim else None
+        for d in sides
+    ]
+    state["S"] = [None if identity is None else start * identity for identity in identities]
+    state["Q"] = identities
     update_factors(state, G, beta, factors)
-    state["Q"] = [torch.linalg.eigh(S).eigenvectors.flip(1) for S in state["S"]]
+    state["Q"] = [
+        None if S is None else torch.linalg.eigh(S).eigenvectors.flip(1) for S in state["S"]
+    ]
     return state
 
 
 def update_factors(state: dict[str, Any], G: Tensor, beta: float, factors: str) -> None:
     """One averaging step of both factors."""
-    m, n = G.shape
-    if factors == "shampoo":
-        new = [G @ G.T, G.T @ G]
-    else:
-        new = [G @ power(state, 1, -1.0) @ G.T / n, G.T @ power(state, 0, -1.0) @ G / m]
-    for S, term in zip(state["S"], new, strict=True):
-        S.mul_(beta).add_(term, alpha=1 - beta)
+    inverses = [power(state, side, -1.0) for side in (0, 1)] if factors == "kl" else []
+    for side, (S, X) in enumerate(zip(state["S"], (G, G.T), strict=True)):
+        if S is not None:
+            is_kl = factors == "kl"
+            term = X @ inverses[1 - side] @ X.T / X.shape[1] if is_kl else X @ X.T
+            S.mul_(beta).add_(term, alpha=1 - beta)
 
 
 def rayleigh(S: Tensor, Q: Tensor) -> Tensor:
@@ -144,6 +169,8 @@ def power(state: dict[str, Any], side: int, exponent: float) -> Tensor:
 def refresh(state: dict[str, Any]) -> None:
     """One step of orthogonal iteration per side; V follows the order of the columns."""
     for side, S in enumerate(state["S"]):
+        if S is None:
+            continue
         Q = state["Q"][side]
         order = torch.argsort(rayleigh(S, Q), descending=True)
         state["Q"][side] = torch.linalg.qr(S @ Q[:, order]).Q

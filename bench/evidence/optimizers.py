@@ -13,6 +13,7 @@ from torch import nn
 
 from bench.evidence import EvidenceError
 from bench.evidence.kronecker import KroneckerOptimizer
+from bench.evidence.muon import Float32Muon
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -106,7 +107,8 @@ def make_optimizer(
         matrix = KroneckerOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
     elif kind == "muon":
         # match_rms_adamw brings Muon's updates to AdamW's size, so that one lr serves both.
-        matrix = torch.optim.Muon(
+        make = Float32Muon if options.pop("float32", False) else torch.optim.Muon
+        matrix = make(
             views.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **options
         )
     else:

@@ -95,6 +95,9 @@ def training_page(summary: Summary) -> str:
     table = summary.table
     held_out = HELD_OUT[summary.task != "digits"]
     settings = ", ".join(f"{key} {value}" for key, value in table["settings"].items())
+    if "steps" in table:
+        own = ", ".join(f"{name} {steps}" for name, steps in table["steps"].items())
+        settings += f"; steps for equal time: {own}"
     return "\n".join(
         [
             f"{MEASURES[summary.task].capitalize()}, lower is better. Each contender got "

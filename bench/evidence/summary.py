@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.evidence.grid import baselines_of, settings_of
 from bench.evidence.stats import Difference, at_edge, paired_difference, select
 
 Record = dict[str, Any]
@@ -66,7 +67,7 @@ def current_records(
 ) -> tuple[list[Record], list[str]]:
     """Records that the grid file still describes, all on the same data; and what to tell of it."""
     notes = []
-    kept = [record for record in records if record["settings"] == table["settings"]]
+    kept = [r for r in records if r["settings"] == settings_of(table, r["contender"])]
     if contenders:
         kept = [record for record in kept if record["options"] == contenders[record["contender"]]]
     counts = Counter(record["data_sha256"] for record in kept)
@@ -118,7 +119,7 @@ def summarise(task: str, size: str, records: Sequence[Record], grid: Mapping[str
     order = [name for name in grid["contenders"] if name in names]
     rows = [make_row(task, name, kept, table["lrs"]) for name in order]
     by_name = {row.contender: row for row in rows}
-    baselines = [name for name in grid["baselines"] if name in by_name]
+    baselines = [name for name in baselines_of(grid, table) if name in by_name]
     for row in rows:
         for name in baselines:
             if name != row.contender:

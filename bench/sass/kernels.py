@@ -125,7 +125,7 @@ class MainLoop:
 
     @property
     def bound(self) -> float:
-        """The fraction of the tensor cores' rate that the loop can reach."""
+        """The fraction of the rate of mma.sync that the loop can reach."""
         return self.cycles["tensor"] / max(self.cycles.values())
 
     @property
@@ -165,7 +165,7 @@ def main_loop(function: Function, shape: GemmShape, arch: int) -> MainLoop:
     warps = shape.warps / PARTITIONS
     moved = stage("LDS") + 4 * stage("LDSM") + 4 * stage("LDGSTS128")
     result.cycles = {
-        "tensor": stage("HMMA") * machine.hmma * warps,
+        "tensor": stage("HMMA") * machine.hmma / machine.mma_sync * warps,
         "issue": result.issued * warps,
         "shared": moved * shape.warps,
         "alu": stage("alu") * ALU_CYCLES * warps,

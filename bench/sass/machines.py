@@ -20,6 +20,7 @@ class Machine:
         hmma: of a tensor-core product: m16n8k8 TF32 and m16n8k16 bf16 take equally long. From the
             published dense peak with float32 sums: cycles = 1024 multiply-adds / (TF32 peak /
             2 / multiprocessors / boost clock / 4 partitions).
+        mma_sync: the share of that peak that mma.sync reaches.
     """
 
     registers: int
@@ -28,6 +29,7 @@ class Machine:
     warps: int
     blocks: int
     hmma: float
+    mma_sync: float = 1.0
     reserved_shared_bytes: int = 1024  # per block, by the system
 
 
@@ -35,16 +37,15 @@ class Machine:
 #   80   A100, 156 TFLOP/s at 1.41 GHz on 108: 128 multiply-adds a cycle and partition, 8 cycles.
 #   86   A10, 62.5 at 1.695 GHz on 72: 16 cycles. GeForce cards of this architecture take 32.
 #   89   L40S, 183 at 2.52 GHz on 142: 16 cycles. GeForce cards take 32.
-#   90   H100 SXM, 494.7 at 1.83 GHz on 132: 4 cycles. This is the peak of wgmma; measurements of
-#        mma.sync on Hopper found about 0.6 of it (Luo et al., arXiv 2402.13499), in which case the
-#        tensor cores bind where the table says that something else does.
+#   90   H100 SXM, 494.7 at 1.83 GHz on 132: 4 cycles. This is the peak of wgmma; mma.sync was
+#        measured at 62.9% of it on average (Luo et al., arXiv 2402.13499 and 2501.12084).
 #   100  B200 publishes its peak for tcgen05 alone; 4 cycles for mma.sync is an assumption.
 #   120  RTX PRO 6000, 251.9 at 2.617 GHz on 188: 16 cycles. GeForce cards take 32.
 MACHINES = {
     80: Machine(65536, 164 << 10, 163 << 10, 64, 32, hmma=8),
     86: Machine(65536, 100 << 10, 99 << 10, 48, 16, hmma=16),
     89: Machine(65536, 100 << 10, 99 << 10, 48, 24, hmma=16),
-    90: Machine(65536, 228 << 10, 227 << 10, 64, 32, hmma=4),
+    90: Machine(65536, 228 << 10, 227 << 10, 64, 32, hmma=4, mma_sync=0.629),
     100: Machine(65536, 228 << 10, 227 << 10, 64, 32, hmma=4),
     120: Machine(65536, 100 << 10, 99 << 10, 48, 24, hmma=16),
 }

@@ -45,9 +45,13 @@ DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indic
   return part;
 }
 
-// Those of the group's maxima that belong to `indices`.
+// Those of the group's maxima that belong to `indices`, which ascend. Where they are a range
+// nothing is copied to the device, as a captured step must not.
 at::Tensor maxima_of(const DeviceGroup& group, const std::vector<int64_t>& indices) {
-  if (indices.size() == group.problems.size()) return *group.grad_max;
+  const auto num = static_cast<int64_t>(indices.size());
+  if (num == 0 || indices.back() - indices.front() == num - 1) {
+    return group.grad_max->narrow(0, num == 0 ? 0 : indices.front(), num);
+  }
   return group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
 }
 
@@ -78,20 +82,6 @@ void count_rows(const DeviceGroup& group, const std::vector<int64_t>& indices) {
     const Problem<float>& p = group.problems[static_cast<size_t>(i)];
     if (p.is_skinny() && updates_factors(p, group.options)) p.rows[1] += p.short_side();
   }
-}
-
-void refresh_due_(const DeviceGroup& group) {
-  const auto due = take_due(group.problems, group.options);
-  for (const Side side : {Side::kLeft, Side::kRight}) {
-    DeviceGroup part = group;
-    part.problems = due[static_cast<size_t>(side)];
-    if (!part.problems.empty()) refresh_basis_on_device_(part, side);
-  }
-}
-
-// Refresh dates are at least 1 once there are bases.
-bool awaits_first_gradient(const Problem<float>& p) {
-  return !p.is_unsided() && p.next_refresh[0] == 0 && p.next_refresh[1] == 0;
 }
 
 }  // namespace
@@ -133,16 +123,27 @@ void factor_update_on_device_(const DeviceGroup& group) {
   });
 }
 
-void step_on_device_(const DeviceGroup& group) {
+void refresh_due_on_device_(const DeviceGroup& group) {
+  const auto due = take_due(group.problems, group.options);
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    DeviceGroup part = group;
+    part.problems = due[static_cast<size_t>(side)];
+    if (!part.problems.empty()) refresh_basis_on_device_(part, side);
+  }
+}
+
+void step_on_device_(const DeviceGroup& group, Refreshes refreshes) {
   std::vector<int64_t> fresh;
   std::vector<int64_t> running;
   for (size_t i = 0; i < group.problems.size(); ++i) {
     (awaits_first_gradient(group.problems[i]) ? fresh : running).push_back(static_cast<int64_t>(i));
   }
   plain_step_(group, running);
-  count_rows(group, running);
   std::vector<Problem<float>> problems;
-  refresh_due_(subgroup(group, running, problems));
+  if (refreshes == Refreshes::kWithStep) {
+    count_rows(group, running);
+    refresh_due_on_device_(subgroup(group, running, problems));
+  }
   if (fresh.empty()) return;
   DeviceGroup start = subgroup(group, fresh, problems);
   start.grad_max = maxima_of(group, fresh);

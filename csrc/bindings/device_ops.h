@@ -33,7 +33,9 @@ void initialize_on_device_(const DeviceGroup& group);
 
 void refresh_basis_on_device_(const DeviceGroup& group, Side side);
 
+void refresh_due_on_device_(const DeviceGroup& group);
+
 // Waits for the device while a matrix still awaits its first gradient, and not else.
-void step_on_device_(const DeviceGroup& group);
+void step_on_device_(const DeviceGroup& group, Refreshes refreshes);
 
 }  // namespace dykaf::bindings

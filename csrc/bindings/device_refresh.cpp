@@ -1,18 +1,23 @@
-// One power iteration with orthonormalisation on a device, batched over bases of one size and
+// One power iteration with orthonormalisation on a device, batched over matrices of one shape and
 // without waiting for the device: csrc/cpu/refresh_basis.cpp has the mathematics. Cholesky
 // decompositions take the place of Householder's, for products are what a GPU is good at.
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
-#include <ATen/ops/isfinite.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
+#include <utility>
 
 #include "bindings/device_ops.h"
 #include "bindings/orthonormalize.h"
@@ -25,23 +30,40 @@
 namespace dykaf::bindings {
 namespace {
 
-// Bases of one batch, by memory: a batch takes a dozen arrays of this many entries.
+// Entries of the largest arrays of one batch, which takes a dozen of them.
 constexpr int64_t kMaxBatchEntries = int64_t{1} << 24;
 
-// The bases of one side and size, [b, n, n] each.
+using Tensors = std::vector<at::Tensor>;
+
+// One launch for many tensors.
+void assign(const Tensors& targets, const at::Tensor& batch) {
+  at::_foreach_copy_(targets, batch.unbind(0));
+}
+
+// The rows or columns of each matrix of [b, m, n] in an order of its own, [b, m] or [b, n].
+at::Tensor rows_of(const at::Tensor& x, const at::Tensor& order) {
+  return x.gather(1, order.unsqueeze(2).expand_as(x));
+}
+at::Tensor columns_of(const at::Tensor& x, const at::Tensor& order) {
+  return x.gather(2, order.unsqueeze(1).expand_as(x));
+}
+
+// The bases of one side of matrices of one shape. Each array of theirs is one tensor with the batch
+// first, so that the number of launches does not grow with the number of matrices.
 class RefreshBatch {
  public:
   RefreshBatch(const DeviceGroup& group, Side side, std::vector<const Problem<float>*> problems)
-      : group_(group), left_(side == Side::kLeft), side_(side), problems_(std::move(problems)) {}
+      : group_(group),
+        left_(side == Side::kLeft),
+        side_(side),
+        m_(problems[0]->m),
+        n_(problems[0]->n),
+        problems_(std::move(problems)) {}
 
   void run() {
-    const int64_t n = size_of(*problems_[0]);
-    std::vector<at::Tensor> factors;
-    std::vector<at::Tensor> bases;
-    for (const auto* p : problems_) {
-      factors.push_back(device_view(left_ ? p->L : p->R, {n, n}, group_.device));
-      bases.push_back(device_view(left_ ? p->Q_L : p->Q_R, {n, n}, group_.device));
-    }
+    const int64_t size = left_ ? m_ : n_;
+    const Tensors factors = arrays(left_ ? &Matrix::L : &Matrix::R, {size, size});
+    const Tensors bases = arrays(left_ ? &Matrix::Q_L : &Matrix::Q_R, {size, size});
     const at::Tensor F = at::stack(factors);
     const auto [old_diagonal, sorting] = at::sort(F.diagonal(0, 1, 2), /*stable=*/true, /*dim=*/1,
                                                   /*descending=*/true);
@@ -52,35 +74,40 @@ class RefreshBatch {
     // Where a basis must stay nothing is sorted and nothing turns.
     const at::Tensor stays = moves.logical_not().unsqueeze(1);
     const at::Tensor order =
-        at::where(stays, at::arange(n, sorting.options()).unsqueeze(0), sorting);
+        at::where(stays, at::arange(size, sorting.options()).unsqueeze(0), sorting);
     const at::Tensor turn =
-        at::where(stays.unsqueeze(2), at::eye(n, Q.options()).unsqueeze(0), Q);  // Pi^T P
-    const at::Tensor P = turn.scatter(1, order.unsqueeze(2).expand({-1, n, n}), turn);
+        at::where(stays.unsqueeze(2), at::eye(size, Q.options()).unsqueeze(0), Q);  // Pi^T P
+    const at::Tensor P = turn.scatter(1, order.unsqueeze(2).expand_as(turn), turn);
     const at::Tensor upper =
         at::bmm(at::bmm(turn.transpose(1, 2), permuted(F, order)), turn).triu();
     const at::Tensor symmetric = upper.add(upper.triu(1).transpose(1, 2));
     const at::Tensor new_F = at::where(stays.unsqueeze(2), F, symmetric);
-    const at::Tensor new_Q = at::bmm(at::stack(bases), P);
     const at::Tensor growth =
         at::where(stays, at::ones_like(old_diagonal),
                   cpu::growth(group_.options, old_diagonal, new_F.diagonal(0, 1, 2)));
 
-    for (size_t i = 0; i < problems_.size(); ++i) {
-      const auto b = static_cast<int64_t>(i);
-      factors[i].copy_(new_F[b]);
-      bases[i].copy_(corrected(*problems_[i], new_Q[b]));
-      move_momentum(*problems_[i], P[b]);
-      move_second_moment(*problems_[i], order[b], growth[b]);
-    }
+    assign(factors, new_F);
+    assign(bases, at::bmm(at::stack(bases), P));
+    correct_drift(bases);
+    move_momentum(P);
+    move_second_moment(order, growth);
   }
 
  private:
+  using Matrix = Problem<float>;
+
   // Pi^T F Pi.
   static at::Tensor permuted(const at::Tensor& F, const at::Tensor& order) {
-    return F.gather(2, order.unsqueeze(1).expand_as(F)).gather(1, order.unsqueeze(2).expand_as(F));
+    return rows_of(columns_of(F, order), order);
   }
 
-  int64_t size_of(const Problem<float>& p) const { return left_ ? p.m : p.n; }
+  // An array of every matrix.
+  Tensors arrays(float* Matrix::* array, at::IntArrayRef shape) const {
+    Tensors tensors;
+    for (const Matrix* p : problems_)
+      tensors.push_back(device_view(p->*array, shape, group_.device));
+    return tensors;
+  }
 
   // In a step that is skipped nothing moves, and nothing fails.
   at::Tensor unless_skipped(const at::Tensor& flags) const {
@@ -88,59 +115,102 @@ class RefreshBatch {
   }
 
   void count_refreshes(const at::Tensor& failed) const {
-    for (size_t i = 0; i < problems_.size(); ++i) {
-      const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
-      at::from_blob(problems_[i]->refresh_fallbacks, {1}, options)
-          .add_(failed[static_cast<int64_t>(i)]);
-      problems_[i]->refreshes[static_cast<size_t>(side_)] += 1;
+    const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
+    Tensors counts;
+    for (const Matrix* p : problems_) {
+      counts.push_back(at::from_blob(p->refresh_fallbacks, {}, options));
+      p->refreshes[static_cast<size_t>(side_)] += 1;
     }
+    at::_foreach_add_(counts, failed.to(at::kLong).unbind(0));
   }
 
-  at::Tensor corrected(const Problem<float>& p, const at::Tensor& Q) const {
-    const bool is_due = p.refreshes[static_cast<size_t>(side_)] % cpu::kRefreshesPerCorrection == 0;
-    return is_due ? cpu::orthonormalized(Q) : Q;
+  void correct_drift(const Tensors& bases) const {
+    Tensors drifted;
+    for (size_t i = 0; i < bases.size(); ++i) {
+      const int64_t refreshes = problems_[i]->refreshes[static_cast<size_t>(side_)];
+      if (refreshes % cpu::kRefreshesPerCorrection == 0) drifted.push_back(bases[i]);
+    }
+    if (!drifted.empty()) assign(drifted, cpu::orthonormalized(at::stack(drifted)));
   }
 
-  void move_momentum(const Problem<float>& p, const at::Tensor& P) const {
-    at::Tensor exp_avg = device_view(p.exp_avg, {p.m, p.n}, group_.device);
-    exp_avg.copy_(left_ ? P.t().mm(exp_avg) : exp_avg.mm(P));
+  void move_momentum(const at::Tensor& P) const {
+    const Tensors momenta = arrays(&Matrix::exp_avg, {m_, n_});
+    const at::Tensor exp_avg = at::stack(momenta);
+    assign(momenta, left_ ? at::bmm(P.transpose(1, 2), exp_avg) : at::bmm(exp_avg, P));
   }
 
-  void move_second_moment(const Problem<float>& p, const at::Tensor& order,
-                          const at::Tensor& growth) const {
-    if (p.exp_avg_sq != nullptr) {
+  void move_second_moment(const at::Tensor& order, const at::Tensor& growth) const {
+    const Matrix& first = *problems_[0];
+    if (first.exp_avg_sq != nullptr) {
       const std::array<int64_t, 2> shape =
-          p.is_skinny() ? std::array{p.short_side(), p.skinny_rank + 1} : std::array{p.m, p.n};
-      const bool by_rows = left_ || p.is_skinny();
-      at::Tensor v = device_view(p.exp_avg_sq, shape, group_.device);
-      v.copy_(v.index_select(by_rows ? 0 : 1, order).mul_(growth.unsqueeze(by_rows ? 1 : 0)));
+          first.is_skinny() ? std::array{first.short_side(), first.skinny_rank + 1}
+                            : std::array{m_, n_};
+      const bool by_rows = left_ || first.is_skinny();
+      const Tensors moments = arrays(&Matrix::exp_avg_sq, shape);
+      const at::Tensor v = at::stack(moments);
+      assign(moments, (by_rows ? rows_of(v, order) : columns_of(v, order))
+                          .mul_(growth.unsqueeze(by_rows ? 2 : 1)));
       return;
     }
-    at::Tensor vector =
-        device_view(left_ ? p.exp_avg_sq_row : p.exp_avg_sq_col, {size_of(p)}, group_.device);
-    const at::Tensor old = vector.index_select(0, order).to(at::kDouble);
+    const Tensors rows = arrays(&Matrix::exp_avg_sq_row, {m_});
+    const Tensors cols = arrays(&Matrix::exp_avg_sq_col, {n_});
+    const Tensors& vectors = left_ ? rows : cols;
+    const Tensors& others = left_ ? cols : rows;
+    const at::Tensor old = at::stack(vectors).gather(1, order).to(at::kDouble);
     const at::Tensor moved = old.mul(growth);
     if (group_.options.second_moment == SecondMoment::kRankOne) {
-      const auto options = at::TensorOptions().dtype(at::kDouble).device(group_.device);
-      const at::Tensor norm = moved.norm();
+      const at::Tensor norm = at::linalg_vector_norm(moved, 2, at::IntArrayRef({1}));
       const at::Tensor divisor = at::where(norm.gt(0), norm, at::ones_like(norm));
-      at::from_blob(p.exp_avg_sq_scale, {1}, options).mul_(divisor.sqrt());
-      vector.copy_(moved.div(divisor));
+      assign(vectors, moved.div(divisor.unsqueeze(1)).to(at::kFloat));
+      at::_foreach_mul_(scales(), divisor.sqrt().unbind(0));
       return;
     }
     // Both means move alike, for the mean of the row vector divides row_i col_j.
-    const at::Tensor total = old.sum();
-    const at::Tensor ratio = at::where(total.gt(0), moved.sum().div(total), at::ones_like(total));
-    vector.copy_(moved);
-    device_view(left_ ? p.exp_avg_sq_col : p.exp_avg_sq_row, {left_ ? p.n : p.m}, group_.device)
-        .mul_(ratio.to(at::kFloat));
+    const at::Tensor total = old.sum(1);
+    const at::Tensor ratio = at::where(total.gt(0), moved.sum(1).div(total), at::ones_like(total));
+    assign(vectors, moved.to(at::kFloat));
+    assign(others, at::stack(others).mul_(ratio.to(at::kFloat).unsqueeze(1)));
+  }
+
+  Tensors scales() const {
+    const auto options = at::TensorOptions().dtype(at::kDouble).device(group_.device);
+    Tensors tensors;
+    for (const Matrix* p : problems_)
+      tensors.push_back(at::from_blob(p->exp_avg_sq_scale, {}, options));
+    return tensors;
   }
 
   const DeviceGroup& group_;
   bool left_;
   Side side_;
-  std::vector<const Problem<float>*> problems_;
+  int64_t m_;
+  int64_t n_;
+  std::vector<const Matrix*> problems_;
 };
+
+// The long sides of skinny matrices of one shape with the same rows in use. Also in a step that is
+// skipped: the host counts the rows of the basis.
+void refresh_long_sides_(const DeviceGroup& group,
+                         const std::vector<const Problem<float>*>& problems) {
+  std::vector<cpu::SkinnyMatrix> matrices;
+  for (const Problem<float>* p : problems) matrices.emplace_back(*p, group.device);
+  cpu::refresh_long_(matrices, group.options);
+}
+
+// Problems that go as one: the key tells them apart.
+template <typename Key, typename Run>
+void for_each_batch(const std::map<Key, std::vector<const Problem<float>*>>& batches,
+                    const Run& run) {
+  for (const auto& [key, problems] : batches) {
+    const Problem<float>& p = *problems[0];
+    const int64_t entries = std::max({p.m * p.m, p.n * p.n, p.size()});
+    const auto most = static_cast<size_t>(std::max<int64_t>(1, kMaxBatchEntries / entries));
+    for (size_t begin = 0; begin < problems.size(); begin += most) {
+      const auto end = std::min(problems.size(), begin + most);
+      run(std::vector(problems.begin() + begin, problems.begin() + end));
+    }
+  }
+}
 
 }  // namespace
 
@@ -150,23 +220,18 @@ void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
   const auto backend =
       group.device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
   const cpu::MatmulPrecision precision("highest", backend);
-  std::map<int64_t, std::vector<const Problem<float>*>> by_size;
+  using Batch = std::vector<const Problem<float>*>;
+  std::map<std::pair<int64_t, int64_t>, Batch> dense;  // by shape
+  std::map<std::array<int64_t, 4>, Batch> long_sides;  // by shape and rows in use
   for (const Problem<float>& p : group.problems) {
-    const bool left = side == Side::kLeft;
-    if ((left ? p.L : p.R) == nullptr) {
-      // Also in a step that is skipped: the host counts the rows of the basis.
-      if (p.is_skinny()) cpu::refresh_long_(cpu::SkinnyMatrix(p, group.device), group.options);
-      continue;
-    }
-    const int64_t n = left ? p.m : p.n;
-    auto& batch = by_size[n];
-    batch.push_back(&p);
-    if (static_cast<int64_t>(batch.size()) * n * n >= kMaxBatchEntries) {
-      RefreshBatch(group, side, std::move(batch)).run();
-      by_size.erase(n);
+    if ((side == Side::kLeft ? p.L : p.R) != nullptr) {
+      dense[{p.m, p.n}].push_back(&p);
+    } else if (p.is_skinny()) {
+      long_sides[{p.m, p.n, p.rows[0], p.rows[1]}].push_back(&p);
     }
   }
-  for (const auto& [n, batch] : by_size) RefreshBatch(group, side, batch).run();
+  for_each_batch(dense, [&](Batch batch) { RefreshBatch(group, side, std::move(batch)).run(); });
+  for_each_batch(long_sides, [&](const Batch& batch) { refresh_long_sides_(group, batch); });
 }
 
 }  // namespace dykaf::bindings

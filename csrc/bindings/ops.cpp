@@ -193,11 +193,22 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
       [&](const auto& group) { refresh_basis_on_device_(group, which); });
 }
 
+void refresh_due_op(const States& states, const Offsets& offsets, const py::dict& options) {
+  const Options parsed = parse_options(options);
+  Problems problems(states, {.offsets = offsets}, parsed.second_moment);
+  run(
+      problems, parsed, options,
+      [&]<typename T>(ProblemList<T>& list) { cpu::refresh_due_<T>(list.problems, parsed); },
+      [&](const auto& group) { refresh_due_on_device_(group); });
+}
+
 void step_op(const TensorList& params, const TensorList& grads, const at::Tensor& maxima,
              const States& states, const std::vector<uint64_t>& streams, const Offsets& offsets,
              const py::dict& options, const std::optional<at::Tensor>& skip,
-             const std::optional<at::Tensor>& amp_scale, const std::optional<at::Tensor>& lr) {
+             const std::optional<at::Tensor>& amp_scale, const std::optional<at::Tensor>& lr,
+             bool refresh) {
   const Options parsed = parse_options(options);
+  const Refreshes refreshes = refresh ? Refreshes::kWithStep : Refreshes::kApart;
   Problems problems(states,
                     {.params = params,
                      .grads = grads,
@@ -210,13 +221,13 @@ void step_op(const TensorList& params, const TensorList& grads, const at::Tensor
   check_scalar("lr", lr, at::kFloat, problems);
   run(
       problems, parsed, options,
-      [&]<typename T>(ProblemList<T>& list) { cpu::step_<T>(list.problems, parsed); },
+      [&]<typename T>(ProblemList<T>& list) { cpu::step_<T>(list.problems, parsed, refreshes); },
       [&](auto group) {
         group.grad_max = maxima;
         group.skip = skip;
         group.amp_scale = amp_scale;
         group.lr = lr;
-        step_on_device_(group);
+        step_on_device_(group, refreshes);
       });
 }
 
@@ -242,10 +253,12 @@ void register_ops(py::module_& module) {
              py::arg("options"));
   module.def("refresh_basis_", &refresh_basis_op, py::arg("states"), py::arg("side"),
              py::arg("options"));
+  module.def("refresh_due_", &refresh_due_op, py::arg("states"), py::arg("offsets"),
+             py::arg("options"));
   module.def("step_", &step_op, py::arg("params"), py::arg("grads"), py::arg("grad_max"),
              py::arg("states"), py::arg("streams"), py::arg("offsets"), py::arg("options"),
              py::arg("skip") = py::none(), py::arg("amp_scale") = py::none(),
-             py::arg("lr") = py::none());
+             py::arg("lr") = py::none(), py::arg("refresh") = true);
 }
 
 }  // namespace dykaf::bindings

@@ -63,10 +63,4 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
 template <typename T>
 void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau);
 
-// No gradient that is not zero has come yet. (rho can vanish later, but then step > 0.)
-template <typename T>
-bool is_uninitialized(const Problem<T>& p) {
-  return *p.step == 0 && p.rho[0] == 0;
-}
-
 }  // namespace dykaf::cpu

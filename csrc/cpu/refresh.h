@@ -10,7 +10,7 @@ namespace dykaf::cpu {
 // this many refreshes removes the drift, whose square it leaves.
 inline constexpr int64_t kRefreshesPerCorrection = 32;
 
-// Q (3 I - Q^T Q) / 2.
+// Q (3 I - Q^T Q) / 2, of one matrix or a batch.
 at::Tensor orthonormalized(const at::Tensor& Q);
 
 // By how much entries of exp_avg_sq grow along a side whose factor's sorted diagonal changes so:

@@ -12,7 +12,9 @@
 
 namespace dykaf::cpu {
 
-at::Tensor orthonormalized(const at::Tensor& Q) { return Q.mul(1.5).sub(Q.mm(Q.t().mm(Q)), 0.5); }
+at::Tensor orthonormalized(const at::Tensor& Q) {
+  return Q.mul(1.5).sub(at::matmul(Q, at::matmul(Q.mT(), Q)), 0.5);
+}
 
 at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
                   const at::Tensor& new_diagonal) {
@@ -62,7 +64,7 @@ void refresh_basis_(std::span<const Problem<T>> problems, const Options& options
     if (p.is_skinny()) {
       const SkinnyMatrix w(p);
       const bool is_short = (side == Side::kLeft) != w.is_tall;
-      is_short ? refresh_short_(w, options) : refresh_long_(w, options);
+      is_short ? refresh_short_(w, options) : refresh_long_({&w, 1}, options);
     } else if (p.has_factor(side)) {
       refresh_basis_(p, options, side);
     }

@@ -1,10 +1,13 @@
 #include "cpu/skinny.h"
 
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "cpu/linalg.h"
 #include "cpu/refresh.h"
@@ -13,8 +16,9 @@
 namespace dykaf::cpu {
 namespace {
 
-at::Tensor symmetric(const at::Tensor& x) { return x.add(x.t()).div_(2); }
+at::Tensor symmetric(const at::Tensor& x) { return x.add(x.mT()).div_(2); }
 
+// Of a factor [..., n, n].
 struct PowerIteration {
   at::Tensor diagonal;  // of the old factor, descending
   at::Tensor order;     // that sorts it
@@ -25,9 +29,10 @@ struct PowerIteration {
 // As in refresh_basis.cpp (E9).
 PowerIteration power_iteration(const at::Tensor& F) {
   const auto [diagonal, order] =
-      at::sort(F.diagonal(), /*stable=*/true, /*dim=*/0, /*descending=*/true);
-  const auto [P, S] = signed_qr(F.index_select(1, order));
-  return {diagonal, order, P, symmetric(S.mm(P.index_select(0, order)))};
+      at::sort(F.diagonal(0, -2, -1), /*stable=*/true, /*dim=*/-1, /*descending=*/true);
+  const auto [P, S] = signed_qr(F.gather(-1, order.unsqueeze(-2).expand_as(F)));
+  const at::Tensor sorted = P.gather(-2, order.unsqueeze(-1).expand_as(P));
+  return {diagonal, order, P, symmetric(at::matmul(S, sorted))};
 }
 
 // The update before lr, [s, l], in the basis of the short side; X is the rotated gradient over tau.
@@ -181,44 +186,72 @@ void refresh_short_(const SkinnyMatrix& w, const Options& options) {
       growth(options, old_diagonal, w.F.diagonal()).unsqueeze(1)));
 }
 
-void refresh_long_(const SkinnyMatrix& w, const Options& options) {
-  const int64_t inner = w.rows[0];
-  const int64_t used = w.rows[1];
-  const int64_t kept = std::min(w.rank, used);
-  const int64_t l = w.basis.size(1);
+void refresh_long_(std::span<const SkinnyMatrix> matrices, const Options& options) {
+  const SkinnyMatrix& first = matrices[0];
+  const int64_t rank = first.rank;
+  const int64_t inner = first.rows[0];
+  const int64_t used = first.rows[1];
+  const int64_t kept = std::min(rank, used);
+  const int64_t l = first.basis.size(1);
+  // An array of every matrix, or the same part of it, with the batch first; and back.
+  const auto stacked = [&](const auto& part) {
+    std::vector<at::Tensor> parts;
+    for (const SkinnyMatrix& w : matrices) parts.push_back(part(w));
+    return at::stack(parts);
+  };
+  const auto assign = [&](const auto& part, const at::Tensor& values) {
+    std::vector<at::Tensor> parts;
+    for (const SkinnyMatrix& w : matrices) parts.push_back(part(w));
+    at::_foreach_copy_(parts, values.unbind(0));
+  };
+
   // The factor is flat I + Z (F - flat I) Z^T, Z's first columns being the old basis.
-  const auto [Z, T] = signed_qr(w.basis.narrow(0, 0, used).t());
-  const at::Tensor core = w.core.narrow(0, 0, used).narrow(1, 0, used);
-  const at::Tensor old_F = symmetric(T.mm(core).mm(T.t()));
-  old_F.diagonal().add_(w.flat);
+  const at::Tensor flat = stacked([](const SkinnyMatrix& w) { return w.flat; });
+  const auto [Z, T] =
+      signed_qr(stacked([&](const SkinnyMatrix& w) { return w.basis.narrow(0, 0, used); }).mT());
+  const at::Tensor core =
+      stacked([&](const SkinnyMatrix& w) { return w.core.narrow(0, 0, used).narrow(1, 0, used); });
+  const at::Tensor old_F = symmetric(at::matmul(at::matmul(T, core), T.mT()));
+  old_F.diagonal(0, 1, 2).add_(flat.unsqueeze(1));
   // The mean eigenvalue outside of the first `count` directions of a factor with this diagonal.
   const auto mean_beyond = [&](const at::Tensor& diagonal, int64_t count) {
-    return w.flat.mul(l - used).add(diagonal.narrow(0, count, used - count).sum()).div(l - count);
+    return flat.mul(l - used)
+        .add(diagonal.narrow(1, count, used - count).sum(1))
+        .div(l - count)
+        .unsqueeze(1);
   };
-  const at::Tensor old_mean = mean_beyond(old_F.diagonal(), inner);
+  const at::Tensor old_mean = mean_beyond(old_F.diagonal(0, 1, 2), inner);
   const auto [diagonal, order, P, F] = power_iteration(old_F);
-  const at::Tensor new_diagonal = F.diagonal().narrow(0, 0, kept);
-  const at::Tensor mean = mean_beyond(F.diagonal(), kept);
+  const at::Tensor new_diagonal = F.diagonal(0, 1, 2).narrow(1, 0, kept);
+  const at::Tensor mean = mean_beyond(F.diagonal(0, 1, 2), kept);
 
   // A direction that was in no basis had the second moment and the eigenvalue of the rest.
-  const at::Tensor chosen = order.narrow(0, 0, kept);
-  const at::Tensor rest = w.exp_avg_sq.narrow(1, w.rank, 1);
+  const at::Tensor chosen = order.narrow(1, 0, kept);
+  const at::Tensor exp_avg_sq = stacked([](const SkinnyMatrix& w) { return w.exp_avg_sq; });
+  const at::Tensor rest = exp_avg_sq.narrow(2, rank, 1);
   const at::Tensor old_columns =
-      at::cat({w.exp_avg_sq.narrow(1, 0, inner), rest.expand({-1, used - inner})}, 1);
+      at::cat({exp_avg_sq.narrow(2, 0, inner), rest.expand({-1, -1, used - inner})}, 2);
   const at::Tensor old_eigenvalues =
-      at::where(chosen.lt(inner), diagonal.narrow(0, 0, kept), old_mean);
+      at::where(chosen.lt(inner), diagonal.narrow(1, 0, kept), old_mean);
   const at::Tensor columns =
-      old_columns.index_select(1, chosen).mul(growth(options, old_eigenvalues, new_diagonal));
-  rest.mul_(growth(options, old_mean, mean));
-  w.exp_avg_sq.narrow(1, 0, kept).copy_(columns);
+      old_columns.gather(2, chosen.unsqueeze(1).expand({-1, old_columns.size(1), -1}))
+          .mul_(growth(options, old_eigenvalues, new_diagonal).unsqueeze(1));
+  rest.mul_(growth(options, old_mean, mean).unsqueeze(1));
+  exp_avg_sq.narrow(2, 0, kept).copy_(columns);
+  assign([](const SkinnyMatrix& w) { return w.exp_avg_sq; }, exp_avg_sq);
 
-  w.basis.narrow(0, 0, kept).copy_(Z.mm(P.narrow(1, 0, kept)).t());
-  at::Tensor new_core = w.core.zero_().narrow(0, 0, kept).narrow(1, 0, kept);
-  new_core.copy_(F.narrow(0, 0, kept).narrow(1, 0, kept));
-  new_core.diagonal().sub_(mean);
-  w.flat.copy_(mean);
-  *w.long_refreshes += 1;
-  w.rows[0] = w.rows[1] = kept;
+  assign([&](const SkinnyMatrix& w) { return w.basis.narrow(0, 0, kept); },
+         at::matmul(Z, P.narrow(2, 0, kept)).mT());
+  const at::Tensor new_core = F.new_zeros({F.size(0), 2 * rank, 2 * rank});
+  const at::Tensor inner_core = new_core.narrow(1, 0, kept).narrow(2, 0, kept);
+  inner_core.copy_(F.narrow(1, 0, kept).narrow(2, 0, kept));
+  inner_core.diagonal(0, 1, 2).sub_(mean);
+  assign([](const SkinnyMatrix& w) { return w.core; }, new_core);
+  assign([](const SkinnyMatrix& w) { return w.flat; }, mean.squeeze(1));
+  for (const SkinnyMatrix& w : matrices) {
+    *w.long_refreshes += 1;
+    w.rows[0] = w.rows[1] = kept;
+  }
 }
 
 template SkinnyMatrix::SkinnyMatrix(const Problem<float>&, at::Device);

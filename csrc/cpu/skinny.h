@@ -3,6 +3,8 @@
 // G G^T and G^T G.
 #pragma once
 
+#include <span>
+
 #include "cpu/aten.h"
 #include "dykaf/types.h"
 
@@ -45,9 +47,11 @@ struct SkinnyStart {
 SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
                                double tau);
 
-// One power iteration of a basis; the long side's gradients become part of its basis. The long
-// side's on any device.
+// One power iteration of a basis.
 void refresh_short_(const SkinnyMatrix& w, const Options& options);
-void refresh_long_(const SkinnyMatrix& w, const Options& options);
+
+// The same of long sides, whose gradients become part of their bases; on any device. The matrices
+// have one shape and rank and the same rows in use.
+void refresh_long_(std::span<const SkinnyMatrix> matrices, const Options& options);
 
 }  // namespace dykaf::cpu

@@ -33,24 +33,31 @@ void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& work
 }  // namespace
 
 template <typename T>
-void step_(std::span<const Problem<T>> problems, const Options& options) {
+void refresh_due_(std::span<const Problem<T>> problems, const Options& options) {
+  const auto due = take_due(problems, options);
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    refresh_basis_(std::span<const Problem<T>>(due[static_cast<size_t>(side)]), options, side);
+  }
+}
+
+template <typename T>
+void step_(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes) {
   std::vector<Problem<T>> running;
   std::vector<Problem<T>> fresh;
   for (const Problem<T>& p : problems) {
-    (!p.is_unsided() && is_uninitialized(p) ? fresh : running).push_back(p);
+    (awaits_first_gradient(p) ? fresh : running).push_back(p);
   }
   const std::span<const Problem<T>> steps(running);
   for_each_matrix(steps, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
     plain_step_(steps[i], options, workspace);
   });
-  const auto due = take_due(steps, options);
-  for (const Side side : {Side::kLeft, Side::kRight}) {
-    refresh_basis_(std::span<const Problem<T>>(due[static_cast<size_t>(side)]), options, side);
-  }
+  if (refreshes == Refreshes::kWithStep) refresh_due_(steps, options);
   initialize_(std::span<const Problem<T>>(fresh), options);
 }
 
-template void step_(std::span<const Problem<float>>, const Options&);
-template void step_(std::span<const Problem<double>>, const Options&);
+template void refresh_due_(std::span<const Problem<float>>, const Options&);
+template void refresh_due_(std::span<const Problem<double>>, const Options&);
+template void step_(std::span<const Problem<float>>, const Options&, Refreshes);
+template void step_(std::span<const Problem<double>>, const Options&, Refreshes);
 
 }  // namespace dykaf::cpu

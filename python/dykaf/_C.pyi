@@ -31,6 +31,9 @@ def initialize_(
     options: StepOptions,
 ) -> None: ...
 def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> None: ...
+def refresh_due_(
+    states: Sequence[State], offsets: Sequence[tuple[int, int, int]], options: StepOptions
+) -> None: ...
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -42,4 +45,5 @@ def step_(
     skip: Tensor | None = None,
     amp_scale: Tensor | None = None,
     lr: Tensor | None = None,
+    refresh: bool = True,
 ) -> None: ...

@@ -109,6 +109,19 @@ def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> 
     _C.refresh_basis_(states, side, options)
 
 
+def refresh_due_(
+    states: Sequence[State], offsets: Sequence[tuple[int, int, int]], options: StepOptions
+) -> None:
+    """Counts a step of each matrix that has had its first gradient, and refreshes what is due then.
+
+    Args:
+        states: changed in place.
+        offsets: see :func:`initialize_`.
+        options: the group's.
+    """
+    _C.refresh_due_(states, offsets, options)
+
+
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -121,6 +134,7 @@ def step_(
     skip: Tensor | None = None,
     amp_scale: Tensor | None = None,
     lr: Tensor | None = None,
+    refresh: bool = True,
 ) -> None:
     """The whole step of each parameter, in place: all of the above in their order.
 
@@ -135,5 +149,8 @@ def step_(
         skip: on a GPU, int32 ``[1]``: where it is not 0 the step changes nothing.
         amp_scale: on a GPU, float32 ``[1]``: gradients are divided by it.
         lr: on a GPU, float32 ``[1]``: used in place of the option.
+        refresh: False leaves out :func:`refresh_due_`.
     """
-    _C.step_(params, grads, grad_max, states, streams, offsets, options, skip, amp_scale, lr)
+    _C.step_(
+        params, grads, grad_max, states, streams, offsets, options, skip, amp_scale, lr, refresh
+    )

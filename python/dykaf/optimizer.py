@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -189,9 +189,11 @@ class DyKAF(Optimizer):
 
         Raises:
             ValueError: for an option or gradient that cannot be used, naming it.
-            RuntimeError: for a gradient that is not finite under ``nonfinite="raise"``, and while a
-                CUDA graph is captured.
+            RuntimeError: for a gradient that is not finite under ``nonfinite="raise"``, and for a
+                step that a CUDA graph cannot hold.
             In both cases parameters and state are as before the call.
+
+        A CUDA graph can hold a step, without its refreshes: see :meth:`refresh`.
         """
         loss = None
         if closure is not None:
@@ -199,11 +201,9 @@ class DyKAF(Optimizer):
                 loss = closure()
 
         work = self._collect()
-        if any(item.on_gpu for item in work) and is_capturing():
-            raise RuntimeError(
-                "step: expected to run outside of a CUDA graph, got a capture: which bases a step "
-                "refreshes is decided on the CPU"
-            )
+        captured = is_capturing()
+        if captured:
+            self._check_capture(work)
         maxima = [
             ops.grad_max(item.grads, [layout.count for layout in item.layouts]) for item in work
         ]
@@ -234,10 +234,74 @@ class DyKAF(Optimizer):
                         item.indices[part],
                         [offsets[idx] for idx in item.indices[part]],
                         options,
+                        refresh=not captured,
                         **gpu_inputs,
                     )
                 num_done += num_matrices
         return loss
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Counts a step that a CUDA graph replayed, and refreshes the bases that are due after it.
+
+        :meth:`step` does so by itself, except while a graph is captured: which bases a step
+        refreshes is decided on the CPU, and a replay would repeat the choice. Call it after each
+        replay of a graph that holds a step, outside of the graph:
+
+        .. code-block:: python
+
+            optimizer.step()  # at least once before the capture
+            with torch.cuda.graph(graph):
+                model(inputs).backward()
+                optimizer.step()
+            for batch in batches:
+                inputs.copy_(batch)
+                graph.replay()
+                optimizer.refresh()
+
+        Whether the replayed step was skipped makes no difference. An lr that changes from replay to
+        replay must be a tensor on the GPU.
+        """
+        offsets = self._stagger_offsets()
+        first = 0
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[int]] = {}
+            for idx, param in enumerate(group["params"]):
+                if self.state.get(param):
+                    by_device.setdefault(param.device, []).append(idx)
+            for indices in by_device.values():
+                states = [self.state[group["params"][idx]] for idx in indices]
+                places = [offsets[first + idx] for idx in indices]
+                for part in passes(states):
+                    with in_full(states[part]) as wide:
+                        ops.refresh_due_(wide, places[part], step_options(group, lr=0.0))
+            first += len(group["params"])
+
+    def _check_capture(self, work: list[_GroupWork]) -> None:
+        """Checks that replays of this step would be right; each needs what a step finds.
+
+        Raises:
+            RuntimeError: naming what is not so.
+        """
+
+        def refuse(expected: str, got: str) -> NoReturn:
+            raise RuntimeError(f"step in a CUDA graph: expected {expected}, got {got}")
+
+        for item in work:
+            if not item.on_gpu:
+                refuse("parameters on the GPU", f"{item.names[0]} on {item.device}")
+            if item.group["nonfinite"] == "raise":
+                refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
+            if item.group["nonfinite"] == "skip" and self._skipped_on_gpu is None:
+                refuse("a step before the capture", "none")
+            if item.group["factor_update_every"] != 1:
+                refuse("factor_update_every=1", str(item.group["factor_update_every"]))
+            for name, param, layout in zip(item.names, item.params, item.layouts, strict=True):
+                if layout.skinny_rank:
+                    refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")
+                state = self.state.get(param)
+                if not state or not state.get("next_refresh", torch.ones(1)).all():
+                    refuse("a step before the capture", f"none with a gradient of {name}")
 
     def _collect(self) -> list[_GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""

@@ -46,8 +46,12 @@ void initialize_(std::span<const Problem<T>> problems, const Options& options);
 template <typename T>
 void refresh_basis_(std::span<const Problem<T>> problems, const Options& options, Side side);
 
-// The whole step: the above in their order, with the refreshes that are due.
+// Counts a step of each matrix that has had its first gradient, and refreshes the bases due then.
 template <typename T>
-void step_(std::span<const Problem<T>> problems, const Options& options);
+void refresh_due_(std::span<const Problem<T>> problems, const Options& options);
+
+// The whole step: the above in their order.
+template <typename T>
+void step_(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes);
 
 }  // namespace dykaf::cpu

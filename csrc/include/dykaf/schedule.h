@@ -38,14 +38,20 @@ inline int64_t next_refresh(int64_t t, const Options& options, int64_t offset) {
   return latest - (excess < 0 ? excess + interval : excess);
 }
 
-// Counts a step of each matrix with factors. Returns, per Side, those whose basis is due now, among
-// them skinny matrices that have no room for another gradient; their dates move on.
+// Dates are at least 1 once the first gradient has set factors and bases.
+template <typename T>
+bool awaits_first_gradient(const Problem<T>& p) {
+  return !p.is_unsided() && p.next_refresh[0] == 0 && p.next_refresh[1] == 0;
+}
+
+// Counts a step of each matrix that has factors. Returns, per Side, those whose basis is due now,
+// among them skinny matrices that have no room for another gradient; their dates move on.
 template <typename T>
 std::array<std::vector<Problem<T>>, 2> take_due(std::span<const Problem<T>> problems,
                                                 const Options& options) {
   std::array<std::vector<Problem<T>>, 2> due;
   for (const Problem<T>& p : problems) {
-    if (p.is_unsided()) continue;
+    if (p.is_unsided() || awaits_first_gradient(p)) continue;
     const int64_t t = *p.schedule_step += 1;
     for (const Side side : {Side::kLeft, Side::kRight}) {
       const auto i = static_cast<size_t>(side);

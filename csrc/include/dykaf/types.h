@@ -13,6 +13,8 @@ enum class SecondMoment : int32_t { kFull, kRankOne, kFactored };
 enum class RefreshSchedule : int32_t { kGeometric, kFixed };
 enum class Side : int32_t { kLeft = 0, kRight = 1 };
 enum class Rotation : int32_t { kIntoBasis, kOutOfBasis };
+// Whether a step refreshes the bases that are due, or leaves that to a call of its own.
+enum class Refreshes : int32_t { kWithStep, kApart };
 
 // One gradient, or one matrix of a stack of gradients.
 struct Gradient {
