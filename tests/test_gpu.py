@@ -12,6 +12,7 @@ from optim_helpers import bits, gradient, params_of, randn, run
 from reference import ReferenceDyKAF
 from tolerances import gamma
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dykaf import DyKAF
 from dykaf.state import HOST_KEYS
@@ -141,6 +142,80 @@ def test_a_stack_is_its_matrices() -> None:
             assert torch.equal(whole.state[stack][key][i], value), key
 
 
+def several(num: int, shape: tuple[int, int]) -> list[Tensor]:
+    return [randn(*shape, seed=i, dtype=torch.float32).to(backends.device()) for i in range(num)]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 9), (2, 130), (130, 2)])
+@pytest.mark.parametrize("second_moment", ["full", "rank_one", "factored"])
+def test_matrices_refreshed_together_are_as_alone(
+    shape: tuple[int, int], second_moment: str
+) -> None:
+    """Products over a batch may round otherwise than one; a mix-up of matrices is of order one."""
+    options = {"second_moment": second_moment, "precondition_frequency": 1, "eps": 1e-2}
+    together = DyKAF(several(4, shape), **options)
+    apart = [DyKAF([param], **options) for param in several(4, shape)]
+    params = params_of(together)
+    start = [param.clone() for param in params]
+    grads = [separated_gradients(shape, 12) for _ in params]
+    for step in range(12):
+        for idx, (param, alone) in enumerate(zip(params, apart, strict=True)):
+            grad = (grads[idx][step] * (idx + 1)).roll(idx, 0).float().to(param.device)
+            param.grad, params_of(alone)[0].grad = grad, grad.clone()
+            alone.step()
+        together.step()
+    for param, alone, begin in zip(params, apart, start, strict=True):
+        twin = params_of(alone)[0]
+        assert float((param - twin).norm()) <= 1e-3 * float((twin - begin).norm())
+        for key in ("refreshes", "refresh_fallbacks", "next_refresh"):
+            assert torch.equal(together.state[param][key], alone.state[twin][key])
+
+
+def test_the_drift_of_every_basis_is_corrected() -> None:
+    """At the 32nd refresh: lengths of 1 + e come back to 1 - 1.5 e^2."""
+    optimizer = DyKAF(several(3, (6, 4)), precondition_frequency=1, refresh_stagger=False)
+    run(optimizer, range(3))
+    states = [optimizer.state[param] for param in params_of(optimizer)]
+    for refreshes, remaining in ((30, 2 * 1e-2), (31, 2 * 1.5e-4)):
+        for state in states:
+            state["refreshes"].fill_(refreshes)
+            for side in "LR":
+                Q = state[f"Q_{side}"].double()
+                state[f"Q_{side}"].copy_(torch.linalg.qr(Q).Q * 1.01)
+        optimizer.refresh()
+        for state in states:
+            for Q in (state["Q_L"], state["Q_R"]):
+                error = float((Q.mT @ Q - torch.eye(len(Q)).to(Q)).diagonal().abs().max())
+                assert error == pytest.approx(remaining, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 130)])
+@pytest.mark.parametrize("second_moment", ["full", "rank_one", "factored"])
+def test_the_launches_of_a_refresh_do_not_grow_with_the_matrices(
+    shape: tuple[int, int], second_moment: str
+) -> None:
+    """Counted as torch's operations that are not views."""
+
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.total += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    totals = []
+    for num in (2, 7):
+        options = {"second_moment": second_moment, "precondition_frequency": 1}
+        optimizer = DyKAF(several(num, shape), refresh_stagger=False, **options)
+        run(optimizer, range(3))
+        before = optimizer.state[params_of(optimizer)[0]]["refreshes"].sum()
+        with Count() as count:
+            optimizer.refresh()
+        assert optimizer.state[params_of(optimizer)[-1]]["refreshes"].sum() == before + 2
+        totals.append(count.total)
+    assert totals[0] == totals[1] > 20
+
+
 # ---- What the GPU reads by itself ----------------------------------------------------------------
 
 
@@ -248,7 +323,7 @@ def test_propagate_goes_on() -> None:
     assert params[0].isnan().any() and params[1].isfinite().all()
 
 
-# ---- Steps in a CUDA graph ------------------------------------------------------------------------
+# ---- Steps in a CUDA graph -----------------------------------------------------------------------
 
 
 def capturable(**options: Any) -> DyKAF:
