@@ -104,8 +104,10 @@ sass: $(BUILT)
 	$(PY) -m bench.sass $(SASS_FLAGS) > build/sass.txt || { cat build/sass.txt; exit 1; }; \
 	echo "==> within the budgets; tables: build/sass.txt"
 
+# MUTATE_FLAGS="--every 40" takes the part that CI runs.
 mutate:
-	@$(PYTHON) tests/simt/mutate.py
+	@echo "==> putting faults into the CUDA kernels, one at a time"
+	@$(PYTHON) tests/simt/mutate.py $(MUTATE_FLAGS)
 
 lint: $(BUILT)
 	@echo "==> ruff check"

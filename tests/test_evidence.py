@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import json
 import math
 import sys
 import tarfile
@@ -26,7 +27,7 @@ from bench.evidence.grid import MODULES, Plan, Run, baselines_of, load_grid, set
 from bench.evidence.kronecker import KroneckerOptimizer
 from bench.evidence.muon import Float32Muon, orthogonalise
 from bench.evidence.optimizers import make_optimizer
-from bench.evidence.records import append_record, by_key, read_records
+from bench.evidence.records import append_record, by_key, read_kept, read_records
 from bench.evidence.sources import Source, check_sha256, fetch, members, sha256_of
 from bench.evidence.stats import (
     at_edge,
@@ -334,6 +335,16 @@ def test_the_command_resumes_and_reports(
     assert "| soap-1 |" in page and "±" in page and (docs / "digits-quick.png").exists()
     summary = summarise("digits", "quick", records, table)
     assert {len(row.reports) for row in summary.rows} == {2} and not summary.notes
+    # The page's records stay with it: nothing is run again, unless it is asked for.
+    path.unlink()
+    assert command.main([*args, "--extend", "--docs", str(docs)]) == 0 and not path.exists()
+    assert "8 runs, 8 done before" in capsys.readouterr().out
+    assert write_report(tmp_path, docs, table, ["digits"], ["quick"]) == 0
+    assert (docs / "digits-quick.md").read_text() == page
+    assert read_kept(docs / "digits-quick.jsonl.xz") == sorted(
+        records, key=lambda record: json.dumps(record, sort_keys=True)
+    )
+    assert command.main([*args, "--contenders", "adamw"]) == 0 and len(read_records(path)) == 4
     # Records of another grid file do not enter.
     stale = {**records[0], "settings": {}, "key": "stale"}
     assert len(summarise("digits", "quick", [*records, stale], table).notes) == 1

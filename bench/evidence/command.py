@@ -15,7 +15,7 @@ DESCRIPTION = """Train DyKAF and other optimizers on real data, each with the sa
 rates and warm-ups, and compare them in pairs. Results are appended to runs/evidence/ as they come;
 the same command goes on with what is missing."""
 
-DEFAULT_REPORT_SIZES = ("full", "long")  # quick results show that the suite works, no more
+DEFAULT_REPORT_SIZES = ("full", "time", "long")  # quick results show that the suite works, no more
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,9 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="the same as --size quick")
     add("--contenders", nargs="+", default=None, help="only these, in this order")
     add("--jobs", type=int, default=None, help="processes of one thread; default: all cores")
+    add("--extend", action="store_true", help="take what --docs has records of for done")
     add("--grid", type=Path, default=GRID_FILE)
     add("--out", type=Path, default=OUT, help="folder of the results")
-    add("--docs", type=Path, default=DOCS, help="folder that the report writes to")
+    add("--docs", type=Path, default=DOCS, help="folder of the report")
     return parser
 
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = size or "full"
         plans = [make_plan(grid, task, size, options.contenders) for task in options.task]
         jobs = options.jobs or os.cpu_count() or 1
-        return run_plans(plans, options.out, jobs, only_show=options.action == "plan")
+        docs = options.docs if options.extend else None
+        return run_plans(plans, options.out, jobs, docs, only_show=options.action == "plan")
     except (EvidenceError, OSError) as error:
         print(f"bench.evidence: error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,12 @@
-"""The results file: one JSON object per line, appended as runs end and never rewritten."""
+"""Results: one JSON object per line, appended as runs end and never rewritten.
+
+What a report shows is kept with its pages as well, compressed.
+"""
 
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import sys
 from collections.abc import Iterable
@@ -14,6 +18,23 @@ Record = dict[str, Any]
 
 def results_path(out: Path, task: str, size: str) -> Path:
     return out / f"{task}-{size}.jsonl"
+
+
+def kept_path(docs: Path, task: str, size: str) -> Path:
+    return docs / f"{task}-{size}.jsonl.xz"
+
+
+def read_kept(path: Path) -> list[Record]:
+    """The records behind a page."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).splitlines()]
+
+
+def keep_records(path: Path, records: Iterable[Record]) -> None:
+    """Write the records behind a page."""
+    lines = sorted(json.dumps(record, sort_keys=True) for record in records)
+    path.write_bytes(lzma.compress("\n".join(lines).encode()))
 
 
 def read_records(path: Path) -> list[Record]:

@@ -9,7 +9,14 @@ from typing import Any
 
 from bench.evidence.fisher_report import fisher_page
 from bench.evidence.plots import draw_fisher, draw_training
-from bench.evidence.records import by_key, read_records, results_path
+from bench.evidence.records import (
+    by_key,
+    keep_records,
+    kept_path,
+    read_kept,
+    read_records,
+    results_path,
+)
 from bench.evidence.summary import Row, Summary, current_records, summarise
 
 TITLES = {
@@ -44,9 +51,13 @@ def write_report(
     num_pages = 0
     for task in tasks:
         for size in grid["tasks"][task]:
-            records = list(by_key(read_records(results_path(out, task, size))).values())
-            if size not in sizes or not records:
+            if size not in sizes:
                 continue
+            kept = read_kept(kept_path(docs, task, size))
+            records = list(by_key([*kept, *read_records(results_path(out, task, size))]).values())
+            if not records:
+                continue
+            keep_records(kept_path(docs, task, size), records)
             page = write_page(task, size, records, docs, grid)
             num_pages += 1
             print(page)

@@ -1,6 +1,6 @@
 """Puts one fault at a time into the kernels; the checks must notice every one.
 
-    python tests/simt/mutate.py [--only N...] [--list] [--markdown docs/mutation.md]
+    python tests/simt/mutate.py [--only N...] [--every N] [--list] [--markdown docs/mutation.md]
 
 mutants/ lists the faults. For each of them the files that contain it are compiled, the other
 objects are those of build.py, and the checks run in the release build, then with the address
@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import build
 from mutants import MUTANTS, Mutant
@@ -25,6 +26,7 @@ OUT = build.OUT / "mutants"
 CUDA = build.ROOT / "csrc" / "cuda"
 NUM_SEEDS = {"release": 6, "asan": 0, "tsan": 0}
 TIMEOUT = 240
+BUILDING = Lock()
 MODE_NAMES = {"release": "release", "asan": "address sanitizer", "tsan": "thread sanitizer"}
 
 
@@ -103,6 +105,8 @@ def diagnosis(output: str, returncode: int) -> str:
 
 def test_mode(mutant: Mutant, folder: Path, mode: str) -> str:
     """Builds and runs the checks in one mode; says what failed."""
+    with BUILDING:  # what is up to date costs nothing
+        build.build(mode, "check_kernels")
     new, old = objects_of(mutant, folder, mode)
     for obj in new:
         errors = obj.compile(quiet=True)
@@ -171,18 +175,17 @@ def markdown(results: list[Result]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", type=int, help="numbers of mutants")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one in N of them")
     parser.add_argument("--list", action="store_true", help="show the numbers and stop")
     parser.add_argument("--markdown", type=Path, help="write a table of the results")
     options = parser.parse_args()
     for mutant in MUTANTS:
         mutated_text(mutant)
-    numbers = options.only or list(range(len(MUTANTS)))
+    numbers = options.only or list(range(0, len(MUTANTS), options.every))
     if options.list:
         for number in numbers:
             print(f"{number:4d}  {MUTANTS[number].file}: {MUTANTS[number].name}")
         return
-    for mode in build.MODES:
-        build.build(mode, "check_kernels")
     results = []
     with ThreadPoolExecutor(NUM_JOBS) as pool:
         for number, result in zip(numbers, pool.map(test_mutant, numbers), strict=True):
