@@ -189,7 +189,7 @@ def test_the_drift_of_every_basis_is_corrected() -> None:
                 assert error == pytest.approx(remaining, rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (2, 130)])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 130), (2, 4200)])
 @pytest.mark.parametrize("second_moment", ["full", "rank_one", "factored"])
 def test_the_launches_of_a_refresh_do_not_grow_with_the_matrices(
     shape: tuple[int, int], second_moment: str

@@ -34,6 +34,7 @@ namespace {
 constexpr int64_t kMaxBatchEntries = int64_t{1} << 24;
 
 using Tensors = std::vector<at::Tensor>;
+using Batch = std::vector<const Problem<float>*>;
 
 // One launch for many tensors.
 void assign(const Tensors& targets, const at::Tensor& batch) {
@@ -52,7 +53,7 @@ at::Tensor columns_of(const at::Tensor& x, const at::Tensor& order) {
 // first, so that the number of launches does not grow with the number of matrices.
 class RefreshBatch {
  public:
-  RefreshBatch(const DeviceGroup& group, Side side, std::vector<const Problem<float>*> problems)
+  RefreshBatch(const DeviceGroup& group, Side side, Batch problems)
       : group_(group),
         left_(side == Side::kLeft),
         side_(side),
@@ -185,29 +186,27 @@ class RefreshBatch {
   Side side_;
   int64_t m_;
   int64_t n_;
-  std::vector<const Matrix*> problems_;
+  Batch problems_;
 };
 
 // The long sides of skinny matrices of one shape with the same rows in use. Also in a step that is
 // skipped: the host counts the rows of the basis.
-void refresh_long_sides_(const DeviceGroup& group,
-                         const std::vector<const Problem<float>*>& problems) {
+void refresh_long_sides_(const DeviceGroup& group, const Batch& problems) {
   std::vector<cpu::SkinnyMatrix> matrices;
   for (const Problem<float>* p : problems) matrices.emplace_back(*p, group.device);
   cpu::refresh_long_(matrices, group.options);
 }
 
-// Problems that go as one: the key tells them apart.
-template <typename Key, typename Run>
-void for_each_batch(const std::map<Key, std::vector<const Problem<float>*>>& batches,
-                    const Run& run) {
+// Runs the problems that the key does not tell apart together; entries(problem) are those of its
+// largest array.
+template <typename Key, typename Entries, typename Run>
+void for_each_batch(const std::map<Key, Batch>& batches, const Entries& entries, const Run& run) {
   for (const auto& [key, problems] : batches) {
-    const Problem<float>& p = *problems[0];
-    const int64_t entries = std::max({p.m * p.m, p.n * p.n, p.size()});
-    const auto most = static_cast<size_t>(std::max<int64_t>(1, kMaxBatchEntries / entries));
+    const int64_t fitting = kMaxBatchEntries / entries(*problems[0]);
+    const auto most = static_cast<size_t>(std::max<int64_t>(1, fitting));
     for (size_t begin = 0; begin < problems.size(); begin += most) {
       const auto end = std::min(problems.size(), begin + most);
-      run(std::vector(problems.begin() + begin, problems.begin() + end));
+      run(Batch(problems.begin() + begin, problems.begin() + end));
     }
   }
 }
@@ -220,7 +219,6 @@ void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
   const auto backend =
       group.device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
   const cpu::MatmulPrecision precision("highest", backend);
-  using Batch = std::vector<const Problem<float>*>;
   std::map<std::pair<int64_t, int64_t>, Batch> dense;  // by shape
   std::map<std::array<int64_t, 4>, Batch> long_sides;  // by shape and rows in use
   for (const Problem<float>& p : group.problems) {
@@ -230,8 +228,16 @@ void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
       long_sides[{p.m, p.n, p.rows[0], p.rows[1]}].push_back(&p);
     }
   }
-  for_each_batch(dense, [&](Batch batch) { RefreshBatch(group, side, std::move(batch)).run(); });
-  for_each_batch(long_sides, [&](const Batch& batch) { refresh_long_sides_(group, batch); });
+  for_each_batch(
+      dense,
+      [&](const Problem<float>& p) {
+        const int64_t n = side == Side::kLeft ? p.m : p.n;
+        return std::max(n * n, p.size());
+      },
+      [&](Batch batch) { RefreshBatch(group, side, std::move(batch)).run(); });
+  for_each_batch(
+      long_sides, [](const Problem<float>& p) { return 2 * p.skinny_rank * p.long_side(); },
+      [&](const Batch& batch) { refresh_long_sides_(group, batch); });
 }
 
 }  // namespace dykaf::bindings
