@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optim_helpers import bits, gradient, parameter, params_of, run
+from optim_helpers import bits, gradient, parameter, params_of, refuses, run, trajectory
 
 from dykaf import DyKAF
 from dykaf.schedule import stagger_offsets, update_offsets
@@ -400,3 +400,36 @@ def test_no_matrix_of_a_large_stack_waits_longer_than_the_interval() -> None:
         wait = optimizer.state[param]["next_refresh"] - t
         assert int(wait.min()) >= 1
         assert int(wait.max()) <= min(10, max(1, t // 10))
+
+
+def test_a_step_without_refreshes_and_refresh_make_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DyKAF.refresh is for is a GPU's; the operations are every backend's."""
+    shapes = [(6, 4), (3, 64), (5,)]  # the second one is skinny
+
+    def make() -> DyKAF:
+        params = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
+        return DyKAF(params, precondition_frequency=2, skinny_rank=16)
+
+    whole, parts = make(), make()
+    run(whole, range(12))
+    run(parts, range(2))
+    monkeypatch.setattr("dykaf.optimizer.DyKAF._check_capture", lambda *_: None)
+    for step in range(2, 12):
+        with monkeypatch.context() as context:
+            context.setattr("dykaf.optimizer.is_capturing", lambda: True)
+            run(parts, range(step, step + 1))
+        parts.refresh()
+    assert trajectory(parts) == trajectory(whole)
+    assert float(whole.state[params_of(whole)[0]]["refreshes"].min()) >= 4
+
+
+def test_a_graph_holds_no_parameters_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = DyKAF([parameter(3, 2)])
+    run(optimizer, range(2))
+    monkeypatch.setattr("dykaf.optimizer.is_capturing", lambda: True)
+    message = (
+        "step in a CUDA graph: expected parameters on the GPU, "
+        "got param_groups[0]['params'][0] on cpu"
+    )
+    with refuses(optimizer, message, RuntimeError):
+        optimizer.step()

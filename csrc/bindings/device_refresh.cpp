@@ -105,8 +105,9 @@ class RefreshBatch {
   // An array of every matrix.
   Tensors arrays(float* Matrix::* array, at::IntArrayRef shape) const {
     Tensors tensors;
-    for (const Matrix* p : problems_)
+    for (const Matrix* p : problems_) {
       tensors.push_back(device_view(p->*array, shape, group_.device));
+    }
     return tensors;
   }
 
@@ -176,8 +177,9 @@ class RefreshBatch {
   Tensors scales() const {
     const auto options = at::TensorOptions().dtype(at::kDouble).device(group_.device);
     Tensors tensors;
-    for (const Matrix* p : problems_)
+    for (const Matrix* p : problems_) {
       tensors.push_back(at::from_blob(p->exp_avg_sq_scale, {}, options));
+    }
     return tensors;
   }
 
