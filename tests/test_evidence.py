@@ -547,6 +547,21 @@ def test_the_optimum_of_digits_is_stationary(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not HAS_DYKAF, reason="dykaf is not built")
+def test_averaged_factors() -> None:
+    """Shampoo's: their product has the trace of the running average of vec(G) vec(G)^T."""
+    pytest.importorskip("dykaf")
+    from bench.evidence.tasks.fisher import AveragedFactors
+
+    first, second = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(5)).double()
+    tracker = AveragedFactors(0.9, "shampoo")
+    tracker.update(first)
+    tracker.update(second)
+    L, R = tracker.factors()
+    left = 0.09 * first @ first.T + 0.1 * second @ second.T
+    right = 0.09 * first.T @ first + 0.1 * second.T @ second
+    assert torch.allclose(L, left / left.trace()) and torch.allclose(R, right)
+
+
 def test_fisher_measures() -> None:
     from bench.evidence.tasks import fisher
 

@@ -123,7 +123,9 @@ def out_of(X: Tensor, Q_L: Tensor | None, Q_R: Tensor | None) -> Tensor:
     return X if Q_R is None else X @ Q_R.T
 
 
-def first_state(G: Tensor, beta: float, factors: str, max_precond_dim: int) -> dict[str, Any]:
+def first_state(
+    G: Tensor, beta: float, factors: str, max_precond_dim: int = 10000
+) -> dict[str, Any]:
     """State after the first gradient: factors that have seen it, and their eigenvectors.
 
     Sides over max_precond_dim have None in place of both.

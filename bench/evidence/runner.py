@@ -151,10 +151,12 @@ def run_plans(
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker)
     failed: set[str] = set()
+    is_done = False
     try:
         with tqdm(total=missing, unit="run", disable=None, dynamic_ncols=True) as bar:
             for plan, records in zip(plans, done, strict=True):
                 run_plan(plan, out, records, failed, executor, jobs, bar)
+        is_done = True
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not spoil a clean end
             signal.signal(number, signal.SIG_IGN)
@@ -168,7 +170,8 @@ def run_plans(
         )
         return 1
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        # Idle workers end at once; not to wait for them is a race with the interpreter's own end.
+        executor.shutdown(wait=is_done, cancel_futures=True)
     return 1 if failed else 0
 
 
