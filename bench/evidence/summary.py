@@ -99,11 +99,12 @@ def make_row(task: str, contender: str, records: Sequence[Record], lrs: Sequence
     if best is not None:
         point = (best["lr"], best["warmup"])
         row.is_edge = at_edge(best, lrs)
-        row.reports = [
+        reports = [
             record
             for record in own
             if record["role"] == "report" and (record["lr"], record["warmup"]) == point
         ]
+        row.reports = sorted(reports, key=lambda record: record["seed"])
         row.losses = {
             record["seed"]: score(task, record) for record in row.reports if not record["diverged"]
         }
