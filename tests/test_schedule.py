@@ -413,7 +413,7 @@ def test_a_step_without_refreshes_and_refresh_make_a_step(monkeypatch: pytest.Mo
     whole, parts = make(), make()
     run(whole, range(12))
     run(parts, range(2))
-    monkeypatch.setattr("dykaf.optimizer.DyKAF._check_capture", lambda *_: None)
+    monkeypatch.setattr("dykaf.optimizer.check_capture", lambda *_: None)
     for step in range(2, 12):
         with monkeypatch.context() as context:
             context.setattr("dykaf.optimizer.is_capturing", lambda: True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,19 +24,7 @@ from dykaf.state import (
     check_state,
     new_state,
 )
-
-
-class _GroupWork(NamedTuple):
-    """The parameters of a group with a gradient on one device, and what a step needs of each."""
-
-    group: dict[str, Any]
-    device: torch.device
-    on_gpu: bool
-    params: list[Tensor]
-    grads: list[Tensor]  # contiguous
-    layouts: list[Layout]
-    indices: list[int]  # places in the whole optimizer
-    names: list[str]
+from dykaf.work import GroupWork, check_capture
 
 
 class DyKAF(Optimizer):
@@ -203,7 +191,7 @@ class DyKAF(Optimizer):
         work = self._collect()
         captured = is_capturing()
         if captured:
-            self._check_capture(work)
+            check_capture(work, self.state, self._skipped_on_gpu is not None)
         maxima = [
             ops.grad_max(item.grads, [layout.count for layout in item.layouts]) for item in work
         ]
@@ -216,7 +204,8 @@ class DyKAF(Optimizer):
 
         offsets = self._stagger_offsets()
         for item, grad_max in zip(work, maxima, strict=True):
-            gpu_inputs = self._gpu_inputs(item, skip) if item.on_gpu else {}
+            amp_scale = getattr(self, "grad_scale", None)
+            gpu_inputs = item.gpu_inputs(skip, amp_scale) if item.on_gpu else {}
             options = self._step_options(item, gpu_inputs)
             states = [
                 self._state_of(param, layout)
@@ -277,39 +266,13 @@ class DyKAF(Optimizer):
                         ops.refresh_due_(wide, places[part], step_options(group, lr=0.0))
             first += len(group["params"])
 
-    def _check_capture(self, work: list[_GroupWork]) -> None:
-        """Checks that replays of this step would be right; each needs what a step finds.
-
-        Raises:
-            RuntimeError: naming what is not so.
-        """
-
-        def refuse(expected: str, got: str) -> NoReturn:
-            raise RuntimeError(f"step in a CUDA graph: expected {expected}, got {got}")
-
-        for item in work:
-            if not item.on_gpu:
-                refuse("parameters on the GPU", f"{item.names[0]} on {item.device}")
-            if item.group["nonfinite"] == "raise":
-                refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
-            if item.group["nonfinite"] == "skip" and self._skipped_on_gpu is None:
-                refuse("a step before the capture", "none")
-            if item.group["factor_update_every"] != 1:
-                refuse("factor_update_every=1", str(item.group["factor_update_every"]))
-            for name, param, layout in zip(item.names, item.params, item.layouts, strict=True):
-                if layout.skinny_rank:
-                    refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")
-                state = self.state.get(param)
-                if not state or not state.get("next_refresh", torch.ones(1)).all():
-                    refuse("a step before the capture", f"none with a gradient of {name}")
-
-    def _collect(self) -> list[_GroupWork]:
+    def _collect(self) -> list[GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""
-        work: list[_GroupWork] = []
+        work: list[GroupWork] = []
         num_params = 0
         for group_idx, group in enumerate(self.param_groups):
             check_options(group)
-            by_device: dict[torch.device, _GroupWork] = {}
+            by_device: dict[torch.device, GroupWork] = {}
             structure = tuple(group[name] for name in STRUCTURAL_OPTIONS)
             for idx, param in enumerate(group["params"]):
                 if param.grad is not None and param.numel() > 0:
@@ -318,7 +281,7 @@ class DyKAF(Optimizer):
                     layout = self._layout(name, param, group, structure)
                     device = param.device
                     if device not in by_device:
-                        by_device[device] = _GroupWork(
+                        by_device[device] = GroupWork(
                             group, device, ops.backend_of(param) == "cuda", [], [], [], [], []
                         )
                     item = by_device[device]
@@ -333,7 +296,7 @@ class DyKAF(Optimizer):
 
     # GradScaler leaves its scale and its verdict on the gradients on the optimizer.
 
-    def _step_options(self, item: _GroupWork, gpu_inputs: Mapping[str, Tensor]) -> StepOptions:
+    def _step_options(self, item: GroupWork, gpu_inputs: Mapping[str, Tensor]) -> StepOptions:
         scale = getattr(self, "grad_scale", None)
         # What the GPU reads is not for the host to wait for.
         return step_options(
@@ -342,21 +305,7 @@ class DyKAF(Optimizer):
             lr=0.0 if "lr" in gpu_inputs else float(item.group["lr"]),
         )
 
-    def _gpu_inputs(self, item: _GroupWork, skip: Tensor | None) -> dict[str, Tensor]:
-        """What the GPU of ``item`` reads by itself in a step."""
-        inputs = {
-            "skip": skip,
-            "amp_scale": getattr(self, "grad_scale", None),
-            "lr": item.group["lr"],
-        }
-        dtypes = {"skip": torch.int32, "amp_scale": torch.float32, "lr": torch.float32}
-        return {
-            name: value.to(item.device, dtypes[name], non_blocking=True).reshape(1)
-            for name, value in inputs.items()
-            if isinstance(value, Tensor) and ops.backend_of(value) == "cuda"
-        }
-
-    def _skip_flag(self, work: list[_GroupWork], maxima: list[Tensor]) -> Tensor | None:
+    def _skip_flag(self, work: list[GroupWork], maxima: list[Tensor]) -> Tensor | None:
         """Whether to skip the step, as a tensor that no host has waited for; counts it."""
         flags = [
             grad_max.isfinite().logical_not().any()
@@ -394,7 +343,7 @@ class DyKAF(Optimizer):
             state.update(new_state(param, layout))
         return state
 
-    def _must_skip(self, work: list[_GroupWork], maxima: list[Tensor]) -> bool:
+    def _must_skip(self, work: list[GroupWork], maxima: list[Tensor]) -> bool:
         """Whether to skip the step; waits for every device."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf > 0):
@@ -405,12 +354,7 @@ class DyKAF(Optimizer):
             if policy == "propagate" or bool(grad_max.isfinite().all()):
                 continue
             if policy == "raise":
-                owners = [
-                    name
-                    for name, layout in zip(item.names, item.layouts, strict=True)
-                    for _ in range(layout.count)
-                ]
-                name = owners[grad_max.isfinite().tolist().index(False)]
+                name = item.owner(grad_max.isfinite().tolist().index(False))
                 raise RuntimeError(
                     f"gradient of {name}: expected finite values, got NaN or infinity "
                     "(nonfinite='raise'); nothing has changed"

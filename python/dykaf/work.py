@@ -1,0 +1,75 @@
+"""What a step works on, and what of it a CUDA graph can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from dykaf import ops
+from dykaf.state import Layout, State
+
+
+class GroupWork(NamedTuple):
+    """The parameters of a group with a gradient on one device, and what a step needs of each."""
+
+    group: dict[str, Any]
+    device: torch.device
+    on_gpu: bool
+    params: list[Tensor]
+    grads: list[Tensor]  # contiguous
+    layouts: list[Layout]
+    indices: list[int]  # places in the whole optimizer
+    names: list[str]
+
+    def owner(self, matrix_idx: int) -> str:
+        """The name of the parameter that a matrix is, or is part of."""
+        names = zip(self.names, self.layouts, strict=True)
+        return [name for name, layout in names for _ in range(layout.count)][matrix_idx]
+
+    def gpu_inputs(self, skip: Tensor | None, amp_scale: Tensor | None) -> dict[str, Tensor]:
+        """What the GPU reads by itself in a step, of these and lr."""
+        inputs = {"skip": skip, "amp_scale": amp_scale, "lr": self.group["lr"]}
+        dtypes = {"skip": torch.int32, "amp_scale": torch.float32, "lr": torch.float32}
+        return {
+            name: value.to(self.device, dtypes[name], non_blocking=True).reshape(1)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor) and ops.backend_of(value) == "cuda"
+        }
+
+
+def check_capture(
+    work: Sequence[GroupWork], states: Mapping[Tensor, State], counts_skips: bool
+) -> None:
+    """Checks that replays of a captured step would be right.
+
+    Args:
+        work: of the step.
+        states: of the parameters.
+        counts_skips: whether a step has made the count of skipped ones, which a replay must not
+            start anew.
+
+    Raises:
+        RuntimeError: naming what is not so.
+    """
+    for item in work:
+        if not item.on_gpu:
+            _refuse("parameters on the GPU", f"{item.names[0]} on {item.device}")
+        if item.group["nonfinite"] == "raise":
+            _refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
+        if item.group["nonfinite"] == "skip" and not counts_skips:
+            _refuse("a step before the capture", "none")
+        if item.group["factor_update_every"] != 1:
+            _refuse("factor_update_every=1", str(item.group["factor_update_every"]))
+        for name, param, layout in zip(item.names, item.params, item.layouts, strict=True):
+            if layout.skinny_rank:
+                _refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")
+            state = states.get(param)
+            if not state or not state.get("next_refresh", torch.ones(1)).all():
+                _refuse("a step before the capture", f"none with a gradient of {name}")
+
+
+def _refuse(expected: str, got: str) -> NoReturn:
+    raise RuntimeError(f"step in a CUDA graph: expected {expected}, got {got}")
