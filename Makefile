@@ -15,8 +15,8 @@ TORCH ?= 2.13.0
 DYKAF_CUDA ?= auto
 export DYKAF_CUDA
 
-GPU_TESTS := tests/test_ops.py tests/test_hard_refresh.py tests/test_gpu.py tests/test_cuda_graph.py tests/test_skinny.py \
-  tests/test_factor_update_every.py tests/test_state_dtype.py
+GPU_TESTS := tests/test_ops.py tests/test_hard_refresh.py tests/test_gpu.py tests/test_cuda_graph.py \
+  tests/test_skinny.py tests/test_factor_update_every.py tests/test_state_dtype.py
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -8,10 +8,14 @@ import backends
 import pytest
 import torch
 from optim_helpers import bits, gradient, params_of, run
-from test_gpu import everything, on_hardware, parameters, pytestmark  # noqa: F401  (the last one)
+from test_gpu import everything, on_hardware, parameters
 from torch import Tensor
 
 from dykaf import DyKAF
+
+pytestmark = pytest.mark.skipif(
+    "not __import__('backends').is_gpu()", reason="only with --backend simt or cuda"
+)
 
 
 def capturable(**options: Any) -> DyKAF:

@@ -58,6 +58,12 @@ def append_record(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
+def known_records(out: Path, docs: Path | None, task: str, size: str) -> dict[str, Record]:
+    """By key: those of the results file, and those kept with the pages in `docs`."""
+    kept = [] if docs is None else read_kept(kept_path(docs, task, size))
+    return by_key([*kept, *read_records(results_path(out, task, size))])
+
+
 def by_key(records: Iterable[Record]) -> dict[str, Record]:
     """Records by their run's key; the last one counts."""
     return {record["key"]: record for record in records}

@@ -9,14 +9,7 @@ from typing import Any
 
 from bench.evidence.fisher_report import fisher_page
 from bench.evidence.plots import draw_fisher, draw_training
-from bench.evidence.records import (
-    by_key,
-    keep_records,
-    kept_path,
-    read_kept,
-    read_records,
-    results_path,
-)
+from bench.evidence.records import keep_records, kept_path, known_records
 from bench.evidence.summary import Row, Summary, current_records, summarise
 
 TITLES = {
@@ -53,8 +46,7 @@ def write_report(
         for size in grid["tasks"][task]:
             if size not in sizes:
                 continue
-            kept = read_kept(kept_path(docs, task, size))
-            records = list(by_key([*kept, *read_records(results_path(out, task, size))]).values())
+            records = list(known_records(out, docs, task, size).values())
             if not records:
                 continue
             keep_records(kept_path(docs, task, size), records)

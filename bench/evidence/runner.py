@@ -23,14 +23,7 @@ import torch
 from tqdm import tqdm
 
 from bench.evidence.grid import Plan, Run, task_module
-from bench.evidence.records import (
-    append_record,
-    by_key,
-    kept_path,
-    read_kept,
-    read_records,
-    results_path,
-)
+from bench.evidence.records import append_record, known_records, results_path
 from bench.evidence.training import train
 
 Record = dict[str, Any]
@@ -102,11 +95,6 @@ def seconds_per_run(plan: Plan, done: dict[str, Record]) -> float:
     return statistics.fmean(known) if known else float(plan.table["seconds"])
 
 
-def known_records(plan: Plan, out: Path, docs: Path | None) -> dict[str, Record]:
-    kept = [] if docs is None else read_kept(kept_path(docs, plan.task, plan.size))
-    return by_key([*kept, *read_records(results_path(out, plan.task, plan.size))])
-
-
 def show_plan(plan: Plan, done: dict[str, Record], jobs: int) -> int:
     """Print what is to be done; returns the number of missing runs."""
     num_done = count_done(plan, done)
@@ -136,13 +124,13 @@ def run_plans(
     *,
     only_show: bool = False,
 ) -> int:
-    """Do all that is missing, one plan after the other; what the pages in `docs` show is not.
+    """Do all that is missing, one plan after the other; the records in `docs` count as done.
 
     Returns:
         0; 1 if runs failed with an error (their reason is on stderr, a second call tries them
         again); 130 if stopped.
     """
-    done = [known_records(plan, out, docs) for plan in plans]
+    done = [known_records(out, docs, plan.task, plan.size) for plan in plans]
     missing = sum(show_plan(*pair, jobs) for pair in zip(plans, done, strict=True))
     if only_show or missing == 0:
         return 0
