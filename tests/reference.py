@@ -340,6 +340,8 @@ class ReferenceDyKAF:
             U, S, Vh = torch.linalg.svd(G, full_matrices=False)
             self.factors = [torch.outer(U[:, 0], U[:, 0]), torch.outer(Vh[0], Vh[0])]
             self.rho = [float(S[0])] * 2
+            if self.integrator == "diagonal":  # of G G^T / n and G^T G / m
+                self.rho = [float(S[0]) / math.sqrt(d) for d in reversed(G.shape)]
             # The splitting integrators keep the first factors at rank one; "diagonal" does not.
             k = 1 if self.integrator != "diagonal" else k
         for side in self.kept:  # the diagonal integrator reads the factors in a basis: none yet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,6 +157,28 @@ def restored() -> Iterator[None]:
     """Puts torch's setting back, whatever the test did."""
     yield
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("inherited", ["ieee", "tf32", "none"])
+def test_a_setting_that_follows_one_for_all_goes_on_to_follow_it(inherited: str) -> None:
+    """In an interpreter of its own, whose settings nobody has touched."""
+    code = f"""
+import torch
+from dykaf import DyKAF
+
+torch.backends.fp32_precision = "{inherited}"
+param = torch.nn.Parameter(torch.ones(3, 2))
+optimizer = DyKAF([param], precondition_frequency=1, matmul_precision="medium")
+for step in range(3):
+    param.grad = torch.randn(3, 2)
+    optimizer.step()
+torch.backends.fp32_precision = "bf16"
+assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+torch.backends.fp32_precision = "ieee"
+assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("restored")

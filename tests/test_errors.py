@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from optim_helpers import (
 from torch import Tensor, nn
 
 from dykaf import _C, DyKAF
+from dykaf.checks import check_grad
 
 # ---- Options -------------------------------------------------------------------------------------
 
@@ -36,11 +38,9 @@ BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
         LR,
         [
             *NOT_NUMBERS,
-            -1e-9,
             NAN,
             INF,
             torch.ones(2),
-            torch.tensor(-1.0),
             torch.tensor(NAN),
             torch.tensor(INF),
             torch.tensor(True),
@@ -117,6 +117,19 @@ CASES = [
     for name, (expected, values) in BAD_OPTIONS.items()
     for value in values
 ]
+
+
+@pytest.mark.parametrize("lr", [-1e-9, torch.tensor(-1.0)], ids=repr)
+def test_a_negative_lr_is_refused_where_it_is_set(lr: Any) -> None:
+    """Schedulers may go below zero later: test_torch_behaviour.py."""
+    message = f"lr: expected {LR}, got {lr!r}"
+    for arguments in ({"lr": lr}, {"lr": 1.0, "params": [{"params": [parameter(3)], "lr": lr}]}):
+        with pytest.raises(ValueError) as caught:
+            DyKAF(**{"params": [parameter(3)], **arguments})
+        assert str(caught.value) == message
+    optimizer = DyKAF([parameter(3)])
+    with refuses(optimizer, message):
+        optimizer.add_param_group({"params": [parameter(3)], "lr": lr})
 
 
 def test_every_option_has_its_bad_values() -> None:
@@ -232,27 +245,27 @@ def _sparse() -> Tensor:
 BAD_PARAMS = {
     "complex": (
         lambda: nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64)),
-        f"params: expected dtypes {DTYPES}, got torch.complex64",
+        f"expected dtypes {DTYPES}, got torch.complex64",
     ),
     "integer": (
         lambda: nn.Parameter(torch.zeros(3, 3, dtype=torch.int64), requires_grad=False),
-        f"params: expected dtypes {DTYPES}, got torch.int64",
+        f"expected dtypes {DTYPES}, got torch.int64",
     ),
     "bool": (
         lambda: torch.zeros(3, dtype=torch.bool),
-        f"params: expected dtypes {DTYPES}, got torch.bool",
+        f"expected dtypes {DTYPES}, got torch.bool",
     ),
     "float8": (
         lambda: nn.Parameter(torch.zeros(3, 3).to(torch.float8_e4m3fn), requires_grad=False),
-        f"params: expected dtypes {DTYPES}, got torch.float8_e4m3fn",
+        f"expected dtypes {DTYPES}, got torch.float8_e4m3fn",
     ),
     "meta": (
         lambda: nn.Parameter(torch.zeros(3, 3, device="meta")),
-        f"params: expected a dense tensor on {DEVICES}, got Float [3, 3] on meta",
+        f"expected a dense tensor on {DEVICES}, got Float [3, 3] on meta",
     ),
     "sparse": (
         lambda: nn.Parameter(_sparse()),
-        "params: expected dense tensors, got torch.sparse_coo on cpu",
+        "expected dense tensors, got torch.sparse_coo on cpu",
     ),
 }
 
@@ -262,16 +275,39 @@ def test_bad_parameters(kind: str) -> None:
     make, message = BAD_PARAMS[kind]
     with pytest.raises(ValueError) as caught:
         DyKAF([parameter(3), make()])
-    assert str(caught.value) == message
+    assert str(caught.value) == f"param_groups[0]['params'][1]: {message}"
     optimizer = DyKAF([parameter(3)])
     run(optimizer, range(2))
     good = parameter(4)
-    with refuses(optimizer, message):
+    with refuses(optimizer, f"param_groups[1]['params'][1]: {message}"):
         optimizer.add_param_group({"params": [good, make()], "lr": 0.5})
     optimizer.add_param_group({"params": [good]})
     assert optimizer.param_groups[1]["lr"] == 3e-3
     run(optimizer, range(2, 4))
     assert float(optimizer.state[good]["step"]) == 2
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of this process alone."""
+    distributed = pytest.importorskip("torch.distributed")
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield distributed.device_mesh.DeviceMesh("cpu", [0])
+    distributed.destroy_process_group()
+
+
+def test_distributed_tensors_are_refused(mesh: Any) -> None:
+    """They look dense, on the CPU; the memory they show is nobody's."""
+    from torch.distributed.tensor import distribute_tensor
+
+    param = nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh))
+    with pytest.raises(ValueError, match=r"^weight: expected plain tensors, got DTensor$"):
+        DyKAF([("weight", param)])
+    optimizer = DyKAF([parameter(4, 3)])
+    run(optimizer, range(2))
+    with pytest.raises(ValueError, match="expected plain tensors, got DTensor"):
+        check_grad("weight", parameter(4, 3), distribute_tensor(torch.randn(4, 3), mesh))
 
 
 def test_a_parameter_that_overlaps_itself_is_refused() -> None:

@@ -28,7 +28,7 @@ from bench.evidence.optimizers import make_optimizer
 from bench.evidence.records import append_record, by_key, read_kept, read_records
 from bench.evidence.sources import Source, check_sha256, fetch, members, sha256_of
 from bench.evidence.stats import (
-    at_edge,
+    edges,
     paired_difference,
     select,
     student_cdf,
@@ -186,7 +186,10 @@ def test_selection_rule() -> None:
         best = select(order)
         assert best is not None and (best["lr"], best["warmup"]) == (0.2, 10)
     assert select([tuning_record(None, 0.1)]) is None
-    assert at_edge(records[0], [0.1, 0.2]) and not at_edge(records[1], [0.1, 0.2, 0.4])
+    assert edges(records[0], [0.1, 0.2], [0]) == ["lr"]
+    assert edges(records[1], [0.1, 0.2, 0.4], [10, 30]) == ["warmup"]
+    assert edges(records[2], [0.1, 0.2, 0.4], [10, 30]) == []
+    assert edges(records[3], [0.1, 0.2, 0.4], [0, 30]) == ["lr"]
 
 
 # ---- Grid, records, resumption -------------------------------------------------------------------
@@ -234,15 +237,15 @@ def test_a_contender_may_have_steps_of_its_own() -> None:
     steps = {run.contender: run.settings["steps"] for run in plan.runnable({})}
     assert steps == {"a": 5, "b": 3}
     records = [fake_record(run, 1.0) for run in plan.runnable({})]
-    kept, notes = current_records(records, table, plan.contenders)
-    assert (kept, notes) == (records, [])
+    grid = {"tuning_seed": plan.tuning_seed, "contenders": plan.contenders}
+    assert current_records(records, table, grid) == (records, [])
     changed = table | {"steps": {"a": 6}}
-    assert current_records(records, changed, plan.contenders)[0] == records[1:]
+    assert current_records(records, changed, grid)[0] == records[1:]
     assert settings_of(table, "b") is table["settings"]
 
 
 def fake_record(run: Run, loss: float) -> dict[str, Any]:
-    environment = {"dykaf_sha256": None, "cpu": "some"}
+    environment = {"dykaf_sha256": None, "cpu": "some", "torch": "2"}
     final = {"loss": loss}
     outcome = {"final": final, "diverged": False, "environment": environment}
     return {"key": run.key, **dataclasses.asdict(run), **outcome}
@@ -330,7 +333,7 @@ def test_the_command_resumes_and_reports(
     table = load_grid(grid)
     assert write_report(tmp_path, docs, table, ["digits"], ["quick"]) == 0
     page = (docs / "digits-quick.md").read_text()
-    assert "| soap-1 |" in page and "±" in page and (docs / "digits-quick.png").exists()
+    assert "| soap-1 |" in page and (docs / "digits-quick.png").exists()
     summary = summarise("digits", "quick", records, table)
     assert {len(row.reports) for row in summary.rows} == {2} and not summary.notes
     # The page's records stay with it: nothing is run again, unless it is asked for.

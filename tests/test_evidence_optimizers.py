@@ -11,7 +11,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evidence.kronecker import KroneckerOptimizer
-from bench.evidence.muon import Float32Muon, orthogonalise
 
 
 def eigenbasis(S: torch.Tensor) -> torch.Tensor:
@@ -104,28 +103,3 @@ def test_soap_without_the_factor_of_a_long_side() -> None:
     assert torch.allclose(W.detach(), expected, rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="max_precond_dim: for SOAP alone, got 5"):
         KroneckerOptimizer([W], factors="kl", max_precond_dim=5)
-
-
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
-def test_muon_in_float32_is_torchs_muon(shape: tuple[int, int]) -> None:
-    """The iteration on singular values, and torch's own class up to its bfloat16."""
-    generator = torch.Generator().manual_seed(3)
-    grad = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
-    U, s, Vt = torch.linalg.svd(grad / grad.norm(), full_matrices=False)
-    for _ in range(5):
-        s = a * s + b * s**3 + c * s**5
-    found = orthogonalise(grad, coefficients, 5, 1e-7)
-    assert torch.allclose(found, U @ torch.diag(s) @ Vt, rtol=0, atol=1e-12)
-
-    steps = []
-    for kind in (torch.optim.Muon, Float32Muon):
-        W = torch.nn.Parameter(torch.zeros(shape))
-        W.grad = grad.float()
-        kind([W], lr=1.0, weight_decay=0.0, adjust_lr_fn="original").step()
-        steps.append(-W.detach().double())
-    # The first momentum is a multiple of the gradient. Fifteen products round to 2^-8 and 2^-24;
-    # singular values near 1 keep an error as it is, or damp it.
-    expected = found * max(1.0, shape[0] / shape[1]) ** 0.5
-    for step, roundoff in zip(steps, (2**-8, 2**-24), strict=True):
-        assert float((step - expected).norm() / expected.norm()) <= 15 * roundoff

@@ -47,10 +47,9 @@ def test_ten_thousand_steps_keep_factors_and_bases_sound(
     u = unit_roundoff(torch.float32)
     for key, size in (("L", m), ("R", n)):
         F, Q = state[key].double(), state[f"Q_{key}"].double()
-        # Each entry rounds to u; the norm's error is theirs at random, below 2 u.
-        assert float(F.norm()) == pytest.approx(1, abs=2 * u)
+        # A step, which makes the norm 1, and a refresh each perturb F by a few u of its norm.
+        assert float(F.norm()) == pytest.approx(1, abs=8 * u)
         assert torch.equal(F, F.T)
-        # A step and a refresh each perturb F by a few u of its norm.
         assert float(torch.linalg.eigvalsh(F)[0]) >= -8 * u
         # Between corrections at most 32 refreshes add errors of size u sqrt(n) per column, at
         # random: sqrt(32 n) u sqrt(n) in the Frobenius norm. Without corrections: 17 times that.

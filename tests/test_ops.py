@@ -297,6 +297,23 @@ def rotated_back(state: dict[str, Tensor], key: str) -> Tensor:
 
 
 @all_shapes
+def test_the_rank_one_init_has_the_units_of_the_averages(
+    matrices: Matrices, shape: tuple[int, int]
+) -> None:
+    """Of a gradient of rank one it is G G^T / n and G^T G / m themselves."""
+    m, n = shape
+    G = torch.outer(matrices.randn(m), matrices.randn(n))
+    state = matrices.zero_state(m, n)
+    options = matrices.options(init="rank_one", integrator="diagonal")
+    ops.initialize_([G], [state], [(0, 0, 0)], options)
+    G = G.double()
+    error = 8 * gamma(4 * (m + n), matrices.dtype) * math.sqrt(max(m, n))
+    for side, (key, expected) in enumerate((("L", G @ G.T / n), ("R", G.T @ G / m))):
+        found = float(state["rho"][side]) ** 2 * rotated_back(state, key)
+        assert distance(found, expected) <= error * float(expected.norm())
+
+
+@all_shapes
 @pytest.mark.parametrize("init", ["identity", "rank_one"])
 @pytest.mark.parametrize("integrator", ["ksl", "bug", "diagonal"])
 @pytest.mark.parametrize("scale", [1e-37, 1.0, 1e37])

@@ -64,6 +64,32 @@ def test_lr_scheduler_changes_a_tensor_lr_in_place() -> None:
     assert float(lr) == pytest.approx(0.1 / 9, rel=1e-12)
 
 
+def test_a_scheduler_may_round_an_lr_below_zero() -> None:
+    """torch's recursive formula of LinearLR ends within its rounding of 0, on either side."""
+    optimizer = DyKAF([parameter(6, 4), parameter(3)], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, end_factor=0.0, total_iters=10)
+    for step in range(10):
+        run(optimizer, range(step, step + 1))
+        scheduler.step()
+    assert -1e-16 < optimizer.param_groups[0]["lr"] < 0
+    copied = DyKAF([parameter(6, 4), parameter(3)])
+    copied.load_state_dict(optimizer.state_dict())
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    run(optimizer, range(10, 11))
+    for param, old in zip(params_of(optimizer), before, strict=True):
+        assert torch.equal(param, old)
+
+
+def test_numbers_may_be_numpys() -> None:
+    np = pytest.importorskip("numpy")
+    options = {"lr": 0.125, "weight_decay": 0.5, "eps": 0.25, "metric_power": 0.5}
+    plain = DyKAF([parameter(6, 4)], **options)
+    with_numpy = DyKAF([parameter(6, 4)], **{key: np.float32(v) for key, v in options.items()})
+    for optimizer in (plain, with_numpy):
+        run(optimizer, range(4))
+    assert trajectory(plain) == trajectory(with_numpy)
+
+
 def test_one_cycle_scheduler_cycles_the_betas() -> None:
     param = parameter(6, 4)
     optimizer = DyKAF([param], lr=0.1)
@@ -167,6 +193,25 @@ def test_group_added_in_mid_run() -> None:
 
 
 # ---- Gradients and closures ----------------------------------------------------------------------
+
+
+def test_parameter_appended_to_a_group_in_mid_run() -> None:
+    """Its factors, in the original coordinates, are those of the same matrix alone."""
+    optimizer = DyKAF([{"params": [parameter(6, 4)]}, {"params": [parameter(5, 3)]}])
+    alone = DyKAF([parameter(4, 7, dtype=torch.float64)])
+    run(optimizer, range(3))
+    late = parameter(4, 7, dtype=torch.float64)
+    optimizer.param_groups[0]["params"].append(late)
+    for step in range(3, 8):
+        run(optimizer, range(step, step + 1))
+        params_of(alone)[0].grad = late.grad
+        alone.step()
+    found, expected = optimizer.state[late], alone.state[params_of(alone)[0]]
+    for side in "LR":
+        factor, reference = (s[f"Q_{side}"] @ s[side] @ s[f"Q_{side}"].T for s in (found, expected))
+        torch.testing.assert_close(factor, reference, rtol=0, atol=1e-13)  # of unit norm
+    other = optimizer.state[optimizer.param_groups[1]["params"][0]]
+    assert (float(found["step"]), float(other["step"])) == (4, 7)
 
 
 def test_clipped_gradients_are_what_is_used() -> None:

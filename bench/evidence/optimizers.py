@@ -1,4 +1,4 @@
-"""Makes the optimizers that are compared, all alike: one lr, one weight decay, AdamW for the rest.
+"""Makes the optimizers that are compared, all alike: one weight decay, AdamW for the rest.
 
 `hidden` weights go to the optimizer under test; all others (embeddings, output heads, vectors) to
 the same torch.optim.AdamW whatever the contender is.
@@ -13,7 +13,6 @@ from torch import nn
 
 from bench.evidence import EvidenceError
 from bench.evidence.kronecker import KroneckerOptimizer
-from bench.evidence.muon import Float32Muon
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -78,10 +77,12 @@ def make_optimizer(
     """The optimizer of a contender.
 
     Args:
-        options: `kind` ("adamw", "muon", "kronecker", "dykaf") and that optimizer's own options.
+        options: `kind` ("adamw", "muon", "kronecker", "dykaf"), that optimizer's own options, and
+            `rest_lr`, the peak learning rate of all but the hidden weights, for others than
+            "adamw" (default: lr).
         model: its parameters that need a gradient are trained.
         hidden: names of the weights for the optimizer under test.
-        lr: peak learning rate, for all parameters.
+        lr: peak learning rate.
         weight_decay: decoupled.
 
     Raises:
@@ -89,12 +90,13 @@ def make_optimizer(
     """
     options = dict(options)
     kind = options.pop("kind")
+    rest_lr = options.pop("rest_lr", lr)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = [named[name] for name in hidden]
     rest = [p for name, p in named.items() if name not in set(hidden)]
     if kind == "adamw":
         return Parts([make_adamw(weights + rest, lr, weight_decay)])
-    others = [make_adamw(rest, lr, weight_decay)] if rest else []
+    others = [make_adamw(rest, rest_lr, weight_decay)] if rest else []
     if kind == "dykaf":
         try:
             import dykaf  # only here: the other optimizers run without it
@@ -107,8 +109,7 @@ def make_optimizer(
         matrix = KroneckerOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
     elif kind == "muon":
         # match_rms_adamw brings Muon's updates to AdamW's size, so that one lr serves both.
-        make = Float32Muon if options.pop("float32", False) else torch.optim.Muon
-        matrix = make(
+        matrix = torch.optim.Muon(
             views.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **options
         )
     else:

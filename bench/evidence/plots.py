@@ -56,14 +56,15 @@ def draw_training(summary: Summary, measure: str, path: Path) -> None:
     lowest = []
     for idx, row in enumerate(sorted(summary.rows, key=lambda row: row.contender)):
         style = style_of(idx)
+        label = row.contender + (f", lr {row.best['lr']:g}" if row.best else "")
         reports = [record for record in row.reports if not record["diverged"]]
         for axis, key in zip(axes, ("step", "cpu_seconds"), strict=False):
             if reports:
                 x, y = mean_curve(reports, key)
-                axis.plot(x, y, label=f"{row.contender}, lr {row.best['lr']:g}", **style)
+                axis.plot(x, y, **style)
                 lowest.append(min(y))
         rates, losses = best_per_rate(row)
-        axes[2].plot(rates, losses, marker=".", label=row.contender, **style)
+        axes[2].plot(rates, losses, marker=".", label=label, **style)
         lowest += [min(losses)] if losses and not reports else []
     for axis, title in zip(
         axes,
@@ -86,12 +87,8 @@ def draw_training(summary: Summary, measure: str, path: Path) -> None:
     axes[2].minorticks_off()  # its labels would run into each other
     axes[2].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     axes[0].set_ylabel("gap to the optimum" if summary.is_log else measure)
-    by_label: dict[str, Any] = {}
-    for axis in axes[:1] if lowest and axes[0].lines else axes[2:]:
-        by_label.update(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        by_label.values(), by_label.keys(), loc="outside lower center", ncols=5, frameon=False
-    )
+    handles, labels = axes[2].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -68,7 +68,7 @@ def write_page(
     picture = f"![{TITLES[task]}]({name}.png)\n"
     if task == "fisher":
         table = grid["tasks"][task][size]
-        kept, notes = current_records(records, table, {})
+        kept, notes = current_records(records, table, grid)
         text = head + fisher_page(kept, table) + "".join(f"\n{note}\n" for note in notes)
         draw_fisher(kept, docs / f"{name}.png")
     else:
@@ -137,8 +137,11 @@ def result_table(summary: Summary) -> list[str]:
             cells += ["none finished"] + [""] * (len(titles) - 2)
             lines.append(line(cells))
             continue
-        cells += [f"{row.best['lr']:g}" + (" (edge)" if row.is_edge else "")]
-        cells += [str(row.best["warmup"]), str(len(row.reports))]
+        cells += [
+            f"{row.best[name]:g}" + (" (edge)" if name in row.edges else "")
+            for name in ("lr", "warmup")
+        ]
+        cells.append(str(len(row.reports)))
         cells += [f"{row.mean:.4f}" if row.losses else "", sd_text(row)]
         if has_error:
             cells.append(f"{row.mean_of(lambda r: r['final']['error']):.2%}" if row.losses else "")
@@ -158,11 +161,13 @@ def result_table(summary: Summary) -> list[str]:
 
 
 def difference_text(row: Row, baseline: str) -> str:
-    """A difference in bold if its interval leaves out zero."""
+    """A difference in bold if its interval leaves out zero; its pairs, if seeds are left out."""
     difference = row.differences.get(baseline)
     if difference is None:
         return ""
-    return f"**{difference}**" if difference.is_clear else str(difference)
+    text = f"**{difference}**" if difference.is_clear else str(difference)
+    is_part = 1 < difference.num_pairs < len(row.reports)
+    return f"{text} ({difference.num_pairs} pairs)" if is_part else text
 
 
 def sd_text(row: Row) -> str:
@@ -194,7 +199,7 @@ def json_row(row: Row) -> dict[str, Any]:
         "contender": row.contender,
         "lr": row.best and row.best["lr"],
         "warmup": row.best and row.best["warmup"],
-        "at_edge": row.is_edge,
+        "edges": row.edges,
         "losses": row.losses,
         "differences": {
             name: difference and vars(difference) for name, difference in row.differences.items()

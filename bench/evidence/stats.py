@@ -26,9 +26,16 @@ def select(tuning: Sequence[Record]) -> Record | None:
     return min(finished, key=rank, default=None)
 
 
-def at_edge(best: Record, lrs: Sequence[float]) -> bool:
-    """Whether the selected learning rate is the smallest or largest tried."""
-    return best["lr"] in (min(lrs), max(lrs))
+def edges(best: Record, lrs: Sequence[float], warmups: Sequence[int]) -> list[str]:
+    """Which of the selected "lr" and "warmup" a longer list could better.
+
+    That is the smallest and largest rate, and the longest warm-up where there was a choice.
+    """
+    at_end = {
+        "lr": best["lr"] in (min(lrs), max(lrs)),
+        "warmup": len(warmups) > 1 and best["warmup"] == max(warmups),
+    }
+    return [name for name, is_at_end in at_end.items() if is_at_end]
 
 
 def student_cdf(t: float, dof: int) -> float:

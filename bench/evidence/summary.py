@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.evidence.grid import baselines_of, settings_of
-from bench.evidence.stats import Difference, at_edge, paired_difference, select
+from bench.evidence.stats import Difference, edges, paired_difference, select
 
 Record = dict[str, Any]
 # Gaps that span orders of magnitude are averaged and subtracted as logarithms.
@@ -25,7 +25,7 @@ class Row:
     tuning: list[Record]
     best: Record | None  # the tuning record that selected the rate
     reports: list[Record]  # at the selected rate
-    is_edge: bool = False
+    edges: list[str] = field(default_factory=list)  # as stats.edges has them
     losses: dict[int, float] = field(default_factory=dict)  # by seed; diverged ones left out
     differences: dict[str, Difference | None] = field(default_factory=dict)  # by baseline
 
@@ -62,14 +62,27 @@ class Summary:
         return self.task in LOG_TASKS
 
 
+def is_planned(record: Record, table: Mapping[str, Any], grid: Mapping[str, Any]) -> bool:
+    """Whether the grid file asks for such a run."""
+    if record["settings"] != settings_of(table, record["contender"]):
+        return False
+    if record["task"] == "fisher":
+        return True
+    seeds = [grid["tuning_seed"]] if record["role"] == "tune" else table["seeds"]
+    return (
+        record["options"] == grid["contenders"].get(record["contender"])
+        and record["lr"] in table["lrs"]
+        and record["warmup"] in table["warmups"]
+        and record["seed"] in seeds
+    )
+
+
 def current_records(
-    records: Sequence[Record], table: Mapping[str, Any], contenders: Mapping[str, Any]
+    records: Sequence[Record], table: Mapping[str, Any], grid: Mapping[str, Any]
 ) -> tuple[list[Record], list[str]]:
     """Records that the grid file still describes, all on the same data; and what to tell of it."""
     notes = []
-    kept = [r for r in records if r["settings"] == settings_of(table, r["contender"])]
-    if contenders:
-        kept = [record for record in kept if record["options"] == contenders[record["contender"]]]
+    kept = [record for record in records if is_planned(record, table, grid)]
     counts = Counter(record["data_sha256"] for record in kept)
     if counts:
         data = counts.most_common(1)[0][0]
@@ -78,7 +91,11 @@ def current_records(
         notes.append(
             f"{len(records) - len(kept)} records of another grid file or other data are left out."
         )
-    for name, what in (("dykaf_sha256", "states of the package dykaf"), ("cpu", "CPUs")):
+    for name, what in (
+        ("dykaf_sha256", "states of the package dykaf"),
+        ("torch", "versions of torch"),
+        ("cpu", "CPUs"),
+    ):
         values = sorted({str(record["environment"][name]) for record in kept})
         if len(values) > 1:
             notes.append(f"The records come from {len(values)} {what}: {', '.join(values)}.")
@@ -90,7 +107,7 @@ def score(task: str, record: Record) -> float:
     return math.log10(loss) if task in LOG_TASKS else loss
 
 
-def make_row(task: str, contender: str, records: Sequence[Record], lrs: Sequence[float]) -> Row:
+def make_row(task: str, contender: str, records: Sequence[Record], table: Mapping[str, Any]) -> Row:
     """Select on the tuning runs; take the reported runs at the selected rate."""
     own = [record for record in records if record["contender"] == contender]
     tuning = [record for record in own if record["role"] == "tune"]
@@ -98,7 +115,7 @@ def make_row(task: str, contender: str, records: Sequence[Record], lrs: Sequence
     row = Row(contender, tuning, best, [])
     if best is not None:
         point = (best["lr"], best["warmup"])
-        row.is_edge = at_edge(best, lrs)
+        row.edges = edges(best, table["lrs"], table["warmups"])
         reports = [
             record
             for record in own
@@ -114,11 +131,10 @@ def make_row(task: str, contender: str, records: Sequence[Record], lrs: Sequence
 def summarise(task: str, size: str, records: Sequence[Record], grid: Mapping[str, Any]) -> Summary:
     """Everything that the tables and pictures of a training task show."""
     table = grid["tasks"][task][size]
-    known = {name: grid["contenders"].get(name) for name in {r["contender"] for r in records}}
-    kept, notes = current_records(records, table, known)
+    kept, notes = current_records(records, table, grid)
     names = {record["contender"] for record in kept}
     order = [name for name in grid["contenders"] if name in names]
-    rows = [make_row(task, name, kept, table["lrs"]) for name in order]
+    rows = [make_row(task, name, kept, table) for name in order]
     by_name = {row.contender: row for row in rows}
     baselines = [name for name in baselines_of(grid, table) if name in by_name]
     for row in rows:

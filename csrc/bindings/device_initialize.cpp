@@ -97,7 +97,8 @@ class FirstGradient {
     if (!top) return false;
     device_view(p_.L, {p_.m, p_.m}, group_.device).copy_(at::outer(top->u, top->u));
     device_view(p_.R, {p_.n, p_.n}, group_.device).copy_(at::outer(top->v, top->v));
-    set_rho(tau_ * top->sigma, tau_ * top->sigma);
+    const auto rho = rank_one_rho(group_.options, p_.m, p_.n, tau_ * top->sigma);
+    set_rho(rho[0], rho[1]);
     return true;
   }
 

@@ -220,12 +220,13 @@ void set_scaled_identity(T* factor, int64_t n) {
 
 // The best Kronecker approximation of g g^T: u u^T and v v^T of the top singular triple of G.
 template <typename T>
-bool set_rank_one_prior_(const Problem<T>& p, const T* H, double tau) {
+bool set_rank_one_prior_(const Problem<T>& p, const Options& options, const T* H, double tau) {
   const std::optional<SingularTriple> top = top_singular_triple(view(H, p.m, p.n));
   if (!top) return false;
   view(p.L, p.m, p.m).copy_(at::outer(top->u, top->u));
   view(p.R, p.n, p.n).copy_(at::outer(top->v, top->v));
-  set_rho(p, tau * top->sigma);
+  const auto rho = rank_one_rho(options, p.m, p.n, tau * top->sigma);
+  std::copy(rho.begin(), rho.end(), p.rho);
   return true;
 }
 
@@ -234,7 +235,7 @@ bool set_rank_one_prior_(const Problem<T>& p, const T* H, double tau) {
 template <typename T>
 void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau) {
   const bool two_sided = p.L != nullptr && p.R != nullptr;
-  if (init == Init::kRankOne && two_sided && set_rank_one_prior_(p, H, tau)) return;
+  if (init == Init::kRankOne && two_sided && set_rank_one_prior_(p, options, H, tau)) return;
 
   if (p.L != nullptr) set_scaled_identity(p.L, p.m);
   if (p.R != nullptr) set_scaled_identity(p.R, p.n);

@@ -17,10 +17,15 @@ class MatmulPrecision {
                            at::Float32Backend backend = at::Float32Backend::MKLDNN)
       : backend_(backend) {
     if (!precision) return;
-    previous_ = at::globalContext().float32Precision(backend_, kOp);
-    set(*precision == "highest" ? at::Float32Precision::IEEE
-        : *precision == "high"  ? at::Float32Precision::TF32
-                                : at::Float32Precision::BF16);
+    const auto wanted = *precision == "highest" ? at::Float32Precision::IEEE
+                        : *precision == "high"  ? at::Float32Precision::TF32
+                                                : at::Float32Precision::BF16;
+    const auto in_effect = get();
+    if (in_effect == wanted) return;
+    // What is inherited from a setting for more must be left to follow it.
+    set(at::Float32Precision::NONE);
+    previous_ = get() == in_effect ? at::Float32Precision::NONE : in_effect;
+    set(wanted);
   }
   ~MatmulPrecision() {
     if (previous_) set(*previous_);
@@ -30,6 +35,8 @@ class MatmulPrecision {
 
  private:
   static constexpr auto kOp = at::Float32Op::MATMUL;
+
+  at::Float32Precision get() const { return at::globalContext().float32Precision(backend_, kOp); }
 
   void set(at::Float32Precision precision) {
     at::globalContext().setFloat32Precision(backend_, kOp, precision);

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dykaf import ops
 from dykaf.state import PARAM_DTYPES
@@ -29,6 +30,7 @@ def check_param(name: str, param: Tensor) -> None:
     Raises:
         ValueError: naming ``name``, what was expected and what came.
     """
+    _check_plain(name, param)
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
         raise ValueError(f"{name}: expected dtypes {expected}, got {param.dtype}")
@@ -61,6 +63,7 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
     Raises:
         ValueError: naming ``name``, what was expected and what came.
     """
+    _check_plain(f"gradient of {name}", grad)
     if grad.layout != torch.strided:
         raise ValueError(f"gradient of {name}: expected a dense tensor, got {grad.layout}")
     if grad.dtype != param.dtype or grad.device != param.device or grad.shape != param.shape:
@@ -68,6 +71,12 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
             f"gradient of {name}: expected {_describe(param)} as the parameter, "
             f"got {_describe(grad)}"
         )
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    # DTensor and its like look dense, but the memory they show is not theirs.
+    if is_traceable_wrapper_subclass(tensor):
+        raise ValueError(f"{name}: expected plain tensors, got {type(tensor).__name__}")
 
 
 def _describe(tensor: Tensor) -> str:

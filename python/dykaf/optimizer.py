@@ -13,7 +13,7 @@ from dykaf import ops
 from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import in_full, passes
-from dykaf.options import RULES, StepOptions, check_options, step_options
+from dykaf.options import RULES, StepOptions, check_new_options, check_options, step_options
 from dykaf.schedule import stagger_offsets, update_offsets
 from dykaf.state import (
     HOST_KEYS,
@@ -21,6 +21,7 @@ from dykaf.state import (
     STRUCTURAL_OPTIONS,
     Layout,
     State,
+    changed_options,
     check_state,
     new_state,
 )
@@ -131,9 +132,8 @@ class DyKAF(Optimizer):
         maximize: bool = False,
         nonfinite: str = "skip",
     ) -> None:
-        arguments = locals()
-        defaults = {name: arguments[name] for name in RULES}
-        check_options(defaults)
+        defaults = {name: value for name, value in locals().items() if name in RULES}
+        check_new_options(defaults)
         self._skipped_on_host = 0
         self._skipped_on_gpu: Tensor | None = None  # counted without the host, int64 []
         self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
@@ -142,7 +142,7 @@ class DyKAF(Optimizer):
 
     def _reset_caches(self) -> None:
         self._layouts: dict[Tensor, tuple[tuple[object, ...], Layout]] = {}
-        self._offsets: tuple[list[tuple[int, int]], list[tuple[int, int, int]]] | None = None
+        self._offsets: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
@@ -150,13 +150,12 @@ class DyKAF(Optimizer):
         Raises:
             ValueError: as the constructor; the optimizer is as it was.
         """
-        options = {**self.defaults, **param_group}
-        check_options(options)
+        check_new_options({**self.defaults, **param_group})
         num_groups = len(self.param_groups)
         super().add_param_group(param_group)
         try:
-            for param in self.param_groups[-1]["params"]:
-                check_param("params", param)
+            for idx, param in enumerate(self.param_groups[-1]["params"]):
+                check_param(param_name(self.param_groups[-1], num_groups, idx), param)
         except ValueError:
             del self.param_groups[num_groups:]
             raise
@@ -333,7 +332,8 @@ class DyKAF(Optimizer):
         check_backend(name, param)
         layout = Layout.of(param, group)
         if self.state.get(param):
-            check_state(name, self.state[param], layout)
+            before = structure if cached is None else cached[0]
+            check_state(name, self.state[param], layout, changed_options(before, structure))
         self._layouts[param] = (key, layout)
         return layout
 
@@ -364,13 +364,13 @@ class DyKAF(Optimizer):
 
     def _stagger_offsets(self) -> list[tuple[int, int, int]]:
         periods = [
-            (group["precondition_frequency"], group["factor_update_every"])
+            (group["precondition_frequency"], group["factor_update_every"], len(group["params"]))
             for group in self.param_groups
         ]
         if self._offsets is None or self._offsets[0] != periods:
             layouts = [
-                (Layout.of(param, group), *of_group)
-                for group, of_group in zip(self.param_groups, periods, strict=True)
+                (Layout.of(param, group), period, every)
+                for group, (period, every, _) in zip(self.param_groups, periods, strict=True)
                 for param in group["params"]
             ]
             refreshes = stagger_offsets((layout, period) for layout, period, _ in layouts)

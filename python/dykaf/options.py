@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypedDict
 
 import torch
@@ -41,7 +42,7 @@ class _Rule:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _number(accepts: Callable[[float], bool], expected: str) -> _Rule:
@@ -70,7 +71,7 @@ def _is_lr(value: object) -> bool:
         if _C.backend_of(value, "lr") == "cuda":
             return True  # its value is the GPU's to read
         value = value.item()
-    return _is_number(value) and 0 <= value < math.inf  # type: ignore[operator]  # a number
+    return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]  # a number
 
 
 def _is_betas(value: object) -> bool:
@@ -118,12 +119,27 @@ RULES: dict[str, _Rule] = {
 def check_options(group: Mapping[str, Any]) -> None:
     """Checks every option of a parameter group.
 
+    A negative lr passes: schedulers of torch may round one that ends at 0 to a little less.
+
     Raises:
         ValueError: naming the option, what was expected and what came.
     """
     for name, rule in RULES.items():
         if not rule.accepts(group[name]):
             raise ValueError(f"{name}: expected {rule.expected}, got {group[name]!r}")
+
+
+def check_new_options(group: Mapping[str, Any]) -> None:
+    """Checks every option of a group that is added.
+
+    Raises:
+        ValueError: naming the option, what was expected and what came.
+    """
+    check_options(group)
+    lr = group["lr"]
+    is_readable = not isinstance(lr, torch.Tensor) or _C.backend_of(lr, "lr") != "cuda"
+    if is_readable and float(lr) < 0:
+        raise ValueError(f"lr: expected {RULES['lr'].expected}, got {lr!r}")
 
 
 def step_options(
@@ -140,10 +156,10 @@ def step_options(
     return {
         "lr": float(group["lr"]) if lr is None else lr,
         "betas": (float(group["betas"][0]), float(group["betas"][1])),
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"],
-        "factor_beta": factor_beta ** group["factor_update_every"],
-        "metric_power": group["metric_power"],
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+        "factor_beta": float(factor_beta) ** group["factor_update_every"],
+        "metric_power": float(group["metric_power"]),
         "grad_scale": (-1.0 if group["maximize"] else 1.0) / grad_scale,
         "precondition_frequency": group["precondition_frequency"],
         "factor_update_every": group["factor_update_every"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,31 +169,47 @@ def new_state(param: Tensor, layout: Layout) -> State:
     return state
 
 
-def check_state(name: str, state: Mapping[str, Any], layout: Layout) -> None:
-    """Checks loaded state against the layout of the parameter called ``name``.
+def changed_options(before: Sequence[object], after: Sequence[object]) -> list[str]:
+    """The names of those STRUCTURAL_OPTIONS whose values, in their order, differ."""
+    values = zip(STRUCTURAL_OPTIONS, before, after, strict=False)
+    return [option for option, old, new in values if old != new]
+
+
+def check_state(
+    name: str, state: Mapping[str, Any], layout: Layout, changed: Sequence[str] = ()
+) -> None:
+    """Checks the state of a parameter against its layout.
 
     ``update_rms`` may be missing, so that state of torch.optim.AdamW loads for parameters without
     factors.
 
+    Args:
+        name: of the parameter.
+        state: what is checked.
+        layout: the parameter's.
+        changed: options that have changed since the state was made, for the message.
+
     Raises:
         ValueError: naming the parameter, the tensor, what was expected and what came.
     """
+    owner = f"state of {name}"
+    if changed:
+        owner += f", which cannot follow a change of {', '.join(changed)}"
     for key, (shape, dtype) in layout.shapes().items():
         value = state.get(key)
         if value is None and key == "update_rms":
             continue
         if not isinstance(value, Tensor):
-            raise ValueError(f"state of {name}: expected a tensor {key!r}, got {value!r}")
+            raise ValueError(f"{owner}: expected a tensor {key!r}, got {value!r}")
         if tuple(value.shape) != shape or value.dtype != dtype:
             raise ValueError(
-                f"state of {name}: {key!r}: expected {dtype} of shape {shape}, "
+                f"{owner}: {key!r}: expected {dtype} of shape {shape}, "
                 f"got {value.dtype} of shape {tuple(value.shape)}"
             )
     unknown = set(state) - set(layout.shapes())
     if unknown:
         raise ValueError(
-            f"state of {name}: expected the tensors {sorted(layout.shapes())}, "
-            f"got also {sorted(unknown)}"
+            f"{owner}: expected the tensors {sorted(layout.shapes())}, got also {sorted(unknown)}"
         )
 
 

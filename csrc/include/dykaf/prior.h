@@ -1,4 +1,4 @@
-// The scale of the factors before the first gradient.
+// The scale of the factors that the first gradient starts from.
 #pragma once
 
 #include <array>
@@ -27,6 +27,14 @@ inline std::array<double, 2> prior_rho(const Options& options, int64_t m, int64_
   }
   const double rho = size / std::sqrt(std::sqrt(rows * cols));
   return {rho, rho};
+}
+
+// rho of each side for factors that start as u u^T and v v^T of G = sigma u v^T. "diagonal"
+// averages G G^T / n and G^T G / m, the splitting integrators keep rho^2 of their product.
+inline std::array<double, 2> rank_one_rho(const Options& options, int64_t m, int64_t n,
+                                          double sigma) {
+  if (options.integrator != Integrator::kDiagonal) return {sigma, sigma};
+  return {sigma / std::sqrt(static_cast<double>(n)), sigma / std::sqrt(static_cast<double>(m))};
 }
 
 }  // namespace dykaf
