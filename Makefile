@@ -1,5 +1,6 @@
 # `make setup` makes everything the other targets need in .venv, from a bare machine with Python 3.11
-# or later (with venv) and a C++20 compiler. Each target does it first; done once, it costs nothing.
+# or later (with venv and its headers: python3-venv, python3-dev) and g++ with C++20. Each target does it
+# first; done once, it costs nothing.
 #
 # TORCH chooses the version of torch: 2.13.0 (the default; small where it is a CPU build) and 2.14.1
 # are tested. Whether pip gets a CPU or a CUDA build of it depends on where pip looks.
@@ -34,7 +35,9 @@ setup: $(BUILT)
 
 $(DEPS): requirements-dev.txt
 	@rm -f $(VENV)/.deps-* $(VENV)/.built-*
-	@test -x $(PY) || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, got " + sys.version.split()[0] + "; name one by make PYTHON=...")'
+	@$(PY) -c 'import pip, sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
+	  { echo "==> creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "==> installing torch $(TORCH) and the tools of requirements-dev.txt (a minute or more)"
 	@$(PY) -m pip install --quiet "torch==$(TORCH)" -r requirements-dev.txt
 	@touch $@

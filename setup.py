@@ -22,6 +22,8 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+MIN_ARCH = 80  # of the kernels: cp.async and the TF32 products
+TORCH_FROM, TORCH_BELOW = (2, 13), (2, 15)  # also in pyproject.toml
 MIN_SETUPTOOLS = 77  # the first to know SPDX license expressions; also in pyproject.toml
 
 
@@ -31,9 +33,12 @@ def stop(message: str) -> NoReturn:
 
 
 def require_torch() -> None:
-    """Stops where torch cannot be imported, as in pip's isolated builds."""
+    """Stops where torch cannot be imported, as in pip's isolated builds, or is another version.
+
+    pip would build against that one and then replace it with one that the module does not fit.
+    """
     try:
-        import torch  # noqa: F401  (only whether it can be imported)
+        import torch
     except (ImportError, OSError) as error:  # OSError: a library of torch is missing
         stop(
             f"the build needs the torch that dykaf will run with, and cannot import it ({error}); "
@@ -41,6 +46,9 @@ def require_torch() -> None:
             f'pip install "setuptools>={MIN_SETUPTOOLS}" cmake ninja && '
             "pip install --no-build-isolation ."
         )
+    if not TORCH_FROM <= tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_BELOW:
+        expected = " or later, below ".join(f"{a}.{b}" for a, b in (TORCH_FROM, TORCH_BELOW))
+        stop(f"torch {torch.__version__} is installed, and {expected} is needed")
 
 
 def require_setuptools() -> None:
@@ -59,10 +67,10 @@ def find_tool(name: str) -> str:
 
 
 def find_nvcc() -> str | None:
-    """Finds nvcc as CMake does, by CUDACXX and PATH, then where CUDA is usually installed."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [os.environ.get("CUDACXX"), "nvcc"]
-    candidates += [f"{home}/bin/nvcc" for home in homes if home]
+    """Finds nvcc: by CUDACXX, CUDA_HOME, CUDA_PATH, on PATH, where CUDA is usually installed."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((path for c in candidates if c and (path := shutil.which(c))), None)
 
 
@@ -109,11 +117,16 @@ def decide_cuda(
 
 
 def parse_archs(value: str) -> str:
-    """Checks TORCH_CUDA_ARCH_LIST and returns it separated by spaces."""
-    archs = re.split(r"[;,\s]+", value.strip(" ;,"))
-    for arch in archs:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+    """Checks TORCH_CUDA_ARCH_LIST; returns what the kernels can run on, separated by spaces."""
+    archs = []
+    for arch in re.split(r"[;,\s]+", value.strip(" ;,")):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        if not match:
             stop(f"TORCH_CUDA_ARCH_LIST: expected numbers as in {DEFAULT_ARCHS!r}, got {arch!r}")
+        if int(match[1] + match[2]) >= MIN_ARCH:
+            archs.append(arch)
+    if not archs:
+        stop(f"TORCH_CUDA_ARCH_LIST: expected an architecture from 8.0 on, got {value!r}")
     return " ".join(archs)
 
 
@@ -137,7 +150,6 @@ def build_module(version: str, target_dir: Path) -> None:
     if not Path(python_include, "Python.h").exists():
         stop(f"Python.h is not in {python_include}; install the headers of Python (python3-dev)")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    archs = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
     sanitize = os.environ.get("DYKAF_SANITIZE", "")
     ninja = find_tool("ninja")
     definitions = {
@@ -152,15 +164,16 @@ def build_module(version: str, target_dir: Path) -> None:
         "DYKAF_PYTHON_INCLUDE_DIR": python_include,
         "DYKAF_EXT_SUFFIX": suffix,
         "DYKAF_CUDA": int(with_cuda),
-        "DYKAF_CUDA_ARCHS": archs if with_cuda else "",
+        "DYKAF_CUDA_ARCHS": "",
         "DYKAF_CUDA_DECISION": decision,
         "DYKAF_SANITIZE": sanitize,
     }
     if with_cuda:
-        definitions["CMAKE_CUDA_COMPILER"] = nvcc
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        definitions |= {"CMAKE_CUDA_COMPILER": nvcc, "DYKAF_CUDA_ARCHS": parse_archs(archs)}
     # One build directory per torch and per everything that CMake settles once, so that a second
-    # build is incremental and a change of torch or compiler starts afresh.
-    settings = [sys.prefix, suffix, sanitize, nvcc if with_cuda else None]
+    # build is incremental and a change of torch or compiler, or a moved checkout, starts afresh.
+    settings = [str(ROOT), sys.prefix, suffix, sanitize, nvcc if with_cuda else None]
     settings += [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS")]
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
     torch_name = re.sub(r"[^A-Za-z0-9.]+", "-", torch.__version__)

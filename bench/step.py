@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import gc
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 
@@ -108,12 +109,13 @@ class SetRun:
     def run(self, num_steps: int, tick: Callable[[], object]) -> None:
         """Warm up, then take `num_steps` rounds of one step per optimizer."""
         names = list(self.optimizers)
+        order = random.Random(0)
         for name in names:
             self.peak_bytes[name] = peak_allocation(partial(self._warm_up, name), self.device)
             tick()
         for round_idx in range(num_steps):
-            shift = round_idx % len(names)  # nobody always runs after the same neighbour
-            for name in names[shift:] + names[:shift]:
+            order.shuffle(names)  # nobody always runs after the same neighbour
+            for name in names:
                 self.times[name].append(self._step(name, NUM_WARMUP_STEPS + round_idx))
             tick()
 

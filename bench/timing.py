@@ -50,9 +50,11 @@ class Ratio:
     median: float
     p10: float
     p90: float
+    num_blocks: int
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.p10:.3f}-{self.p90:.3f}]"
+        spread = f" [{self.p10:.3f}-{self.p90:.3f}]" if self.num_blocks > 1 else ""
+        return f"{self.median:.3f}{spread}"
 
 
 def paired_ratio(times: Sequence[float], baseline: Sequence[float], block: int = 1) -> Ratio | None:
@@ -72,7 +74,8 @@ def paired_ratio(times: Sequence[float], baseline: Sequence[float], block: int =
     ratios = [sum(times[place]) / sum(baseline[place]) for place in places]
     if not ratios:
         return None
-    return Ratio(statistics.median(ratios), quantile(ratios, 0.1), quantile(ratios, 0.9))
+    ends = quantile(ratios, 0.1), quantile(ratios, 0.9)
+    return Ratio(statistics.median(ratios), *ends, num_blocks)
 
 
 def synchronize(device: str) -> None:

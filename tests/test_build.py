@@ -6,8 +6,11 @@ Each check is a function that is also run on a case it must reject.
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -230,6 +233,55 @@ def test_setup_with_torch_does_not_stop(setup_py):
     setup_py.require_torch()
 
 
+@pytest.mark.parametrize("version", ["2.12.1", "2.15.0", "1.13.0+cu117"])
+def test_another_version_of_torch_stops(setup_py, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    expected = f"torch {version} is installed, and 2.13 or later, below 2.15 is needed"
+    with pytest.raises(SystemExit, match=re.escape(expected)):
+        setup_py.require_torch()
+    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert requirement == "torch>=2.13,<2.15"
+
+
+def test_the_nvcc_of_cuda_home_comes_before_that_on_path(setup_py, monkeypatch, tmp_path):
+    for name in ("cudacxx", "home", "path"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        tool = tmp_path / name / "bin" / "nvcc"
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert setup_py.find_nvcc() == str(tmp_path / "path" / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert setup_py.find_nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "cudacxx" / "bin" / "nvcc"))
+    assert setup_py.find_nvcc() == str(tmp_path / "cudacxx" / "bin" / "nvcc")
+
+
+def test_the_sdist_holds_what_the_repository_holds(tmp_path):
+    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "-z"]
+    listed = subprocess.run(git, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    copy = tmp_path / "copy"
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():  # not while a file is being removed
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    expected = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    expected = {name for name in expected if not name.startswith((".ci/", ".git", ".pre-commit"))}
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)],
+        cwd=copy,
+        check=True,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        found = {name.partition("/")[2] for name in file.getnames()}
+    assert expected <= found
+
+
 def test_old_setuptools_stops(setup_py, monkeypatch):
     setup_py.require_setuptools()
     monkeypatch.setattr(setup_py.setuptools, "__version__", "65.5.0")
@@ -280,6 +332,7 @@ def test_cuda_is_built(setup_py, nvcc):
 def test_architectures(setup_py):
     assert setup_py.parse_archs("8.0;9.0+PTX") == "8.0 9.0+PTX"
     assert setup_py.parse_archs(" 9.0a, 10.0 ") == "9.0a 10.0"
-    for bad in ("Hopper", "sm_90", "90", "8.0;PTX"):
+    assert setup_py.parse_archs("7.5;8.6;12.0+PTX") == "8.6 12.0+PTX"
+    for bad in ("Hopper", "sm_90", "90", "8.0;PTX", "7.0;7.5"):
         with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected"):
             setup_py.parse_archs(bad)

@@ -10,7 +10,7 @@ from optim_helpers import frozen, gradient, parameter, params_of, randn, run
 from reference import ReferenceDyKAF
 
 from dykaf import DyKAF
-from dykaf.diagnostics import condition, orthogonality_error, staleness
+from dykaf.diagnostics import _probe, condition, orthogonality_error, staleness
 
 NAME = "param_groups[0]['params'][0]"
 FACTORED = {
@@ -369,3 +369,8 @@ def test_state_bytes_sum_over_parameters() -> None:
     run(optimizer, range(1))
     assert optimizer.state_bytes()["exp_avg"] == 4 * 24 + 4 * 7
     assert optimizer.state_bytes()["scalars"] == MATRIX_SCALARS + VECTOR_SCALARS
+
+
+def test_the_probe_is_where_the_basis_is() -> None:
+    probe = _probe(torch.empty(3, 3, dtype=torch.float32, device="meta"))
+    assert (probe.device.type, probe.dtype, tuple(probe.shape)) == ("meta", torch.float32, (3,))

@@ -139,6 +139,46 @@ def test_embedding_bags_and_norms() -> None:
     assert groups[1]["weight_decay"] == 0.0
 
 
+class LayerScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(5, 1, 1))
+
+
+def test_vectors_with_dimensions_of_size_one_are_vectors() -> None:
+    model = nn.ModuleDict(
+        {
+            "scale": LayerScale(),
+            "attention": nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, bias=False)),
+            "to_one": nn.Linear(4, 1, bias=False),
+            "depthwise": nn.Conv1d(4, 4, 1, groups=4, bias=False),
+        }
+    )
+    assert names(param_groups(model)) == [
+        [
+            "attention.in_proj_weight",
+            "attention.out_proj.weight",
+            "normed.parametrizations.weight.original1",
+            "to_one.weight",
+            "depthwise.weight",
+        ],
+        [
+            "scale.gain",
+            "attention.bias_k",
+            "attention.bias_v",
+            "normed.parametrizations.weight.original0",
+        ],
+    ]
+
+
+def test_a_pattern_may_name_a_tied_parameter_by_any_of_its_names() -> None:
+    for name in ("embed.weight", "lm_head.weight"):
+        groups = param_groups(Model(tied=True), precondition=[name])
+        assert "embed.weight" in names(groups)[0]
+        assert "lm_head.weight" not in names(groups)[0]
+
+
 def test_a_tied_head_is_one_parameter_under_its_first_name() -> None:
     groups = param_groups(Model(tied=True))
     assert names(groups)[1] == ["embed.weight"]

@@ -37,8 +37,13 @@ def orthogonality_error(basis: Tensor) -> float:
     Args:
         basis: Q, [n, n].
     """
-    x = torch.sin(1 + torch.arange(basis.shape[0], dtype=torch.float64)).to(basis.dtype)
+    x = _probe(basis)
     return float((basis.T @ (basis @ x) - x).norm() / x.norm())
+
+
+def _probe(basis: Tensor) -> Tensor:
+    places = torch.arange(basis.shape[0], dtype=torch.float64, device=basis.device)
+    return torch.sin(1 + places).to(basis.dtype)
 
 
 def _matrix_diagnostics(state: State) -> dict[str, float]:

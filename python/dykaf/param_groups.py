@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 # The last part of the name of a linear layer that maps to classes or a vocabulary.
 HEAD_NAMES = frozenset(
-    {"head", "lm_head", "classifier", "score", "embed_out", "unembed", "output_layer"}
+    {
+        "classifier",
+        "embed_out",
+        "fc",
+        "head",
+        "lm_head",
+        "output",
+        "output_layer",
+        "score",
+        "unembed",
+    }
 )
 
 _NORMS = (
@@ -22,8 +32,18 @@ _NORMS = (
 )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+
+
+def _is_vector(module: nn.Module, param: Tensor) -> bool:
+    """Whether all entries lie along one dimension, and not for lack of inputs or outputs."""
+    if param.ndim >= 2 and isinstance(module, _MAPS):
+        return False
+    return param.numel() == max(param.shape, default=1)
 
 
 def _is_adam_module(module_name: str, module: nn.Module) -> bool:
@@ -44,14 +64,16 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sorts the trainable parameters of ``model`` into groups for :class:`dykaf.DyKAF`.
 
-    - Norms, biases and everything else with less than two dimensions: AdamW without weight decay.
+    - Norms, biases and all other vectors, also those stored with dimensions of size 1 beside
+      theirs: AdamW without weight decay.
     - Embeddings and output heads (linear layers whose name ends in one of ``HEAD_NAMES``), and
       whatever is tied to them: AdamW (``max_precond_dim=0``), with weight decay.
     - All other weights: DyKAF.
 
     Args:
         model: a module; parameters that need no gradient are left out.
-        adam: name patterns (as in :mod:`fnmatch`, full parameter names) to send to AdamW.
+        adam: name patterns (as in :mod:`fnmatch`, full parameter names; a tied parameter has
+            several) to send to AdamW.
         precondition: name patterns to send to DyKAF against the rules; they win over ``adam``.
         no_decay: name patterns to send to the group without weight decay; they win over both.
         matrix_options: options for the DyKAF group, such as ``{"weight_decay": 0.1}``.
@@ -65,21 +87,21 @@ def param_groups(
         ValueError: if a pattern matches no parameter.
     """
     adam, precondition, no_decay = tuple(adam), tuple(precondition), tuple(no_decay)
-    # A tied parameter is one object under several names: its first name counts, every role of it.
-    names: dict[Tensor, str] = {}
+    # A tied parameter is one object under several names, with every role of each.
+    names: dict[Tensor, list[str]] = {}
     adam_params: set[Tensor] = set()
-    norm_params: set[Tensor] = set()
+    no_decay_params: set[Tensor] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, param in module.named_parameters(prefix=module_name, recurse=False):
-            names.setdefault(param, name)
+            names.setdefault(param, []).append(name)
             if _is_adam_module(module_name, module):
                 adam_params.add(param)
-            if isinstance(module, _NORMS):
-                norm_params.add(param)
+            if isinstance(module, _NORMS) or _is_vector(module, param):
+                no_decay_params.add(param)
 
     for patterns in (adam, precondition, no_decay):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names.values()):
+            if not any(_matches(aliases, [pattern]) for aliases in names.values()):
                 raise ValueError(
                     f"pattern {pattern!r}: expected to match a parameter of the model, "
                     f"got no match among {len(names)} names"
@@ -88,19 +110,20 @@ def param_groups(
     matrix_group: list[tuple[str, Tensor]] = []
     adam_group: list[tuple[str, Tensor]] = []
     no_decay_group: list[tuple[str, Tensor]] = []
-    for param, name in names.items():
+    for param, aliases in names.items():
         if not param.requires_grad:
             continue
-        if _matches(name, no_decay):
-            no_decay_group.append((name, param))
-        elif _matches(name, precondition):
-            matrix_group.append((name, param))
-        elif param.ndim < 2 or param in norm_params:
-            no_decay_group.append((name, param))
-        elif param in adam_params or _matches(name, adam):
-            adam_group.append((name, param))
+        if _matches(aliases, no_decay):
+            group = no_decay_group
+        elif _matches(aliases, precondition):
+            group = matrix_group
+        elif param in no_decay_params:
+            group = no_decay_group
+        elif param in adam_params or _matches(aliases, adam):
+            group = adam_group
         else:
-            matrix_group.append((name, param))
+            group = matrix_group
+        group.append((aliases[0], param))
 
     groups = [
         {"params": matrix_group, **(matrix_options or {})},
