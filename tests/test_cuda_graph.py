@@ -12,6 +12,7 @@ from test_gpu import everything, on_hardware, parameters
 from torch import Tensor
 
 from dykaf import DyKAF
+from dykaf.work import check_capture
 
 pytestmark = pytest.mark.skipif(
     "not __import__('backends').is_gpu()", reason="only with --backend simt or cuda"
@@ -86,6 +87,18 @@ def test_options_that_a_graph_cannot_hold(
     with pytest.raises(RuntimeError, match=f"step in a CUDA graph: {message}"):
         optimizer.step()
     assert everything(optimizer) == before
+
+
+def test_a_graph_holds_no_work_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched there would run at once, and not when the graph is replayed."""
+    params = parameters()[:1]
+    optimizer = DyKAF(params)
+    run(optimizer, range(1))
+    (item,) = optimizer._collect()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    check_capture([item._replace(device=torch.device("cuda", 0))], optimizer.state, True)
+    with pytest.raises(RuntimeError, match=r"parameters on the captured GPU, got .* on cuda:1"):
+        check_capture([item._replace(device=torch.device("cuda", 1))], optimizer.state, True)
 
 
 def test_a_graph_holds_no_first_gradient_and_no_skinny_matrix(

@@ -297,6 +297,10 @@ def test_a_step_that_is_not_finite_is_skipped(where: str, bad: float, start: int
         del optimizer.found_inf
     run(optimizer, range(start, start + 3))
     assert optimizer.skipped_steps == 2
+    counter = optimizer._skipped_on_gpu
+    optimizer.skipped_steps = 7
+    assert optimizer._skipped_on_gpu is counter  # a graph that adds to it may be alive
+    assert optimizer.skipped_steps == 7
     assert all(param.isfinite().all() for param in params)
     assert [bits(param) for param in params] != before
 

@@ -12,7 +12,6 @@
 #include "bindings/device_ops.h"
 #include "cpu/first_basis.h"
 #include "cpu/linalg.h"
-#include "cpu/matmul_precision.h"
 #include "cpu/skinny.h"
 #include "dykaf/prior.h"
 #include "dykaf/schedule.h"
@@ -125,9 +124,7 @@ class FirstGradient {
 void initialize_on_device_(const DeviceGroup& group) {
   const c10::DeviceGuard guard(group.device);
   if (group.skip && group.skip->item<int32_t>() != 0) return;
-  const auto backend =
-      group.device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
-  const cpu::MatmulPrecision precision("highest", backend);
+  const FullPrecision precision(group.device);
   const double amp_scale = group.amp_scale ? group.amp_scale->item<double>() : 1.0;
   const at::Tensor maxima = group.grad_max->to(at::kCPU);
 

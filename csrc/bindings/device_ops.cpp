@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
+#include <functional>
+
 #include "dykaf/schedule.h"
 
 #if defined(DYKAF_WITH_CUDA)
@@ -12,7 +14,11 @@ namespace {
 
 // The scratch memory of one pass over a group; a group that needs more goes in several passes, each
 // with enough work to fill a GPU.
+#if defined(DYKAF_SIMT)
+constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 10;  // tests are to see several passes
+#else
 constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 29;
+#endif
 
 template <typename T>
 const T* pointer(const std::optional<at::Tensor>& tensor) {
@@ -26,7 +32,8 @@ cuda::DeviceInputs inputs_of(const DeviceGroup& group) {
           .lr = pointer<float>(group.lr)};
 }
 
-// What a step of the matrix takes: three arrays of its size and an increment per factor.
+// What a step of the matrix takes, its first included: three arrays of its size and an increment
+// per factor.
 int64_t workspace_bytes(const Problem<float>& p) {
   if (p.is_unsided()) return 0;
   const int64_t factors = (p.L != nullptr ? p.m * p.m : 0) + (p.R != nullptr ? p.n * p.n : 0);
@@ -55,7 +62,9 @@ at::Tensor maxima_of(const DeviceGroup& group, const std::vector<int64_t>& indic
   return group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
 }
 
-void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+// Runs `indices` of the group in passes that keep to kMaxWorkspaceBytes.
+void in_passes(const DeviceGroup& group, const std::vector<int64_t>& indices,
+               const std::function<void(const DeviceGroup&)>& run) {
   std::vector<Problem<float>> problems;
   for (size_t begin = 0; begin < indices.size();) {
     int64_t bytes = 0;
@@ -68,12 +77,16 @@ void plain_step_(const DeviceGroup& group, const std::vector<int64_t>& indices) 
     const std::vector<int64_t> pass(indices.begin() + begin, indices.begin() + end);
     DeviceGroup part = subgroup(group, pass, problems);
     part.grad_max = maxima_of(group, pass);
-    run_plan(group.device, [&](void* workspace) {
-      return cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision,
-                             workspace);
-    });
+    run(part);
     begin = end;
   }
+}
+
+void plain_step_(const DeviceGroup& group) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_step(group.problems, group.options, inputs_of(group), group.precision,
+                           workspace);
+  });
 }
 
 // Rows that a skipped step did not write weigh nothing: their part of `core` is zero.
@@ -138,16 +151,13 @@ void step_on_device_(const DeviceGroup& group, Refreshes refreshes) {
   for (size_t i = 0; i < group.problems.size(); ++i) {
     (awaits_first_gradient(group.problems[i]) ? fresh : running).push_back(static_cast<int64_t>(i));
   }
-  plain_step_(group, running);
+  in_passes(group, running, plain_step_);
   std::vector<Problem<float>> problems;
   if (refreshes == Refreshes::kWithStep) {
     count_rows(group, running);
     refresh_due_on_device_(subgroup(group, running, problems));
   }
-  if (fresh.empty()) return;
-  DeviceGroup start = subgroup(group, fresh, problems);
-  start.grad_max = maxima_of(group, fresh);
-  initialize_on_device_(start);
+  in_passes(group, fresh, initialize_on_device_);
 }
 
 }  // namespace dykaf::bindings

@@ -5,6 +5,7 @@
 
 #include "bindings/device.h"
 #include "bindings/problems.h"
+#include "cpu/matmul_precision.h"
 
 namespace dykaf::bindings {
 
@@ -18,6 +19,18 @@ struct DeviceGroup {
   std::optional<at::Tensor> skip = {};       // int32 [1], not 0: change nothing
   std::optional<at::Tensor> amp_scale = {};  // float32 [1], GradScaler's
   std::optional<at::Tensor> lr = {};         // float32 [1], in place of options.lr
+};
+
+// Full precision of torch's products on a device while the object lives: on a GPU for this thread
+// alone, so that no other thread meets a setting in between.
+class FullPrecision {
+ public:
+  explicit FullPrecision(const at::Device& device)
+      : on_host_(device.is_cuda() ? std::nullopt : std::optional<std::string>("highest")) {}
+
+ private:
+  at::NoTF32Guard on_gpu_;
+  cpu::MatmulPrecision on_host_;
 };
 
 at::Tensor grad_max_on_device(std::span<const Gradient> gradients, const at::Device& device);

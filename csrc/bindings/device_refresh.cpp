@@ -21,7 +21,6 @@
 
 #include "bindings/device_ops.h"
 #include "bindings/orthonormalize.h"
-#include "cpu/matmul_precision.h"
 #include "cpu/refresh.h"
 #include "cpu/skinny.h"
 
@@ -218,9 +217,7 @@ void for_each_batch(const std::map<Key, Batch>& batches, const Entries& entries,
 void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
   const c10::DeviceGuard guard(group.device);
   // Rounding here would turn the bases away from orthogonality for good.
-  const auto backend =
-      group.device.is_cuda() ? at::Float32Backend::CUDA : at::Float32Backend::MKLDNN;
-  const cpu::MatmulPrecision precision("highest", backend);
+  const FullPrecision precision(group.device);
   std::map<std::pair<int64_t, int64_t>, Batch> dense;  // by shape
   std::map<std::array<int64_t, 4>, Batch> long_sides;  // by shape and rows in use
   for (const Problem<float>& p : group.problems) {

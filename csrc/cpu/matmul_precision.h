@@ -1,4 +1,4 @@
-// The float32 matmul precision of a backend of torch, set while the object lives.
+// The float32 matmul precision of torch on the CPU, set while the object lives.
 #pragma once
 
 #include <ATen/Context.h>
@@ -13,9 +13,7 @@ class MatmulPrecision {
   // "highest", "high" or "medium", as torch.set_float32_matmul_precision; nothing: torch's own.
   // Only the setting that this backend's products read is touched: the one for all backends refuses
   // to be read when they differ.
-  explicit MatmulPrecision(const std::optional<std::string>& precision,
-                           at::Float32Backend backend = at::Float32Backend::MKLDNN)
-      : backend_(backend) {
+  explicit MatmulPrecision(const std::optional<std::string>& precision) {
     if (!precision) return;
     const auto wanted = *precision == "highest" ? at::Float32Precision::IEEE
                         : *precision == "high"  ? at::Float32Precision::TF32
@@ -34,15 +32,15 @@ class MatmulPrecision {
   MatmulPrecision& operator=(const MatmulPrecision&) = delete;
 
  private:
+  static constexpr auto kBackend = at::Float32Backend::MKLDNN;
   static constexpr auto kOp = at::Float32Op::MATMUL;
 
-  at::Float32Precision get() const { return at::globalContext().float32Precision(backend_, kOp); }
+  at::Float32Precision get() const { return at::globalContext().float32Precision(kBackend, kOp); }
 
   void set(at::Float32Precision precision) {
-    at::globalContext().setFloat32Precision(backend_, kOp, precision);
+    at::globalContext().setFloat32Precision(kBackend, kOp, precision);
   }
 
-  at::Float32Backend backend_;
   std::optional<at::Float32Precision> previous_;
 };
 

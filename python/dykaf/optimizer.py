@@ -103,6 +103,8 @@ class DyKAF(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _skipped_on_host = 0
+    _skipped_on_gpu: Tensor | None = None  # counted without the host, int64 []
 
     def __init__(
         self,
@@ -134,8 +136,6 @@ class DyKAF(Optimizer):
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name in RULES}
         check_new_options(defaults)
-        self._skipped_on_host = 0
-        self._skipped_on_gpu: Tensor | None = None  # counted without the host, int64 []
         self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
         self._reset_caches()
         super().__init__(params, defaults)
@@ -294,7 +294,6 @@ class DyKAF(Optimizer):
         return work
 
     # GradScaler leaves its scale and its verdict on the gradients on the optimizer.
-
     def _step_options(self, item: GroupWork, gpu_inputs: Mapping[str, Tensor]) -> StepOptions:
         scale = getattr(self, "grad_scale", None)
         # What the GPU reads is not for the host to wait for.
@@ -388,7 +387,8 @@ class DyKAF(Optimizer):
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
         self._skipped_on_host = value
-        self._skipped_on_gpu = None
+        if self._skipped_on_gpu is not None:
+            self._skipped_on_gpu.zero_()  # in place: captured steps add to it
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """How each parameter with state fares, by name; a stack of matrices gives its worst.

@@ -57,6 +57,8 @@ def check_capture(
     for item in work:
         if not item.on_gpu:
             _refuse("parameters on the GPU", f"{item.names[0]} on {item.device}")
+        if item.device.type == "cuda" and item.device.index != torch.cuda.current_device():
+            _refuse("parameters on the captured GPU", f"{item.names[0]} on {item.device}")
         if item.group["nonfinite"] == "raise":
             _refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
         if item.group["nonfinite"] == "skip" and not counts_skips:
