@@ -23,7 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evidence import EvidenceError
 from bench.evidence import sources as sources_module
-from bench.evidence.grid import MODULES, Plan, Run, baselines_of, load_grid, settings_of
+from bench.evidence.grid import (
+    MODULES,
+    Plan,
+    Run,
+    baselines_of,
+    load_grid,
+    settings_of,
+    tuning_seeds_of,
+)
 from bench.evidence.optimizers import make_optimizer
 from bench.evidence.records import append_record, by_key, read_kept, read_records
 from bench.evidence.sources import Source, check_sha256, fetch, members, sha256_of
@@ -186,6 +194,9 @@ def test_selection_rule() -> None:
         best = select(order)
         assert best is not None and (best["lr"], best["warmup"]) == (0.2, 10)
     assert select([tuning_record(None, 0.1)]) is None
+    # Several seeds: their mean, where all of them ended.
+    seeds = [(3.0, 0.1), (1.0, 0.1), (1.5, 0.2), (2.0, 0.2), (0.5, 0.4), (None, 0.4)]
+    assert select([tuning_record(*pair) for pair in seeds]) == {"lr": 0.2, "warmup": 0}
     assert edges(records[0], [0.1, 0.2], [0]) == ["lr"]
     assert edges(records[1], [0.1, 0.2, 0.4], [10, 30]) == ["warmup"]
     assert edges(records[2], [0.1, 0.2, 0.4], [10, 30]) == []
@@ -201,7 +212,7 @@ def test_the_grid_file_is_sound() -> None:
     for task, sizes in grid["tasks"].items():
         assert {"full", "quick"} <= set(sizes)
         for table in sizes.values():
-            assert grid["tuning_seed"] not in table["seeds"]
+            assert not set(tuning_seeds_of(grid, table)) & set(table["seeds"])
             if task != "fisher":
                 assert set(baselines_of(grid, table)) <= set(table["contenders"])
             if "steps" in table:
@@ -228,7 +239,7 @@ def test_every_contender_can_be_made_and_takes_a_step() -> None:
 def make_plan(lrs: list[float]) -> Plan:
     table = {"lrs": lrs, "warmups": [0], "seeds": [0, 1], "settings": {"steps": 3}}
     contenders = {"a": {"kind": "adamw"}, "b": {"kind": "muon"}}
-    return Plan("digits", "quick", table, contenders, 1000, "hash")
+    return Plan("digits", "quick", table, contenders, [1000], "hash")
 
 
 def test_a_contender_may_have_steps_of_its_own() -> None:
@@ -237,7 +248,7 @@ def test_a_contender_may_have_steps_of_its_own() -> None:
     steps = {run.contender: run.settings["steps"] for run in plan.runnable({})}
     assert steps == {"a": 5, "b": 3}
     records = [fake_record(run, 1.0) for run in plan.runnable({})]
-    grid = {"tuning_seed": plan.tuning_seed, "contenders": plan.contenders}
+    grid = {"tuning_seed": plan.tuning_seeds[0], "contenders": plan.contenders}
     assert current_records(records, table, grid) == (records, [])
     changed = table | {"steps": {"a": 6}}
     assert current_records(records, changed, grid)[0] == records[1:]

@@ -66,7 +66,7 @@ class Plan:
     size: str
     table: dict[str, Any]
     contenders: dict[str, dict[str, Any]]  # the chosen ones, in order
-    tuning_seed: int
+    tuning_seeds: list[int]
     data_sha256: str
 
     def run(self, contender: str, lr: float, warmup: int, seed: int, role: str) -> Run:
@@ -76,8 +76,8 @@ class Plan:
         return Run(task, size, contender, options, lr, warmup, seed, role, settings, data)
 
     def tuning_runs(self, contender: str) -> list[Run]:
-        points = itertools.product(self.table["lrs"], self.table["warmups"])
-        return [self.run(contender, *point, self.tuning_seed, "tune") for point in points]
+        points = itertools.product(self.table["lrs"], self.table["warmups"], self.tuning_seeds)
+        return [self.run(contender, *point, "tune") for point in points]
 
     def report_runs(self, contender: str, lr: float, warmup: int) -> list[Run]:
         return [self.run(contender, lr, warmup, seed, "report") for seed in self.table["seeds"]]
@@ -126,14 +126,19 @@ class Plan:
         table = self.table
         if self.task == "fisher":
             return len(self.fisher_runs())
-        points = len(table["lrs"]) * len(table["warmups"])
-        return len(self.contenders) * (points + len(table["seeds"]))
+        num_tuning = len(table["lrs"]) * len(table["warmups"]) * len(self.tuning_seeds)
+        return len(self.contenders) * (num_tuning + len(table["seeds"]))
 
 
 def settings_of(table: Mapping[str, Any], contender: str) -> dict[str, Any]:
     """The settings of a contender's runs; a size may give each a number of steps of its own."""
     steps = table.get("steps", {}).get(contender)
     return table["settings"] if steps is None else {**table["settings"], "steps": steps}
+
+
+def tuning_seeds_of(grid: Mapping[str, Any], table: Mapping[str, Any]) -> list[int]:
+    """A size may have seeds of its own to select by, where one decides too little."""
+    return list(table.get("tuning_seeds", [grid["tuning_seed"]]))
 
 
 def baselines_of(grid: Mapping[str, Any], table: Mapping[str, Any]) -> list[str]:
@@ -185,6 +190,6 @@ def make_plan(
         size,
         table,
         {name: grid["contenders"][name] for name in names},
-        grid["tuning_seed"],
+        tuning_seeds_of(grid, table),
         task_module(task).data_sha256(task, table["settings"]),
     )

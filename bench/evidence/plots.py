@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench.evidence.summary import Row, Summary
+from bench.evidence.summary import Summary, best_per_rate
 
 matplotlib.use("agg")
 
@@ -39,16 +39,6 @@ def mean_curve(reports: Sequence[Record], key: str) -> tuple[list[float], list[f
     )
 
 
-def best_per_rate(row: Row) -> tuple[list[float], list[float]]:
-    """Learning rates, and the least tuning loss over the warm-ups."""
-    losses: dict[float, float] = {}
-    for record in row.tuning:
-        if not record["diverged"]:
-            loss = record["final"]["loss"]
-            losses[record["lr"]] = min(loss, losses.get(record["lr"], loss))
-    return sorted(losses), [losses[lr] for lr in sorted(losses)]
-
-
 def draw_training(summary: Summary, measure: str, path: Path) -> None:
     """Loss over steps, over core seconds, and over the learning rates tried."""
     figure = Figure(figsize=(15, 5.6), layout="constrained")
@@ -63,15 +53,15 @@ def draw_training(summary: Summary, measure: str, path: Path) -> None:
                 x, y = mean_curve(reports, key)
                 axis.plot(x, y, **style)
                 lowest.append(min(y))
-        rates, losses = best_per_rate(row)
-        axes[2].plot(rates, losses, marker=".", label=label, **style)
-        lowest += [min(losses)] if losses and not reports else []
+        losses = best_per_rate(row)
+        axes[2].plot(list(losses), list(losses.values()), marker=".", label=label, **style)
+        lowest += [min(losses.values())] if losses and not reports else []
     for axis, title in zip(
         axes,
         (
             "steps",
             "seconds of one core, evaluation not counted",
-            "peak learning rate (tuning seed)",
+            "peak learning rate (tuning)",
         ),
         strict=True,
     ):

@@ -10,7 +10,7 @@ from typing import Any
 from bench.evidence.fisher_report import fisher_page
 from bench.evidence.plots import draw_fisher, draw_training
 from bench.evidence.records import keep_records, kept_path, known_records
-from bench.evidence.summary import Row, Summary, current_records, summarise
+from bench.evidence.summary import Row, Summary, best_per_rate, current_records, summarise
 
 TITLES = {
     "shakespeare": "Byte language model, Shakespeare",
@@ -104,14 +104,15 @@ def training_page(summary: Summary) -> str:
     return "\n".join(
         [
             f"{MEASURES[summary.task].capitalize()}, lower is better. Each contender got "
-            f"{len(table['lrs'])} learning rates x {len(table['warmups'])} warm-ups on one tuning "
-            f"seed; the best of them ran on {len(table['seeds'])} fresh seeds{held_out}. "
+            f"{len(table['lrs'])} learning rates x {len(table['warmups'])} warm-ups on "
+            f"{summary.num_tuning_seeds} tuning seed(s); the best of them ran on "
+            f"{len(table['seeds'])} fresh seeds{held_out}. "
             "± is half a 95% confidence interval of the mean difference between runs of the same "
             "seed (Student's t).",
             "",
             *result_table(summary),
             "",
-            "## Every learning rate tried (tuning seed, best warm-up)",
+            "## Every learning rate tried (tuning, best warm-up)",
             "",
             *rate_table(summary),
             "",
@@ -175,16 +176,17 @@ def sd_text(row: Row) -> str:
 
 
 def rate_table(summary: Summary) -> list[str]:
-    """Tuning losses; "div." where every warm-up diverged."""
+    """Means over the tuning seeds; "div." where they diverged at every warm-up."""
     lrs = summary.table["lrs"]
     lines = [line(["contender", *(f"{lr:g}" for lr in lrs)]), line(["---", *["---:"] * len(lrs)])]
     form = ".1e" if summary.is_log else ".4f"
     for row in summary.rows:
         cells = [row.contender]
+        losses = best_per_rate(row)
+        tried = {record["lr"] for record in row.tuning}
         for lr in lrs:
-            tried = [record for record in row.tuning if record["lr"] == lr]
-            losses = [record["final"]["loss"] for record in tried if not record["diverged"]]
-            cells.append(format(min(losses), form) if losses else ("div." if tried else ""))
+            without = "div." if lr in tried else ""
+            cells.append(format(losses[lr], form) if lr in losses else without)
         lines.append(line(cells))
     return lines
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,27 @@ Record = dict[str, Any]
 CONFIDENCE = 0.95
 
 
-def select(tuning: Sequence[Record]) -> Record | None:
-    """The tuning record with the lowest final loss; None if every run diverged.
+def tuning_means(tuning: Iterable[Record]) -> dict[tuple[float, int], float]:
+    """By learning rate and warm-up, the mean final loss over the tuning seeds, where all ended."""
+    points: dict[tuple[float, int], list[Record]] = {}
+    for record in tuning:
+        points.setdefault((record["lr"], record["warmup"]), []).append(record)
+    return {
+        point: statistics.fmean(record["final"]["loss"] for record in records)
+        for point, records in points.items()
+        if not any(record["diverged"] for record in records)
+    }
+
+
+def select(tuning: Iterable[Record]) -> dict[str, Any] | None:
+    """The "lr" and "warmup" of the lowest mean loss in tuning; None where all diverged.
 
     Ties go to the smaller learning rate, then to the shorter warm-up, whatever the order of the
     records.
     """
-    finished = [record for record in tuning if not record["diverged"]]
-
-    def rank(record: Record) -> tuple[float, float, int]:
-        return record["final"]["loss"], record["lr"], record["warmup"]
-
-    return min(finished, key=rank, default=None)
+    means = tuning_means(tuning)
+    best = min(means, key=lambda point: (means[point], *point), default=None)
+    return None if best is None else {"lr": best[0], "warmup": best[1]}
 
 
 def edges(best: Record, lrs: Sequence[float], warmups: Sequence[int]) -> list[str]:

@@ -9,8 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.evidence.grid import baselines_of, settings_of
-from bench.evidence.stats import Difference, edges, paired_difference, select
+from bench.evidence.grid import baselines_of, settings_of, tuning_seeds_of
+from bench.evidence.stats import (
+    Difference,
+    edges,
+    paired_difference,
+    select,
+    tuning_means,
+)
 
 Record = dict[str, Any]
 # Gaps that span orders of magnitude are averaged and subtracted as logarithms.
@@ -23,7 +29,7 @@ class Row:
 
     contender: str
     tuning: list[Record]
-    best: Record | None  # the tuning record that selected the rate
+    best: dict[str, Any] | None  # "lr" and "warmup", as stats.select has them
     reports: list[Record]  # at the selected rate
     edges: list[str] = field(default_factory=list)  # as stats.edges has them
     losses: dict[int, float] = field(default_factory=dict)  # by seed; diverged ones left out
@@ -54,6 +60,7 @@ class Summary:
     table: Mapping[str, Any]
     rows: list[Row]  # best first
     baselines: list[str]
+    num_tuning_seeds: int
     data_sha256: str
     notes: list[str]
 
@@ -68,7 +75,7 @@ def is_planned(record: Record, table: Mapping[str, Any], grid: Mapping[str, Any]
         return False
     if record["task"] == "fisher":
         return True
-    seeds = [grid["tuning_seed"]] if record["role"] == "tune" else table["seeds"]
+    seeds = tuning_seeds_of(grid, table) if record["role"] == "tune" else table["seeds"]
     return (
         record["options"] == grid["contenders"].get(record["contender"])
         and record["lr"] in table["lrs"]
@@ -128,6 +135,14 @@ def make_row(task: str, contender: str, records: Sequence[Record], table: Mappin
     return row
 
 
+def best_per_rate(row: Row) -> dict[float, float]:
+    """By learning rate, in order, the least tuning loss over the warm-ups."""
+    losses: dict[float, float] = {}
+    for (lr, _), loss in sorted(tuning_means(row.tuning).items()):
+        losses[lr] = min(loss, losses.get(lr, loss))
+    return losses
+
+
 def summarise(task: str, size: str, records: Sequence[Record], grid: Mapping[str, Any]) -> Summary:
     """Everything that the tables and pictures of a training task show."""
     table = grid["tasks"][task][size]
@@ -142,12 +157,13 @@ def summarise(task: str, size: str, records: Sequence[Record], grid: Mapping[str
             if name != row.contender:
                 row.differences[name] = paired_difference(row.losses, by_name[name].losses)
     rows.sort(key=lambda row: row.mean)
-    num_points = len(table["lrs"]) * len(table["warmups"])
-    partial = [row.contender for row in rows if len(row.tuning) < num_points]
+    num_seeds = len(tuning_seeds_of(grid, table))
+    num_tuning = len(table["lrs"]) * len(table["warmups"]) * num_seeds
+    partial = [row.contender for row in rows if len(row.tuning) < num_tuning]
     if partial:
         notes.append(f"Tuning is not complete for: {', '.join(partial)}.")
     waiting = [row.contender for row in rows if len(row.reports) < len(table["seeds"])]
     if waiting:
         notes.append(f"Reported seeds are missing for: {', '.join(waiting)}.")
     data = kept[0]["data_sha256"] if kept else ""
-    return Summary(task, size, table, rows, baselines, data, notes)
+    return Summary(task, size, table, rows, baselines, num_seeds, data, notes)
