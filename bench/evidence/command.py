@@ -15,7 +15,8 @@ DESCRIPTION = """Train DyKAF and other optimizers on real data, each with the sa
 rates and warm-ups, and compare them in pairs. Results are appended to runs/evidence/ as they come;
 the same command goes on with what is missing."""
 
-DEFAULT_REPORT_SIZES = ("full", "time", "parts", "long")  # quick results show that the suite works, no more
+# Quick results show that the suite works, no more.
+DEFAULT_REPORT_SIZES = ("full", "time", "parts", "long")
 
 
 def build_parser() -> argparse.ArgumentParser:
