@@ -32,11 +32,12 @@ _NORMS = (
 )
 
 
+# Their weights are matrices however few inputs or outputs there are.
+_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
+
+
 def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 
 
 def _is_vector(module: nn.Module, param: Tensor) -> bool:
