@@ -210,7 +210,12 @@ def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> 
         exp_avg.copy_(P.mT @ exp_avg if side == "left" else exp_avg @ P)
         axis = -2 if side == "left" else -1
         index = order[..., None] if side == "left" else order[..., None, :]
-        exp_avg_sq.copy_(exp_avg_sq.take_along_dim(index, axis))
+        beta1, beta2 = options["betas"]
+        t = state["step"][..., None, None]
+        q = beta1**2 / beta2
+        C = (1 - beta1) ** 2 / (1 - beta2) * ((1 - q**t) / (1 - q) if q != 1 else t)
+        least = exp_avg.square() / (C.clamp(max=1) if q >= 1 else C)
+        exp_avg_sq.copy_(torch.maximum(exp_avg_sq.take_along_dim(index, axis), least))
 
 
 def step_(

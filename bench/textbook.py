@@ -29,6 +29,7 @@ class TextbookDyKAF(torch.optim.Optimizer):
         weight_decay: decoupled weight decay, applied after the step.
         precondition_frequency: steps between two refreshes of the bases.
         max_precond_dim: a longer side keeps the scaled identity as its factor, which is not stored.
+        bounded: keep exp_avg_sq above what the momentum needs in a new basis, as this package does.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class TextbookDyKAF(torch.optim.Optimizer):
         *,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
+        bounded: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -49,6 +51,7 @@ class TextbookDyKAF(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "precondition_frequency": precondition_frequency,
             "max_precond_dim": max_precond_dim,
+            "bounded": bounded,
         }
         super().__init__(params, defaults)
 
@@ -105,7 +108,14 @@ class TextbookDyKAF(torch.optim.Optimizer):
         if is_matrix:
             update_factors(state, grad, beta2)
             if state["step"] % group["precondition_frequency"] == 0:
-                refresh_bases(state)
+                refresh_bases(state, momentum_bound(group, state["step"]))
+
+
+def momentum_bound(group: dict[str, Any], step: int) -> float | None:
+    """C with exp_avg^2 <= C exp_avg_sq in one basis, where it is to hold across refreshes."""
+    beta1, beta2 = group["betas"]
+    total = sum((beta1**2 / beta2) ** k for k in range(step))
+    return (1 - beta1) ** 2 / (1 - beta2) * total if group["bounded"] else None
 
 
 def init_factors(state: dict[str, Any], grad: Tensor, beta: float, max_precond_dim: int) -> None:
@@ -162,7 +172,7 @@ def descending_eigenvectors(factor: Tensor) -> Tensor:
     return eigenvectors.flip(1)
 
 
-def refresh_bases(state: dict[str, Any]) -> None:
+def refresh_bases(state: dict[str, Any], bound: float | None = None) -> None:
     """One power iteration and QR per basis, columns sorted by their Rayleigh quotients."""
     for side, (factor_name, basis_name) in enumerate((("L", "Q_L"), ("R", "Q_R"))):
         if factor_name not in state:
@@ -172,3 +182,6 @@ def refresh_bases(state: dict[str, Any]) -> None:
         order = torch.argsort(rayleigh, descending=True)
         state["exp_avg_sq"] = state["exp_avg_sq"].index_select(side, order)
         state[basis_name] = torch.linalg.qr(factor @ basis.index_select(1, order)).Q
+        if bound is not None:
+            least = rotate(state["exp_avg"], state).square() / bound
+            state["exp_avg_sq"] = torch.maximum(state["exp_avg_sq"], least)

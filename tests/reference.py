@@ -15,6 +15,8 @@ Equations (beta is the factor decay, A the Van Loan rearrangement of the target)
   (E7) one-sided       K = A V with V = vec(I) / sqrt(n) held fixed, rho' = sqrt ||K||
   (E8) diagonal metric L_tot' = beta L_tot + (1 - beta) G Q_R diag(w_R) Q_R^T G^T / n, R alike
   (E9) refresh         X = M Q Pi, Q' = QR(X) with a non-negative diagonal
+  (E10) bound          exp_avg^2 <= C exp_avg_sq, C = (1 - beta1)^2 / (1 - beta2) sum_(k < t) q^k,
+                       q = beta1^2 / beta2; where q >= 1 at most 1
 """
 
 import math
@@ -199,10 +201,20 @@ def positive_qr(X: Tensor) -> Tensor:
 
 
 def first_basis(M: Tensor, k: int) -> Tensor:
-    """QR([v_1 .. v_k | e_1 .. e_(d-k)]), eigenvectors of the k largest eigenvalues, descending."""
+    """QR([v_1 .. v_k | e_i ..]), eigenvectors of the k largest eigenvalues, descending; first those
+    units e_i on whose coordinate no v has a part, then the others."""
     d = M.shape[0]
-    eigenvectors = torch.linalg.eigh(M).eigenvectors.flip(1)
-    return positive_qr(torch.cat([eigenvectors[:, :k], torch.eye(d).to(M)[:, : d - k]], dim=1))
+    v = torch.linalg.eigh(M).eigenvectors.flip(1)[:, :k]
+    has_part = v.abs().amax(1) > 1e-9
+    order = torch.argsort(has_part.int(), stable=True)[: d - k]
+    return positive_qr(torch.cat([v, torch.eye(d).to(M)[:, order]], dim=1))
+
+
+def momentum_bound(betas: tuple[float, float], t: int) -> float:
+    """C of (E10)."""
+    q = betas[0] ** 2 / betas[1]
+    C = (1 - betas[0]) ** 2 / (1 - betas[1]) * sum(q**k for k in range(t))
+    return min(C, 1.0) if q >= 1 else C
 
 
 def refresh_interval(t: int, precondition_frequency: int, schedule: str) -> int:
@@ -322,6 +334,10 @@ class ReferenceDyKAF:
         self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * G
         root = self._update_second_moment(self._rotate(G)) / math.sqrt(1 - beta2**self.t)
         D = (self._rotate(self.exp_avg) / (1 - beta1**self.t)) / (root + self.eps)
+        if self.second_moment != "full":  # which row and column means do not bound
+            C = momentum_bound(self.betas, self.t)
+            bound = math.sqrt(C * (1 - beta2**self.t)) / (1 - beta1**self.t)
+            D = D.clamp(-bound, bound)
         self.update_rms = float(D.square().mean().sqrt())
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self._rotate_back(D)
         offset = 0 if self.stagger_offsets is None else self.stagger_offsets[2]
@@ -431,7 +447,9 @@ class ReferenceDyKAF:
         self.refreshes[side] += 1
         if self.second_moment == "full":
             shape = (-1, 1) if side == 0 else (1, -1)
-            self.exp_avg_sq = self.exp_avg_sq.index_select(side, order) * factor.reshape(shape)
+            moved = self.exp_avg_sq.index_select(side, order) * factor.reshape(shape)
+            C = momentum_bound(self.betas, self.t)
+            self.exp_avg_sq = torch.maximum(moved, self.exp_avg_rotated.square() / C)
             return
         name = ("exp_avg_sq_row", "exp_avg_sq_col")[side]
         vector = getattr(self, name)[order] * factor

@@ -30,6 +30,7 @@ class ReferenceSkinny:
         precondition_frequency: int = 10,
         factor_update_every: int = 1,
         rescale_exp_avg_sq: bool = True,
+        long_first: bool = False,
     ) -> None:
         self.W, self.rank, self.lr, self.betas, self.eps = W.clone(), rank, lr, betas, eps
         self.weight_decay = weight_decay
@@ -37,6 +38,7 @@ class ReferenceSkinny:
         self.factor_update_every = factor_update_every
         self.decay = factor_beta**factor_update_every
         self.rescale = rescale_exp_avg_sq
+        self.long_first = long_first  # where both sides are refreshed: of an l x s parameter
         self.t = -1
 
     @classmethod
@@ -85,7 +87,9 @@ class ReferenceSkinny:
 
         M = self.Q.T @ self.exp_avg
         M_rest = M - M @ self.V @ self.V.T
-        D = preconditioned(M @ self.V, self.v) @ self.V.T
+        C = reference.momentum_bound(self.betas, self.t)
+        bound = math.sqrt(C * (1 - beta2**self.t)) / (1 - beta1**self.t)
+        D = preconditioned(M @ self.V, self.v).clamp(-bound, bound) @ self.V.T
         D = D + preconditioned(M_rest, self.v_rest[:, None])
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self.Q @ D
 
@@ -111,13 +115,15 @@ class ReferenceSkinny:
 
     def _refresh(self, short: int, long: int) -> None:
         interval = reference.refresh_interval(self.t, self.precondition_frequency, "geometric")
-        if self.t >= self.next_refresh[0]:
-            self._refresh_short()
-            self.next_refresh[0] = self.t + interval
         is_full = self.V.shape[1] + (len(self.since) + 1) * short > 2 * self.rank
-        if self.t >= self.next_refresh[1] or is_full:
-            self._refresh_long(long)
-            self.next_refresh[1] = self.t + interval
+        for is_long in (self.long_first, not self.long_first):
+            if self.t < self.next_refresh[is_long] and not (is_long and is_full):
+                continue
+            if is_long:
+                self._refresh_long(long)
+            else:
+                self._refresh_short()
+            self.next_refresh[is_long] = self.t + interval
 
     def growth(self, old: Tensor, new: Tensor) -> Tensor:
         return (new / old).clamp(0.1, 10) if self.rescale else torch.ones_like(new)
@@ -129,6 +135,16 @@ class ReferenceSkinny:
         growth = self.growth(before[order], reference.rayleigh(self.L, self.Q))
         self.v = self.v[order] * growth[:, None]
         self.v_rest = self.v_rest[order] * growth
+        self._bound(self.exp_avg.shape[1])
+
+    def _bound(self, long: int) -> None:
+        """(E10), within V entry by entry and beyond it by the mean square."""
+        C = reference.momentum_bound(self.betas, self.t)
+        M = self.Q.T @ self.exp_avg
+        inside = M @ self.V
+        rest = (M - inside @ self.V.T).square().sum(1) / (long - self.V.shape[1])
+        self.v = torch.maximum(self.v, inside.square() / C)
+        self.v_rest = torch.maximum(self.v_rest, rest / C)
 
     def _refresh_long(self, long: int) -> None:
         """One power iteration within the span of V and the gradients since; the rest made flat."""
@@ -147,6 +163,7 @@ class ReferenceSkinny:
         columns = torch.cat([self.v, self.v_rest[:, None].expand(-1, len(P) - num_old)], dim=1)
         self.v = columns[:, order] * self.growth(old, F.diagonal())
         self.v_rest = self.v_rest * self.growth(old_mean, mean)
+        self._bound(long)
         flat = mean * torch.eye(kept).double()
         self.R = mean * torch.eye(long).double() + self.V @ (F - flat) @ self.V.T
         self.since = []

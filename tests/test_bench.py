@@ -253,12 +253,14 @@ def test_textbook_soap_follows_pytorch_optimizer_until_the_first_refresh() -> No
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=str)
 def test_textbook_dykaf_with_one_factor(shape: tuple[int, int]) -> None:
     options: dict[str, Any] = {
+        "bounded": True,
         "weight_decay": 0.0,
         "precondition_frequency": 3,
         "max_precond_dim": 5,
     }
     grads = random_grads(*shape, 9)
     textbook = trajectory(lambda params: TextbookDyKAF(params, **options), grads)
+    del options["bounded"]
     options |= {"refresh_schedule": "fixed", "refresh_stagger": False}
     options |= {"factor_beta": None, "rescale_exp_avg_sq": False}
     torch.testing.assert_close(

@@ -106,6 +106,11 @@ def test_adam_update(matrices: Matrices, shape: tuple[int, int], second_moment: 
     exp_avg = betas[0] * old["exp_avg"] + (1 - betas[0]) * g.double()
     denominator = root / math.sqrt(1 - betas[1] ** t) + eps
     expected = exp_avg / (1 - betas[0] ** t) / denominator
+    if second_moment != "full":
+        most = math.sqrt(reference.momentum_bound(betas, t) * (1 - betas[1] ** t))
+        most /= 1 - betas[0] ** t
+        assert min(m, n) < 4 or (expected.abs() > most).any()
+        expected = expected.clamp(-most, most)
     bounds = adam_bounds(
         old["exp_avg"],
         g.double(),
@@ -390,10 +395,13 @@ def test_refresh_basis(
     if rescale:
         growth = (new[key].diagonal() / old[key].diagonal()[order]).clamp(0.1, 10)
         moved = moved * (growth[:, None] if side == "left" else growth)
-        u = unit_roundoff(matrices.dtype)
-        assert worst_excess(new["exp_avg_sq"], moved, 3 * u * moved) <= 1
-    else:
-        assert torch.equal(new["exp_avg_sq"], moved)
+    # Of the state's step 3 and betas of .95, E10: the momentum's square needs that much. C loses
+    # some digits of float64 as 1 - q^t over 1 - q.
+    least = new["exp_avg"].square() / reference.momentum_bound((0.95, 0.95), 3)
+    assert size < 16 or ((least > moved).any() and (moved > least).any())
+    error = 3 * unit_roundoff(matrices.dtype) + 64 * unit_roundoff(torch.float64)
+    expected = torch.maximum(moved, least)
+    assert worst_excess(new["exp_avg_sq"], expected, error * expected) <= 1
     other = 1 - axis
     assert new["refreshes"][axis] == 1 and new["refreshes"][other] == 0
     untouched = ("R", "Q_R") if side == "left" else ("L", "Q_L")

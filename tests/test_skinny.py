@@ -74,7 +74,7 @@ def test_trajectory(tall: bool, rescale: bool, frequency: int, every: int) -> No
     W = initial()
     options = {"precondition_frequency": frequency, "rescale_exp_avg_sq": rescale}
     options["factor_update_every"] = every
-    ref = ReferenceSkinny(W, RANK, eps=1e-6, **options)
+    ref = ReferenceSkinny(W, RANK, eps=1e-6, long_first=tall, **options)
     optimizer = make(W.T if tall else W, refresh_stagger=False, **options)
     travelled = 0.0
     # With a long period intervals grow to 8 steps, and 4 gradients fill the rows.

@@ -57,6 +57,8 @@ void check_launch(int error) {
 #endif
 }
 
+}  // namespace
+
 // Through pinned memory, so that the copy does not wait; torch keeps the memory until it is done.
 at::Tensor copy_to_device(const std::vector<std::byte>& image, const at::Device& device) {
   const auto size = static_cast<int64_t>(image.size());
@@ -66,15 +68,16 @@ at::Tensor copy_to_device(const std::vector<std::byte>& image, const at::Device&
   return host.to(device, /*non_blocking=*/true, /*copy=*/true);
 }
 
-}  // namespace
+void launch_plan(const cuda::Plan& plan, const at::Tensor& image) {
+  check_launch(plan.run(image.const_data_ptr(), current_stream(image.device())));
+}
 
 void run_plan(const at::Device& device, const std::function<cuda::Plan(void*)>& make_plan) {
   const c10::DeviceGuard guard(device);
   const at::Tensor workspace = at::empty({make_plan(nullptr).workspace_bytes},
                                          at::TensorOptions().dtype(at::kByte).device(device));
   const cuda::Plan plan = make_plan(workspace.mutable_data_ptr());
-  const at::Tensor image = copy_to_device(plan.image, device);
-  check_launch(plan.run(image.const_data_ptr(), current_stream(device)));
+  launch_plan(plan, copy_to_device(plan.image, device));
 }
 
 #endif

@@ -1,12 +1,13 @@
 // The first gradient of matrices on a device: csrc/cpu/initialize.cpp has the mathematics. It waits
 // for the device, once per matrix in a training run.
+#include <ATen/Context.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/tensor.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "bindings/device_ops.h"
@@ -66,15 +67,16 @@ class FirstGradient {
     // With init "rank_one" the splitting integrators keep the factors at rank one.
     const bool rank_one = group_.options.init == Init::kRankOne && p_.L != nullptr &&
                           p_.R != nullptr && group_.options.integrator != Integrator::kDiagonal;
-    const auto vectors = rank_one ? std::optional(cpu::rank_one_vector(F))
-                                  : cpu::leading_eigenvectors(F, left ? H_ : H_.t());
-    if (!vectors) {
+    const auto vectors =
+        rank_one ? cpu::rank_one_vector(F) : cpu::leading_eigenvectors(F, left ? H_ : H_.t());
+    const auto basis = vectors ? cpu::complete_basis(*vectors) : std::nullopt;
+    if (!basis) {
       Q.copy_(at::eye(n, Q.options()));
       count_fallbacks(1);
       return;
     }
-    Q.copy_(cpu::complete_basis(*vectors));
-    const at::Tensor lower = Q.t().mm(F.mm(Q)).tril();
+    Q.copy_(*basis);
+    const at::Tensor lower = cpu::full_product(Q.t(), cpu::full_product(F, Q)).tril();
     F.copy_(lower.add(lower.tril(-1).t()));
   }
 
@@ -119,12 +121,8 @@ class FirstGradient {
   at::Tensor H_;  // [m, n], the gradient over a power of two of its size
 };
 
-}  // namespace
-
-void initialize_on_device_(const DeviceGroup& group) {
-  const c10::DeviceGuard guard(group.device);
+void initialize_(const DeviceGroup& group) {
   if (group.skip && group.skip->item<int32_t>() != 0) return;
-  const FullPrecision precision(group.device);
   const double amp_scale = group.amp_scale ? group.amp_scale->item<double>() : 1.0;
   const at::Tensor maxima = group.grad_max->to(at::kCPU);
 
@@ -147,7 +145,7 @@ void initialize_on_device_(const DeviceGroup& group) {
     gradients.push_back(gradient);
   }
   if (indices.empty()) return;
-  DeviceGroup started{problems, group.options, group.device, cuda::MatmulPrecision::kHighest};
+  DeviceGroup started{problems, group.options, group.device, MatmulPrecision::kHighest};
   started.amp_scale = group.amp_scale;
   started.grad_max = group.grad_max->index_select(0, at::tensor(indices).to(group.device));
   factor_update_on_device_(started);
@@ -156,6 +154,38 @@ void initialize_on_device_(const DeviceGroup& group) {
     for (const Side side : {Side::kLeft, Side::kRight}) gradient.first_basis_(side);
     gradient.set_dates_();
   }
+}
+
+}  // namespace
+
+void initialize_on_device_(const DeviceGroup& group) {
+  const c10::DeviceGuard guard(group.device);
+  const at::NoTF32Guard full_precision;
+  try {
+    initialize_(group);
+  } catch (...) {
+    for (const Problem<float>& p : group.problems) reset_on_device_(group, p);
+    throw;
+  }
+}
+
+void reset_on_device_(const DeviceGroup& group, const Problem<float>& p) {
+  const c10::DeviceGuard guard(group.device);
+  const auto clear = [&](auto* data, int64_t size) {
+    using Entry = std::remove_pointer_t<decltype(data)>;
+    if (data == nullptr) return;
+    const auto options = at::TensorOptions().device(group.device);
+    at::from_blob(data, {size}, options.dtype(c10::CppTypeToScalarType<Entry>::value)).zero_();
+  };
+  for (float* factor : {p.L, p.Q_L}) clear(factor, p.m * p.m);
+  for (float* factor : {p.R, p.Q_R}) clear(factor, p.n * p.n);
+  clear(p.basis, 2 * p.skinny_rank * p.long_side());
+  clear(p.core, 4 * p.skinny_rank * p.skinny_rank);
+  clear(p.flat, 1);
+  clear(p.rho, 2);
+  clear(p.refresh_fallbacks, 1);
+  std::fill_n(p.next_refresh, 2, 0);
+  if (p.rows != nullptr) std::fill_n(p.rows, 2, 0);
 }
 
 }  // namespace dykaf::bindings

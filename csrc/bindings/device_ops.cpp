@@ -2,8 +2,9 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
+#include <c10/core/DeviceGuard.h>
 
-#include <functional>
+#include <algorithm>
 
 #include "dykaf/schedule.h"
 
@@ -62,10 +63,10 @@ at::Tensor maxima_of(const DeviceGroup& group, const std::vector<int64_t>& indic
   return group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
 }
 
-// Runs `indices` of the group in passes that keep to kMaxWorkspaceBytes.
-void in_passes(const DeviceGroup& group, const std::vector<int64_t>& indices,
-               const std::function<void(const DeviceGroup&)>& run) {
-  std::vector<Problem<float>> problems;
+// `indices` of the group in passes that keep to kMaxWorkspaceBytes.
+std::vector<std::vector<int64_t>> passes_of(const DeviceGroup& group,
+                                            const std::vector<int64_t>& indices) {
+  std::vector<std::vector<int64_t>> passes;
   for (size_t begin = 0; begin < indices.size();) {
     int64_t bytes = 0;
     size_t end = begin;
@@ -74,19 +75,10 @@ void in_passes(const DeviceGroup& group, const std::vector<int64_t>& indices,
       if (end > begin && bytes > kMaxWorkspaceBytes) break;
       ++end;
     }
-    const std::vector<int64_t> pass(indices.begin() + begin, indices.begin() + end);
-    DeviceGroup part = subgroup(group, pass, problems);
-    part.grad_max = maxima_of(group, pass);
-    run(part);
+    passes.emplace_back(indices.begin() + begin, indices.begin() + end);
     begin = end;
   }
-}
-
-void plain_step_(const DeviceGroup& group) {
-  run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_step(group.problems, group.options, inputs_of(group), group.precision,
-                           workspace);
-  });
+  return passes;
 }
 
 // Rows that a skipped step did not write weigh nothing: their part of `core` is zero.
@@ -136,28 +128,81 @@ void factor_update_on_device_(const DeviceGroup& group) {
   });
 }
 
-void refresh_due_on_device_(const DeviceGroup& group) {
+std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group) {
   const auto due = take_due(group.problems, group.options);
+  std::vector<size_t> failures;
   for (const Side side : {Side::kLeft, Side::kRight}) {
     DeviceGroup part = group;
     part.problems = due[static_cast<size_t>(side)];
-    if (!part.problems.empty()) refresh_basis_on_device_(part, side);
+    if (part.problems.empty()) continue;
+    for (const Problem<float>* failed : refresh_basis_on_device_(part, side)) {
+      for (size_t i = 0; i < group.problems.size(); ++i) {
+        if (group.problems[i].step == failed->step) failures.push_back(i);
+      }
+    }
+  }
+  return failures;
+}
+
+DeviceStep::DeviceStep(const DeviceGroup& group, Refreshes refreshes)
+    : group_(group), refreshes_(refreshes) {
+  for (size_t i = 0; i < group.problems.size(); ++i) {
+    (awaits_first_gradient(group.problems[i]) ? fresh_ : running_)
+        .push_back(static_cast<int64_t>(i));
+  }
+  const c10::DeviceGuard guard(group.device);
+  for (const std::vector<int64_t>& indices : passes_of(group, running_)) {
+    Pass& pass = passes_.emplace_back();
+    subgroup(group, indices, pass.problems);
+    pass.grad_max = maxima_of(group, indices);
+    const DeviceGroup part = group_of(pass);
+    const cuda::Plan plan =
+        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
+    workspace_bytes_ = std::max(workspace_bytes_, plan.workspace_bytes);
   }
 }
 
-void step_on_device_(const DeviceGroup& group, Refreshes refreshes) {
-  std::vector<int64_t> fresh;
-  std::vector<int64_t> running;
-  for (size_t i = 0; i < group.problems.size(); ++i) {
-    (awaits_first_gradient(group.problems[i]) ? fresh : running).push_back(static_cast<int64_t>(i));
+DeviceGroup DeviceStep::group_of(Pass& pass) const {
+  DeviceGroup part = group_;
+  part.problems = pass.problems;
+  part.grad_max = pass.grad_max;
+  return part;
+}
+
+void DeviceStep::plan(void* workspace) {
+  const c10::DeviceGuard guard(group_.device);
+  for (Pass& pass : passes_) {
+    const DeviceGroup part = group_of(pass);
+    pass.plan =
+        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, workspace);
+    pass.image = copy_to_device(pass.plan.image, group_.device);
   }
-  in_passes(group, running, plain_step_);
+}
+
+void DeviceStep::initialize_() {
   std::vector<Problem<float>> problems;
-  if (refreshes == Refreshes::kWithStep) {
-    count_rows(group, running);
-    refresh_due_on_device_(subgroup(group, running, problems));
+  for (const std::vector<int64_t>& indices : passes_of(group_, fresh_)) {
+    DeviceGroup part = subgroup(group_, indices, problems);
+    part.grad_max = maxima_of(group_, indices);
+    initialize_on_device_(part);
   }
-  in_passes(group, fresh, initialize_on_device_);
+}
+
+void DeviceStep::reset_() {
+  for (int64_t i : fresh_) reset_on_device_(group_, group_.problems[static_cast<size_t>(i)]);
+}
+
+cpu::StepFailures DeviceStep::run_() {
+  const c10::DeviceGuard guard(group_.device);
+  for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
+  cpu::StepFailures failures;
+  if (refreshes_ == Refreshes::kApart) return failures;
+  count_rows(group_, running_);
+  std::vector<Problem<float>> problems;
+  for (size_t i : refresh_due_on_device_(subgroup(group_, running_, problems))) {
+    failures.refreshes.push_back(static_cast<size_t>(running_[i]));
+  }
+  return failures;
 }
 
 }  // namespace dykaf::bindings

@@ -1,11 +1,13 @@
 // The operations on matrices whose tensors are on one device of the CUDA backend.
 #pragma once
 
+#include <list>
 #include <optional>
+#include <vector>
 
 #include "bindings/device.h"
 #include "bindings/problems.h"
-#include "cpu/matmul_precision.h"
+#include "dykaf/ops.h"
 
 namespace dykaf::bindings {
 
@@ -21,18 +23,6 @@ struct DeviceGroup {
   std::optional<at::Tensor> lr = {};         // float32 [1], in place of options.lr
 };
 
-// Full precision of torch's products on a device while the object lives: on a GPU for this thread
-// alone, so that no other thread meets a setting in between.
-class FullPrecision {
- public:
-  explicit FullPrecision(const at::Device& device)
-      : on_host_(device.is_cuda() ? std::nullopt : std::optional<std::string>("highest")) {}
-
- private:
-  at::NoTF32Guard on_gpu_;
-  cpu::MatmulPrecision on_host_;
-};
-
 at::Tensor grad_max_on_device(std::span<const Gradient> gradients, const at::Device& device);
 
 void rotate_on_device(const DeviceGroup& group, Rotation rotation, const float* const* inputs,
@@ -41,14 +31,52 @@ void adam_update_on_device_(const DeviceGroup& group, float* const* updates);
 void apply_update_on_device_(const DeviceGroup& group, const float* const* updates);
 void factor_update_on_device_(const DeviceGroup& group);
 
-// Waits for the device: whether a matrix is initialised is for the host to know.
+// Waits for the device: whether a matrix is initialised is for the host to know. Where it fails the
+// matrices are as before.
 void initialize_on_device_(const DeviceGroup& group);
 
-void refresh_basis_on_device_(const DeviceGroup& group, Side side);
+// As a matrix is before its first gradient.
+void reset_on_device_(const DeviceGroup& group, const Problem<float>& p);
 
-void refresh_due_on_device_(const DeviceGroup& group);
+// Returns the problems whose refresh could not be done: their old bases stay.
+std::vector<const Problem<float>*> refresh_basis_on_device_(const DeviceGroup& group, Side side);
 
-// Waits for the device while a matrix still awaits its first gradient, and not else.
-void step_on_device_(const DeviceGroup& group, Refreshes refreshes);
+// Returns the places of matrices whose refresh could not be done.
+std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group);
+
+// The step of a group, in the parts of cpu::Step.
+class DeviceStep {
+ public:
+  DeviceStep(const DeviceGroup& group, Refreshes refreshes);
+
+  // What plan() takes.
+  int64_t workspace_bytes() const { return workspace_bytes_; }
+  // Everything else that the step needs on the device, but for the refreshes.
+  void plan(void* workspace);
+
+  bool has_fresh() const { return !fresh_.empty(); }
+  // Waits for the device.
+  void initialize_();
+  void reset_();
+
+  // Waits for nothing. Where a refresh cannot be done the old bases stay.
+  cpu::StepFailures run_();
+
+ private:
+  struct Pass {
+    std::vector<Problem<float>> problems;
+    at::Tensor grad_max;
+    cuda::Plan plan;
+    at::Tensor image;
+  };
+  DeviceGroup group_of(Pass& pass) const;
+
+  DeviceGroup group_;
+  Refreshes refreshes_;
+  std::vector<int64_t> fresh_;
+  std::vector<int64_t> running_;
+  std::list<Pass> passes_;
+  int64_t workspace_bytes_ = 0;
+};
 
 }  // namespace dykaf::bindings

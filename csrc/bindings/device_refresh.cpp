@@ -1,17 +1,18 @@
 // One power iteration with orthonormalisation on a device, batched over matrices of one shape and
 // without waiting for the device: csrc/cpu/refresh_basis.cpp has the mathematics. Cholesky
 // decompositions take the place of Householder's, for products are what a GPU is good at.
+#include <ATen/Context.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
-#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/maximum.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -21,8 +22,10 @@
 
 #include "bindings/device_ops.h"
 #include "bindings/orthonormalize.h"
+#include "cpu/linalg.h"
 #include "cpu/refresh.h"
 #include "cpu/skinny.h"
+#include "dykaf/bounds.h"
 
 #if defined(DYKAF_WITH_CUDA)
 
@@ -60,16 +63,18 @@ class RefreshBatch {
         n_(problems[0]->n),
         problems_(std::move(problems)) {}
 
+  // Everything that may fail comes before anything changes.
   void run() {
     const int64_t size = left_ ? m_ : n_;
     const Tensors factors = arrays(left_ ? &Matrix::L : &Matrix::R, {size, size});
     const Tensors bases = arrays(left_ ? &Matrix::Q_L : &Matrix::Q_R, {size, size});
     const at::Tensor F = at::stack(factors);
+    const at::Tensor known = cpu::without_noise_rows(F);
     const auto [old_diagonal, sorting] = at::sort(F.diagonal(0, 1, 2), /*stable=*/true, /*dim=*/1,
                                                   /*descending=*/true);
-    const auto [Q, sound] = orthonormalize(permuted(F, sorting));
+    const auto [Q, sound] = orthonormalize(permuted(known, sorting));
     const at::Tensor moves = unless_skipped(sound);
-    count_refreshes(unless_skipped(sound.logical_not()));
+    const at::Tensor failures = unless_skipped(sound.logical_not()).to(at::kLong);
 
     // Where a basis must stay nothing is sorted and nothing turns.
     const at::Tensor stays = moves.logical_not().unsqueeze(1);
@@ -79,18 +84,35 @@ class RefreshBatch {
         at::where(stays.unsqueeze(2), at::eye(size, Q.options()).unsqueeze(0), Q);  // Pi^T P
     const at::Tensor P = turn.scatter(1, order.unsqueeze(2).expand_as(turn), turn);
     const at::Tensor upper =
-        at::bmm(at::bmm(turn.transpose(1, 2), permuted(F, order)), turn).triu();
+        cpu::full_product(cpu::full_product(turn.transpose(1, 2), permuted(known, order)), turn)
+            .triu();
     const at::Tensor symmetric = upper.add(upper.triu(1).transpose(1, 2));
     const at::Tensor new_F = at::where(stays.unsqueeze(2), F, symmetric);
     const at::Tensor growth =
         at::where(stays, at::ones_like(old_diagonal),
                   cpu::growth(group_.options, old_diagonal, new_F.diagonal(0, 1, 2)));
+    const at::Tensor new_bases = cpu::full_product(at::stack(bases), P);
+    const Drifted drifted = drifted_of(new_bases);
+
+    const Tensors momenta = arrays(&Matrix::exp_avg, {m_, n_});
+    const at::Tensor exp_avg = turned_momentum(at::stack(momenta), P, stays.unsqueeze(2));
+    const std::vector<Change> moments =
+        moved_second_moment(order, growth, exp_avg, stays.unsqueeze(2));
 
     assign(factors, new_F);
-    assign(bases, at::bmm(at::stack(bases), P));
-    correct_drift(bases);
-    move_momentum(P);
-    move_second_moment(order, growth);
+    assign(bases, new_bases);
+    for (size_t i = 0; i < drifted.indices.size(); ++i) {
+      bases[drifted.indices[i]].copy_(drifted.corrected[static_cast<int64_t>(i)]);
+    }
+    assign(momenta, exp_avg);
+    for (const Change& change : moments) assign(change.targets, change.values);
+    Tensors counts;
+    const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
+    for (const Matrix* p : problems_) {
+      counts.push_back(at::from_blob(p->refresh_fallbacks, {}, options));
+      p->refreshes[static_cast<size_t>(side_)] += 1;
+    }
+    at::_foreach_add_(counts, failures.unbind(0));
   }
 
  private:
@@ -115,43 +137,60 @@ class RefreshBatch {
     return group_.skip ? flags.logical_and(group_.skip->eq(0)) : flags;
   }
 
-  void count_refreshes(const at::Tensor& failed) const {
-    const auto options = at::TensorOptions().dtype(at::kLong).device(group_.device);
-    Tensors counts;
-    for (const Matrix* p : problems_) {
-      counts.push_back(at::from_blob(p->refresh_fallbacks, {}, options));
-      p->refreshes[static_cast<size_t>(side_)] += 1;
+  // The bases that a correction is due to, and what they become.
+  struct Drifted {
+    std::vector<size_t> indices;
+    at::Tensor corrected;
+  };
+  Drifted drifted_of(const at::Tensor& bases) const {
+    Drifted drifted;
+    Tensors chosen;
+    for (size_t i = 0; i < problems_.size(); ++i) {
+      const int64_t refreshes = problems_[i]->refreshes[static_cast<size_t>(side_)] + 1;
+      if (refreshes % cpu::kRefreshesPerCorrection != 0) continue;
+      drifted.indices.push_back(i);
+      chosen.push_back(bases[static_cast<int64_t>(i)]);
     }
-    at::_foreach_add_(counts, failed.to(at::kLong).unbind(0));
+    if (!chosen.empty()) drifted.corrected = cpu::orthonormalized(at::stack(chosen));
+    return drifted;
   }
 
-  void correct_drift(const Tensors& bases) const {
-    Tensors drifted;
-    for (size_t i = 0; i < bases.size(); ++i) {
-      const int64_t refreshes = problems_[i]->refreshes[static_cast<size_t>(side_)];
-      if (refreshes % cpu::kRefreshesPerCorrection == 0) drifted.push_back(bases[i]);
-    }
-    if (!drifted.empty()) assign(drifted, cpu::orthonormalized(at::stack(drifted)));
+  // Without what is rounding in it, but where it stays.
+  at::Tensor turned_momentum(const at::Tensor& exp_avg, const at::Tensor& P,
+                             const at::Tensor& stays) const {
+    const at::Tensor turned =
+        left_ ? cpu::full_product(P.transpose(1, 2), exp_avg) : cpu::full_product(exp_avg, P);
+    const at::Tensor noise = exp_avg.abs()
+                                 .amax(at::IntArrayRef({1, 2}), /*keepdim=*/true)
+                                 .mul_(rounding_share<float>(left_ ? m_ : n_));
+    const at::Tensor rounding = turned.abs().lt(noise).logical_and(stays.logical_not());
+    return at::where(rounding, at::zeros_like(turned), turned);
   }
 
-  void move_momentum(const at::Tensor& P) const {
-    const Tensors momenta = arrays(&Matrix::exp_avg, {m_, n_});
-    const at::Tensor exp_avg = at::stack(momenta);
-    assign(momenta, left_ ? at::bmm(P.transpose(1, 2), exp_avg) : at::bmm(exp_avg, P));
+  at::Tensor floors() const {
+    Tensors steps;
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(group_.device);
+    for (const Matrix* p : problems_) steps.push_back(at::from_blob(p->step, {}, options));
+    return cpu::momentum_floors(group_.options, at::stack(steps));
   }
 
-  void move_second_moment(const at::Tensor& order, const at::Tensor& growth) const {
+  struct Change {
+    Tensors targets;
+    at::Tensor values;
+  };
+  std::vector<Change> moved_second_moment(const at::Tensor& order, const at::Tensor& growth,
+                                          const at::Tensor& exp_avg,
+                                          const at::Tensor& stays) const {
     const Matrix& first = *problems_[0];
+    if (first.is_skinny()) return {moved_skinny_moment(order, growth, exp_avg, stays)};
     if (first.exp_avg_sq != nullptr) {
-      const std::array<int64_t, 2> shape =
-          first.is_skinny() ? std::array{first.short_side(), first.skinny_rank + 1}
-                            : std::array{m_, n_};
-      const bool by_rows = left_ || first.is_skinny();
-      const Tensors moments = arrays(&Matrix::exp_avg_sq, shape);
+      const Tensors moments = arrays(&Matrix::exp_avg_sq, {m_, n_});
       const at::Tensor v = at::stack(moments);
-      assign(moments, (by_rows ? rows_of(v, order) : columns_of(v, order))
-                          .mul_(growth.unsqueeze(by_rows ? 2 : 1)));
-      return;
+      const at::Tensor moved =
+          (left_ ? rows_of(v, order) : columns_of(v, order)).mul_(growth.unsqueeze(left_ ? 2 : 1));
+      const at::Tensor floor = floors().to(at::kFloat).unsqueeze(1).unsqueeze(2);
+      const at::Tensor least = exp_avg.square().mul_(floor);
+      return {{moments, at::where(stays, moved, at::maximum(moved, least))}};
     }
     const Tensors rows = arrays(&Matrix::exp_avg_sq_row, {m_});
     const Tensors cols = arrays(&Matrix::exp_avg_sq_col, {n_});
@@ -162,15 +201,28 @@ class RefreshBatch {
     if (group_.options.second_moment == SecondMoment::kRankOne) {
       const at::Tensor norm = at::linalg_vector_norm(moved, 2, at::IntArrayRef({1}));
       const at::Tensor divisor = at::where(norm.gt(0), norm, at::ones_like(norm));
-      assign(vectors, moved.div(divisor.unsqueeze(1)).to(at::kFloat));
-      at::_foreach_mul_(scales(), divisor.sqrt().unbind(0));
-      return;
+      const Tensors scale = scales();
+      return {{vectors, moved.div(divisor.unsqueeze(1)).to(at::kFloat)},
+              {scale, at::stack(scale).mul_(divisor.sqrt())}};
     }
     // Both means move alike, for the mean of the row vector divides row_i col_j.
     const at::Tensor total = old.sum(1);
     const at::Tensor ratio = at::where(total.gt(0), moved.sum(1).div(total), at::ones_like(total));
-    assign(vectors, moved.to(at::kFloat));
-    assign(others, at::stack(others).mul_(ratio.to(at::kFloat).unsqueeze(1)));
+    return {{vectors, moved.to(at::kFloat)},
+            {others, at::stack(others).mul_(ratio.to(at::kFloat).unsqueeze(1))}};
+  }
+
+  // Along the short side; exp_avg is [m, n] as the parameter is.
+  Change moved_skinny_moment(const at::Tensor& order, const at::Tensor& growth,
+                             const at::Tensor& exp_avg, const at::Tensor& stays) const {
+    const Matrix& first = *problems_[0];
+    const Tensors moments =
+        arrays(&Matrix::exp_avg_sq, {first.short_side(), first.skinny_rank + 1});
+    const at::Tensor moved = rows_of(at::stack(moments), order).mul_(growth.unsqueeze(2));
+    const at::Tensor V = at::stack(arrays(&Matrix::basis, {first.rows[0], first.long_side()}));
+    const at::Tensor bounded = moved.clone();
+    cpu::bound_second_moment_(bounded, left_ ? exp_avg : exp_avg.mT(), V, floors());
+    return {moments, at::where(stays, moved, bounded)};
   }
 
   Tensors scales() const {
@@ -214,29 +266,46 @@ void for_each_batch(const std::map<Key, Batch>& batches, const Entries& entries,
 
 }  // namespace
 
-void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
+std::vector<const Problem<float>*> refresh_basis_on_device_(const DeviceGroup& group, Side side) {
   const c10::DeviceGuard guard(group.device);
-  // Rounding here would turn the bases away from orthogonality for good.
-  const FullPrecision precision(group.device);
-  std::map<std::pair<int64_t, int64_t>, Batch> dense;  // by shape
+  // Rounding here would turn the bases away from orthogonality for good; where it gets by this
+  // guard, orthonormalize() sees it.
+  const at::NoTF32Guard full_precision;
+  std::map<std::array<int64_t, 3>, Batch> dense;  // by shape and orthonormal rows of long sides
   std::map<std::array<int64_t, 4>, Batch> long_sides;  // by shape and rows in use
   for (const Problem<float>& p : group.problems) {
     if ((side == Side::kLeft ? p.L : p.R) != nullptr) {
-      dense[{p.m, p.n}].push_back(&p);
+      dense[{p.m, p.n, p.is_skinny() ? p.rows[0] : 0}].push_back(&p);
     } else if (p.is_skinny()) {
       long_sides[{p.m, p.n, p.rows[0], p.rows[1]}].push_back(&p);
     }
   }
+  Batch failures;
+  // Without memory, say: a step can do without a refresh.
+  const auto or_stay = [&](const Batch& batch, const auto& run) {
+    try {
+      run();
+    } catch (const std::exception&) {
+      for (const Problem<float>* p : batch) {
+        const auto options = at::TensorOptions().dtype(at::kLong).device(group.device);
+        at::from_blob(p->refresh_fallbacks, {}, options).add_(1);
+        p->refreshes[static_cast<size_t>(side)] += 1;
+        if (p->is_full()) cpu::forget_gradients_(cpu::SkinnyMatrix(*p, group.device));
+        failures.push_back(p);
+      }
+    }
+  };
   for_each_batch(
       dense,
       [&](const Problem<float>& p) {
         const int64_t n = side == Side::kLeft ? p.m : p.n;
         return std::max(n * n, p.size());
       },
-      [&](Batch batch) { RefreshBatch(group, side, std::move(batch)).run(); });
+      [&](const Batch& batch) { or_stay(batch, [&] { RefreshBatch(group, side, batch).run(); }); });
   for_each_batch(
       long_sides, [](const Problem<float>& p) { return 2 * p.skinny_rank * p.long_side(); },
-      [&](const Batch& batch) { refresh_long_sides_(group, batch); });
+      [&](const Batch& batch) { or_stay(batch, [&] { refresh_long_sides_(group, batch); }); });
+  return failures;
 }
 
 }  // namespace dykaf::bindings

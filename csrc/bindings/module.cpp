@@ -21,4 +21,5 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The operations of dykaf; dykaf.ops documents them.";
   module.def("build_info", &build_info);
   dykaf::bindings::register_ops(module);
+  dykaf::bindings::register_step(module);
 }

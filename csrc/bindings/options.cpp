@@ -1,8 +1,11 @@
 // A parameter group's dictionary as dykaf::Options.
+#include <ATen/Context.h>
+
 #include <array>
 #include <utility>
 
 #include "bindings/problems.h"
+#include "cpu/linalg.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -30,9 +33,27 @@ Enum read_name(const py::dict& options, const char* name,
   fail(std::string("options['") + name + "']", "one of " + names, "'" + text + "'");
 }
 
+// As asked, or by torch's setting for products on the device.
+MatmulPrecision read_precision(const py::dict& options, Backend backend) {
+  const bool follows =
+      !options.contains("matmul_precision") || options["matmul_precision"].is_none();
+  if (!follows) {
+    return read_name(options, "matmul_precision",
+                     std::array{std::pair{"highest", MatmulPrecision::kHighest},
+                                std::pair{"high", MatmulPrecision::kHigh},
+                                std::pair{"medium", MatmulPrecision::kMedium}});
+  }
+  if (backend == Backend::kCpu) return cpu::torch_precision();
+  const auto precision =
+      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32   ? MatmulPrecision::kHigh
+         : precision == at::Float32Precision::BF16 ? MatmulPrecision::kMedium
+                                                   : MatmulPrecision::kHighest;
+}
+
 }  // namespace
 
-Options parse_options(const py::dict& options) {
+Options parse_options(const py::dict& options, Backend backend) {
   const auto betas = read<std::pair<double, double>>(options, "betas");
   return {
       .lr = read<double>(options, "lr"),
@@ -62,6 +83,7 @@ Options parse_options(const py::dict& options) {
                                                std::pair{"fixed", RefreshSchedule::kFixed}}),
       .rescale_exp_avg_sq = read<bool>(options, "rescale_exp_avg_sq"),
       .refresh_stagger = read<bool>(options, "refresh_stagger"),
+      .precision = read_precision(options, backend),
   };
 }
 

@@ -1,12 +1,13 @@
 #include "bindings/orthonormalize.h"
 
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/where.h>
+
+#include "cpu/linalg.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -30,7 +31,7 @@ Cholesky cholesky(const at::Tensor& gram) {
   return {std::move(factor), sound};
 }
 
-at::Tensor gram(const at::Tensor& X) { return at::bmm(X.transpose(1, 2), X); }
+at::Tensor gram(const at::Tensor& X) { return cpu::full_product(X.transpose(1, 2), X); }
 
 at::Tensor divide(const at::Tensor& X, const at::Tensor& upper) {
   return at::linalg_solve_triangular(upper, X, /*upper=*/true, /*left=*/false);
@@ -52,7 +53,8 @@ Orthonormalized orthonormalize(const at::Tensor& X) {
   const Cholesky first = cholesky(at::where(plain, products, damped_products));
   const at::Tensor nearly = divide(columns, first.factor);
   const Cholesky second = cholesky(gram(nearly));
-  return {divide(nearly, second.factor), first.sound.logical_and(second.sound)};
+  const at::Tensor Q = divide(nearly, second.factor);
+  return {Q, first.sound.logical_and(second.sound).logical_and(cpu::is_orthonormal(Q))};
 }
 
 }  // namespace dykaf::bindings

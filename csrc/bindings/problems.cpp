@@ -227,6 +227,11 @@ void fail(const std::string& name, const std::string& expected, const std::strin
   throw py::value_error(name + ": expected " + expected + ", got " + got);
 }
 
+Backend backend_of(const std::vector<py::dict>& states) {
+  if (states.empty()) return Backend::kCpu;
+  return backend_of("states[0]['exp_avg']", StateReader(0, states[0], at::kCPU).tensor("exp_avg"));
+}
+
 std::vector<int64_t> count_matrices(const std::vector<py::dict>& states) {
   std::vector<int64_t> counts;
   for (size_t i = 0; i < states.size(); ++i) {
@@ -375,9 +380,7 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
                    SecondMoment second_moment)
     : device_(states.empty() ? at::Device(at::kCPU)
                              : StateReader(0, states[0], at::kCPU).tensor("exp_avg").device()),
-      backend_(states.empty() ? Backend::kCpu
-                              : backend_of("states[0]['exp_avg']",
-                                           StateReader(0, states[0], at::kCPU).tensor("exp_avg"))) {
+      backend_(backend_of(states)) {
   check_length("params", inputs.params, states.size());
   check_length(inputs.grads_name, inputs.grads, states.size());
   check_length("updates", inputs.updates, states.size());

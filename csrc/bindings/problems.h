@@ -77,8 +77,12 @@ std::vector<int64_t> count_matrices(const std::vector<py::dict>& states);
 // parts. Not finite: NaN.
 at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts);
 
-// From the group's dictionary; raises ValueError for a name that is missing or not known.
-Options parse_options(const py::dict& options);
+// From the group's dictionary; raises ValueError for a name that is missing or not known. `backend`
+// says which of torch's settings a precision of None follows.
+Options parse_options(const py::dict& options, Backend backend);
+
+// The backend that the tensors of `states` are on; the CPU's for none.
+Backend backend_of(const std::vector<py::dict>& states);
 
 // Dtype, shape, device and layout, for messages.
 std::string describe(const at::Tensor& tensor);

@@ -6,5 +6,6 @@
 namespace dykaf::bindings {
 
 void register_ops(py::module_& module);
+void register_step(py::module_& module);
 
 }  // namespace dykaf::bindings

@@ -12,18 +12,17 @@ namespace dykaf::cpu {
 namespace {
 
 template <typename T>
-double full_update_(const Problem<T>& p, const AdamScalars<T>& s, const T* H, T tau, T* update) {
+double full_update_(const Problem<T>& p, const AdamScalars<T>& s, const T* H, T* update) {
   return sum_chunks<1>(p.size(), [&](int64_t begin, int64_t end) {
-    adam_range_(p.exp_avg + begin, p.exp_avg_sq + begin, H + begin, tau, update + begin,
-                end - begin, s);
+    adam_range_(p.exp_avg + begin, p.exp_avg_sq + begin, H + begin, update + begin, end - begin, s);
     return std::array{dot(update + begin, update + begin, end - begin)};
   })[0];
 }
 
 template <typename T>
 double compact_update_(const Problem<T>& p, const Options& options, const AdamScalars<T>& s,
-                       const T* H, T tau, T* update) {
-  const RootFactors<T> root = compact_second_moment_(p, options, H, tau);
+                       const T* H, T* update) {
+  const RootFactors<T> root = compact_second_moment_(p, options, H, s.tau);
   std::vector<double> row_sums(p.m);
   at::parallel_for(0, p.m, std::max<int64_t>(1, kGrain / p.n), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -31,8 +30,10 @@ double compact_update_(const Problem<T>& p, const Options& options, const AdamSc
       const int64_t begin = i * p.n;
       for (int64_t j = 0; j < p.n; ++j) {
         T& exp_avg = p.exp_avg[begin + j];
-        exp_avg = blend_momentum(exp_avg, tau * H[begin + j], s);
-        update[begin + j] = exp_avg * s.correction1 / (row * root.col[j] + s.eps);
+        exp_avg = blend_momentum(exp_avg, gradient_of(H[begin + j], s), s);
+        // Row and column means can be far below an entry's own second moment.
+        const T ratio = exp_avg * s.correction1 / (row * root.col[j] + s.eps);
+        update[begin + j] = std::clamp(ratio, -s.bound, s.bound);
       }
       row_sums[i] = dot(update + begin, update + begin, p.n);
     }
@@ -52,9 +53,9 @@ void set_update_rms(const Problem<T>& p, double sum_of_squares) {
 template <typename T>
 void adam_update_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update) {
   *p.step += 1;
-  const AdamScalars<T> s(options, *p.step);
-  set_update_rms(p, p.exp_avg_sq != nullptr ? full_update_(p, s, H, tau, update)
-                                            : compact_update_(p, options, s, H, tau, update));
+  const AdamScalars<T> s(p, options, tau);
+  set_update_rms(p, p.exp_avg_sq != nullptr ? full_update_(p, s, H, update)
+                                            : compact_update_(p, options, s, H, update));
 }
 
 template <typename T>
@@ -68,7 +69,7 @@ void adamw_(const Problem<T>& p, const Options& options) {
       const auto* grad = static_cast<const std::remove_pointer_t<decltype(type)>*>(p.grad);
       load_scaled(grad + begin, scale, update, end - begin);
     });
-    adam_range_(p.exp_avg + begin, p.exp_avg_sq + begin, update, T(1), update, end - begin, s);
+    adam_range_(p.exp_avg + begin, p.exp_avg_sq + begin, update, update, end - begin, s);
     apply_range_(p, options, update, begin, end);
     return std::array{dot(update, update, end - begin)};
   })[0];

@@ -7,10 +7,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
-#include "cpu/aten.h"
+#include "cpu/matrix.h"
 #include "cpu/mkl_threads.h"
 #include "dykaf/types.h"
 
@@ -18,6 +19,9 @@ namespace dykaf::cpu {
 
 // Up to here a second thread gains more from a second matrix than within BLAS and LAPACK.
 inline constexpr int64_t kMaxSharedSide = 1024;
+// In multiply-adds. Less is done before other threads have woken, and long before on a busy
+// machine: such a list stays on one thread, and such a matrix too.
+inline constexpr double kMinSharedWork = 1 << 23;
 
 template <typename T>
 bool is_small(const Problem<T>& p) {
@@ -31,63 +35,104 @@ template <typename T>
 double weight(const Problem<T>& p) {
   const auto m = static_cast<double>(p.m);
   const auto n = static_cast<double>(p.n);
+  if (p.is_unsided()) return m * n;
   if (p.is_skinny()) return m * n * static_cast<double>(4 * p.skinny_rank);
   return m * n * (m + n) + (p.L != nullptr ? m * m * m : 0) + (p.R != nullptr ? n * n * n : 0);
 }
 
-// Makes `context` of a type `make_context(std::span<const Problem<T>>)`, once per thread, and calls
-// body(i, context) for each matrix: small ones side by side, each on one thread, largest first, if
-// there are enough of them for all threads; then the others in turn, with all threads for each.
-template <typename T, typename MakeContext, typename Body>
-void for_each_matrix(std::span<const Problem<T>> problems, const MakeContext& make_context,
-                     const Body& body) {
-  std::vector<size_t> shared;
-  std::vector<size_t> in_turn;
-  double total = 0;
-  double largest = 0;
-  for (size_t i = 0; i < problems.size(); ++i) {
-    if (!is_small(problems[i])) {
-      in_turn.push_back(i);
-      continue;
+// Which matrices go side by side, each on one thread, largest first: small ones, if there are
+// enough of them for all threads. The others follow in turn, with all threads for each.
+template <typename T>
+struct Sharing {
+  explicit Sharing(std::span<const Problem<T>> problems)
+      : num_threads(at::in_parallel_region() ? 1 : at::get_num_threads()) {
+    double total = 0;
+    double largest = 0;
+    for (size_t i = 0; i < problems.size(); ++i) {
+      if (!is_small(problems[i])) {
+        in_turn.push_back(i);
+        continue;
+      }
+      side_by_side.push_back(i);
+      total += weight(problems[i]);
+      largest = std::max(largest, weight(problems[i]));
     }
-    shared.push_back(i);
-    total += weight(problems[i]);
-    largest = std::max(largest, weight(problems[i]));
-  }
-  const int num_threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (num_threads == 1 || total < num_threads * largest) {
-    in_turn.insert(in_turn.begin(), shared.begin(), shared.end());
-    shared.clear();
-  }
-  const auto chosen = [&](const std::vector<size_t>& indices) {
-    std::vector<Problem<T>> list;
-    for (size_t i : indices) list.push_back(problems[i]);
-    return list;
-  };
-
-  if (!shared.empty()) {
-    std::stable_sort(shared.begin(), shared.end(),
+    if (num_threads == 1 || total < num_threads * largest || total < kMinSharedWork) {
+      in_turn.insert(in_turn.begin(), side_by_side.begin(), side_by_side.end());
+      side_by_side.clear();
+    }
+    std::stable_sort(side_by_side.begin(), side_by_side.end(),
                      [&](size_t a, size_t b) { return weight(problems[a]) > weight(problems[b]); });
-    const std::vector<Problem<T>> list = chosen(shared);
+  }
+
+  int num_threads;
+  std::vector<size_t> side_by_side;
+  std::vector<size_t> in_turn;
+};
+
+// Scratch memory for each thread that works on `problems`, allocated at once.
+template <typename T>
+class Workspaces {
+ public:
+  explicit Workspaces(std::span<const Problem<T>> problems) : sharing(problems) {
+    const auto add = [&](const std::vector<size_t>& indices, int count) {
+      std::vector<Problem<T>> list;
+      for (size_t i : indices) list.push_back(problems[i]);
+      for (int k = 0; k < count && !list.empty(); ++k) workspaces_.emplace_back(list);
+    };
+    add(sharing.in_turn, 1);
+    num_in_turn_ = workspaces_.size();
+    add(sharing.side_by_side, sharing.num_threads);
+  }
+
+  const Sharing<T> sharing;
+
+  const Workspace<T>& in_turn() const { return workspaces_[0]; }
+  const Workspace<T>& side_by_side(int64_t thread) const {
+    return workspaces_[num_in_turn_ + static_cast<size_t>(thread)];
+  }
+
+ private:
+  std::vector<Workspace<T>> workspaces_;
+  size_t num_in_turn_ = 0;
+};
+
+// For bodies that need none.
+template <typename T>
+struct NoWorkspaces {
+  explicit NoWorkspaces(std::span<const Problem<T>> problems) : sharing(problems) {}
+
+  const Sharing<T> sharing;
+
+  std::nullptr_t in_turn() const { return nullptr; }
+  std::nullptr_t side_by_side(int64_t) const { return nullptr; }
+};
+
+// Calls body(i, workspace) for each matrix; `workspaces` are those of the same problems.
+template <typename T, typename Memory, typename Body>
+void for_each_matrix(std::span<const Problem<T>> problems, const Memory& workspaces,
+                     const Body& body) {
+  const std::vector<size_t>& shared = workspaces.sharing.side_by_side;
+  if (!shared.empty()) {
     std::atomic<size_t> next = 0;
-    at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+    at::parallel_for(0, workspaces.sharing.num_threads, 1, [&](int64_t thread, int64_t) {
       const at::AutoDispatchBelowADInplaceOrView no_autograd;  // does not carry over to threads
       const OneMklThread one_thread;
-      auto context = make_context(std::span<const Problem<T>>(list));
-      for (size_t k = next++; k < shared.size(); k = next++) body(shared[k], context);
+      for (size_t k = next++; k < shared.size(); k = next++) {
+        body(shared[k], workspaces.side_by_side(thread));
+      }
     });
   }
-  if (in_turn.empty()) return;
-  const std::vector<Problem<T>> list = chosen(in_turn);
-  auto context = make_context(std::span<const Problem<T>>(list));
-  for (size_t i : in_turn) body(i, context);
+  for (size_t i : workspaces.sharing.in_turn) {
+    std::optional<OneMklThread> one_thread;
+    if (weight(problems[i]) < kMinSharedWork) one_thread.emplace();
+    body(i, workspaces.in_turn());
+  }
 }
 
-// For bodies that need nothing beside the matrix: body(i).
 template <typename T, typename Body>
 void for_each_matrix(std::span<const Problem<T>> problems, const Body& body) {
-  for_each_matrix(
-      problems, [](auto) { return nullptr; }, [&](size_t i, std::nullptr_t) { body(i); });
+  for_each_matrix(problems, NoWorkspaces<T>(problems), [&](size_t i, std::nullptr_t) { body(i); });
 }
 
 }  // namespace dykaf::cpu

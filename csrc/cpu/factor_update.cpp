@@ -3,6 +3,7 @@
 // Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau, a = beta (rho / tau)^2 and
 // b = 1 - beta.
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "cpu/each_matrix.h"
@@ -79,25 +80,27 @@ void set_rho(const Problem<T>& p, double rho) {
 template <typename T>
 struct GradientProducts {
   const Problem<T>& p;
+  MatmulPrecision precision;
   at::Tensor H;        // [m, n]
   at::Tensor scratch;  // [m, n]
+  at::Tensor turned;   // [m, n]
 
   // out = H M H^T, M [n, n], out [m, m].
   void left(const at::Tensor& M, T* out) {
-    product(scratch, H, M);
-    symmetric_product(view(out, p.m, p.m), scratch, H.t());
+    product(scratch, H, M, precision, turned);
+    symmetric_product(view(out, p.m, p.m), scratch, H.t(), precision);
   }
 
   // out = H^T M H, M [m, m], out [n, n].
   void right(const at::Tensor& M, T* out) {
-    product(scratch, M, H);
-    symmetric_product(view(out, p.n, p.n), H.t(), scratch);
+    product(scratch, M, H, precision, turned);
+    symmetric_product(view(out, p.n, p.n), H.t(), scratch, precision);
   }
 };
 
 template <typename T>
 void ksl_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
-          Workspace<T>& workspace) {
+          const Workspace<T>& workspace) {
   const double a = beta * (p.rho[0] / tau) * (p.rho[0] / tau);
   const double b = 1 - beta;
 
@@ -117,7 +120,7 @@ void ksl_(const Problem<T>& p, double beta, double tau, GradientProducts<T> grad
 
 // <A, H B H^T> for A [m, m], B [n, n], by the cheapest of three forms (A = H R H^T, B = H^T L H).
 template <typename T>
-double coupling(const Problem<T>& p, GradientProducts<T>& gradient, Workspace<T>& workspace) {
+double coupling(const Problem<T>& p, GradientProducts<T>& gradient, const Workspace<T>& workspace) {
   const at::Tensor A = view(workspace.left, p.m, p.m);
   const at::Tensor B = view(workspace.right, p.n, p.n);
   const at::Tensor& H = gradient.H;
@@ -127,21 +130,26 @@ double coupling(const Problem<T>& p, GradientProducts<T>& gradient, Workspace<T>
   if (2 * small * small < m * n) {
     // H B H^T = C L C with C = H H^T, and the mirror image.
     const bool left = p.m <= p.n;
-    const at::Tensor C = left ? H.mm(H.t()) : H.t().mm(H);
-    const at::Tensor CFC = C.mm(left ? view(p.L, p.m, p.m) : view(p.R, p.n, p.n)).mm(C);
     const int64_t size = left ? p.m : p.n;
-    return inner(left ? workspace.left : workspace.right, CFC.const_data_ptr<T>(), size * size);
+    const at::Tensor C = view(workspace.update, size, size);
+    const at::Tensor CF = view(workspace.update + size * size, size, size);
+    const at::Tensor CFC = view(workspace.product, size, size);
+    const at::Tensor turned = view(workspace.turned, size, size);
+    product(C, left ? H : H.t(), left ? H.t() : H, gradient.precision, turned);
+    product(CF, C, view(left ? p.L : p.R, size, size), gradient.precision, turned);
+    product(CFC, CF, C, gradient.precision, turned);
+    return inner(left ? workspace.left : workspace.right, workspace.product, size * size);
   }
   at::Tensor AH = gradient.scratch;
   at::Tensor HB = view(workspace.update, p.m, p.n);
-  product(AH, A, H);
-  product(HB, H, B);
+  product(AH, A, H, gradient.precision, gradient.turned);
+  product(HB, H, B, gradient.precision, gradient.turned);
   return inner(AH.const_data_ptr<T>(), HB.const_data_ptr<T>(), p.size());
 }
 
 template <typename T>
 void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
-          Workspace<T>& workspace) {
+          const Workspace<T>& workspace) {
   const double a = beta * (p.rho[0] / tau) * (p.rho[0] / tau);
   const double b = 1 - beta;
 
@@ -164,10 +172,29 @@ void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> grad
 
 // clamp(diag F / mean, 1e-4)^power, with mean 1; F [n, n].
 template <typename T>
-at::Tensor metric_weights(const T* F, int64_t n, double power) {
-  at::Tensor w = view(F, n, n).diagonal().to(at::kDouble);
-  w = w.div(w.mean()).clamp_min(1e-4).pow(power);
-  return w.div_(w.mean()).to(c10::CppTypeToScalarType<T>::value);
+std::vector<T> metric_weights(const T* F, int64_t n, double power) {
+  std::vector<double> weights(n);
+  for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<double>(F[i * n + i]);
+  const auto mean = [&] {
+    return std::accumulate(weights.begin(), weights.end(), 0.0) / static_cast<double>(n);
+  };
+  const double mean_diagonal = mean();
+  for (double& w : weights) w = std::pow(std::max(w / mean_diagonal, 1e-4), power);
+  const double mean_weight = mean();
+  std::vector<T> result(n);
+  for (int64_t i = 0; i < n; ++i) result[i] = static_cast<T>(weights[i] / mean_weight);
+  return result;
+}
+
+// The gradient with each column (of the left factor's metric: row) times its weight.
+template <typename T>
+void weigh(const Problem<T>& p, const T* H, const std::vector<T>& weights, bool by_columns,
+           T* out) {
+  for_chunks(p.size(), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = H[i] * weights[by_columns ? i % p.n : i / p.n];
+    }
+  });
 }
 
 // F <- beta rho^2 F + b tau^2 increment / size, in unit norm with rho to match.
@@ -184,16 +211,20 @@ void average_(T* factor, const T* increment, int64_t n, double beta, double tau,
 
 template <typename T>
 void diagonal_(const Problem<T>& p, const Options& options, double tau,
-               GradientProducts<T> gradient, Workspace<T>& workspace) {
+               GradientProducts<T> gradient, const Workspace<T>& workspace) {
   const at::Tensor& H = gradient.H;
   // A metric of power 0 is the identity.
   const bool is_weighed = options.metric_power != 0;
-  at::Tensor weighed = is_weighed ? gradient.scratch : H;
-  const double power = options.metric_power;
-  if (is_weighed) at::mul_out(weighed, H, metric_weights(p.R, p.n, power));
-  symmetric_product(view(workspace.left, p.m, p.m), weighed, H.t());
-  if (is_weighed) at::mul_out(weighed, H, metric_weights(p.L, p.m, power).unsqueeze(1));
-  symmetric_product(view(workspace.right, p.n, p.n), H.t(), weighed);
+  const at::Tensor& weighed = is_weighed ? gradient.scratch : H;
+  const auto weigh_by = [&](const T* F, int64_t n, bool by_columns) {
+    if (!is_weighed) return;
+    weigh(p, H.const_data_ptr<T>(), metric_weights(F, n, options.metric_power), by_columns,
+          weighed.mutable_data_ptr<T>());
+  };
+  weigh_by(p.R, p.n, /*by_columns=*/true);
+  symmetric_product(view(workspace.left, p.m, p.m), weighed, H.t(), gradient.precision);
+  weigh_by(p.L, p.m, /*by_columns=*/false);
+  symmetric_product(view(workspace.right, p.n, p.n), H.t(), weighed, gradient.precision);
   const double beta = options.factor_beta;
   average_(p.L, workspace.left, p.m, beta, tau, static_cast<double>(p.n), &p.rho[0]);
   average_(p.R, workspace.right, p.n, beta, tau, static_cast<double>(p.m), &p.rho[1]);
@@ -202,12 +233,12 @@ void diagonal_(const Problem<T>& p, const Options& options, double tau,
 // The other side is the scaled identity of unit norm, which is not stored.
 template <typename T>
 void one_sided_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
-                Workspace<T>& workspace) {
+                const Workspace<T>& workspace) {
   const bool left = p.L != nullptr;
   const int64_t n = left ? p.m : p.n;
   const at::Tensor& H = gradient.H;
   T* increment = left ? workspace.left : workspace.right;
-  symmetric_product(view(increment, n, n), left ? H : H.t(), left ? H.t() : H);
+  symmetric_product(view(increment, n, n), left ? H : H.t(), left ? H.t() : H, gradient.precision);
   average_(left ? p.L : p.R, increment, n, beta, tau,
            std::sqrt(static_cast<double>(left ? p.n : p.m)), &p.rho[0]);
   p.rho[1] = p.rho[0];
@@ -246,7 +277,7 @@ void set_prior_(const Problem<T>& p, const Options& options, Init init, const T*
 
 template <typename T>
 void factor_update_(const Problem<T>& p, const Options& options, const T* H, T tau,
-                    Workspace<T>& workspace) {
+                    const Workspace<T>& workspace) {
   const double beta = options.factor_beta;
   if (p.grad_max == 0) {
     p.rho[0] *= std::sqrt(beta);
@@ -255,7 +286,9 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
   }
   if (p.rho[0] == 0) set_prior_(p, options, Init::kIdentity, H, tau);
 
-  const GradientProducts<T> gradient{p, view(H, p.m, p.n), view(workspace.product, p.m, p.n)};
+  const GradientProducts<T> gradient{p, options.precision, view(H, p.m, p.n),
+                                     view(workspace.product, p.m, p.n),
+                                     view(workspace.turned, p.m, p.n)};
   if (p.L == nullptr || p.R == nullptr) {
     one_sided_(p, beta, tau, gradient, workspace);
   } else if (options.integrator == Integrator::kKsl) {
@@ -269,7 +302,7 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
 
 template <typename T>
 void factor_update_(std::span<const Problem<T>> problems, const Options& options) {
-  for_each_matrix(problems, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
+  for_each_matrix(problems, Workspaces<T>(problems), [&](size_t i, const Workspace<T>& workspace) {
     const Problem<T>& p = problems[i];
     const T tau = gradient_scale(p, options);
     load_gradient(p, options, tau, workspace.gradient);
@@ -280,9 +313,9 @@ void factor_update_(std::span<const Problem<T>> problems, const Options& options
 template void set_prior_(const Problem<float>&, const Options&, Init, const float*, float);
 template void set_prior_(const Problem<double>&, const Options&, Init, const double*, double);
 template void factor_update_(const Problem<float>&, const Options&, const float*, float,
-                             Workspace<float>&);
+                             const Workspace<float>&);
 template void factor_update_(const Problem<double>&, const Options&, const double*, double,
-                             Workspace<double>&);
+                             const Workspace<double>&);
 template void factor_update_(std::span<const Problem<float>>, const Options&);
 template void factor_update_(std::span<const Problem<double>>, const Options&);
 

@@ -19,14 +19,10 @@ struct Workspace {
   T* gradient;  // [m, n]
   T* product;   // [m, n]
   T* update;    // [m, n]
+  T* turned;    // [m, n]
   T* left;      // [m, m]
   T* right;     // [n, n]
 };
-
-template <typename T>
-Workspace<T> make_workspace(std::span<const Problem<T>> problems) {
-  return Workspace<T>(problems);
-}
 
 // The least power of two >= max(max|G|, rho_L, rho_R), kept where it and its inverse are normal.
 template <typename T>
@@ -36,8 +32,10 @@ T gradient_scale(const Problem<T>& p, const Options& options);
 template <typename T>
 void load_gradient(const Problem<T>& p, const Options& options, T tau, T* H);
 
+// Uses `product` and `turned`.
 template <typename T>
-void rotate(const Problem<T>& p, Rotation rotation, const T* input, T* output, T* scratch);
+void rotate(const Problem<T>& p, Rotation rotation, MatmulPrecision precision, const T* input,
+            T* output, const Workspace<T>& workspace);
 
 // `update` may alias H.
 template <typename T>
@@ -57,7 +55,11 @@ void adamw_(const Problem<T>& p, const Options& options);
 
 template <typename T>
 void factor_update_(const Problem<T>& p, const Options& options, const T* H, T tau,
-                    Workspace<T>& workspace);
+                    const Workspace<T>& workspace);
+
+// As a matrix is before its first gradient.
+template <typename T>
+void reset_(const Problem<T>& p);
 
 // L and R from the prior that `init` names (docs/algorithm.md), rho to match.
 template <typename T>

@@ -13,8 +13,16 @@ inline constexpr int64_t kRefreshesPerCorrection = 32;
 // Q (3 I - Q^T Q) / 2, of one matrix or a batch.
 at::Tensor orthonormalized(const at::Tensor& Q);
 
+// Factors [..., n, n] of unit norm without rows and columns that are nothing but rounding of
+// gradients: those directions would turn at random.
+at::Tensor without_noise_rows(const at::Tensor& F);
+
+// momentum_floor (dykaf/bounds.h) of step counts, in float64 on their device.
+at::Tensor momentum_floors(const Options& options, const at::Tensor& steps);
+
 // By how much entries of exp_avg_sq grow along a side whose factor's sorted diagonal changes so:
-// clamp(new_i / old_i, 0.1, 10), or 1 without rescaling or where the old entry is 0.
+// clamp(new_i / old_i, 0.1, 10), or 1 without rescaling or where one of them is rounding of the
+// factor, whose norm (of a long side: trace) is 1.
 at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
                   const at::Tensor& new_diagonal);
 

@@ -7,6 +7,7 @@
 
 #include "cpu/linalg.h"
 #include "cpu/loops.h"
+#include "dykaf/bounds.h"
 
 namespace dykaf::cpu {
 namespace {
@@ -123,18 +124,42 @@ RootFactors<T> compact_second_moment_(const Problem<T>& p, const Options& option
   return root;
 }
 
+namespace {
+
 template <typename T>
-void reorder_second_moment_(const Problem<T>& p, const Options& options, Side side,
-                            const int64_t* order, const T* growth) {
+T largest_magnitude(const T* x, int64_t size) {
+  T largest = 0;
+  for (int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(x[i]));
+  return largest;
+}
+
+// exp_avg = turned, and exp_avg_sq, permuted and scaled, at least exp_avg^2 / C.
+template <typename T>
+void move_full_(const Problem<T>& p, const Options& options, Side side, const int64_t* order,
+                const T* growth, const T* turned, T noise, T* old_moment) {
+  const bool left = side == Side::kLeft;
+  const T floor = static_cast<T>(momentum_floor(options, static_cast<double>(*p.step)));
+  std::copy_n(p.exp_avg_sq, p.size(), old_moment);
+  at::parallel_for(0, p.m, std::max<int64_t>(1, kGrain / p.n), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const T* from = old_moment + (left ? order[i] : i) * p.n;
+      T* exp_avg = p.exp_avg + i * p.n;
+      T* exp_avg_sq = p.exp_avg_sq + i * p.n;
+      for (int64_t j = 0; j < p.n; ++j) {
+        const T momentum = turned[i * p.n + j];
+        exp_avg[j] = std::abs(momentum) < noise ? T(0) : momentum;
+        const T moved = left ? from[j] * growth[i] : from[order[j]] * growth[j];
+        exp_avg_sq[j] = std::max(moved, exp_avg[j] * exp_avg[j] * floor);
+      }
+    }
+  });
+}
+
+template <typename T>
+void move_compact_(const Problem<T>& p, const Options& options, Side side, const int64_t* order,
+                   const T* growth) {
   const bool left = side == Side::kLeft;
   const int64_t size = left ? p.m : p.n;
-  if (p.exp_avg_sq != nullptr) {
-    const at::Tensor index = at::from_blob(const_cast<int64_t*>(order), {size}, at::kLong);
-    const at::Tensor factors = view(growth, left ? size : 1, left ? 1 : size);
-    at::Tensor v = view(p.exp_avg_sq, p.m, p.n);
-    v.copy_(v.index_select(left ? 0 : 1, index).mul_(factors));
-    return;
-  }
   T* vector = left ? p.exp_avg_sq_row : p.exp_avg_sq_col;
   std::vector<double> moved(size);
   double sum = 0;
@@ -157,13 +182,29 @@ void reorder_second_moment_(const Problem<T>& p, const Options& options, Side si
   blend_(vector, 0, moved, 1, divisor);
 }
 
+}  // namespace
+
+template <typename T>
+void move_moments_(const Problem<T>& p, const Options& options, Side side, const int64_t* order,
+                   const T* growth, const T* turned, T* scratch) {
+  const auto noise = static_cast<T>(static_cast<double>(largest_magnitude(p.exp_avg, p.size())) *
+                                    rounding_share<T>(side == Side::kLeft ? p.m : p.n));
+  if (p.exp_avg_sq != nullptr) {
+    return move_full_(p, options, side, order, growth, turned, noise, scratch);
+  }
+  move_compact_(p, options, side, order, growth);
+  for (int64_t i = 0; i < p.size(); ++i) {
+    p.exp_avg[i] = std::abs(turned[i]) < noise ? T(0) : turned[i];
+  }
+}
+
 template RootFactors<float> compact_second_moment_(const Problem<float>&, const Options&,
                                                    const float*, float);
 template RootFactors<double> compact_second_moment_(const Problem<double>&, const Options&,
                                                     const double*, double);
-template void reorder_second_moment_(const Problem<float>&, const Options&, Side, const int64_t*,
-                                     const float*);
-template void reorder_second_moment_(const Problem<double>&, const Options&, Side, const int64_t*,
-                                     const double*);
+template void move_moments_(const Problem<float>&, const Options&, Side, const int64_t*,
+                            const float*, const float*, float*);
+template void move_moments_(const Problem<double>&, const Options&, Side, const int64_t*,
+                            const double*, const double*, double*);
 
 }  // namespace dykaf::cpu

@@ -28,13 +28,15 @@ struct SkinnyMatrix {
   at::Tensor flat;           // []
   at::Tensor exp_avg;        // [s, l]
   at::Tensor exp_avg_sq;     // [s, k + 1]
+  at::Tensor step;           // [], float32
+  at::Tensor fallbacks;      // [], int64
 
   // From [m, n] to [s, l] and back.
   at::Tensor oriented(const at::Tensor& x) const { return is_tall ? x.t() : x; }
 };
 
 // Adam, then the factors, on the CPU, with the gradient H [m, n] over tau. Returns the update [m,
-// n], in the original coordinates.
+// n], in the original coordinates. Everything that may fail comes before anything changes.
 template <typename T>
 at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::Tensor& H,
                         double tau);
@@ -47,11 +49,20 @@ struct SkinnyStart {
 SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, const at::Tensor& H,
                                double tau);
 
+// The second moments [..., s, k + 1] are at least what the momentum [..., s, l] in the directions V
+// [..., inner, l] and beyond them needs (dykaf/bounds.h); floors: of the steps, [...].
+void bound_second_moment_(at::Tensor exp_avg_sq, const at::Tensor& exp_avg, const at::Tensor& V,
+                          const at::Tensor& floors);
+
 // One power iteration of a basis.
 void refresh_short_(const SkinnyMatrix& w, const Options& options);
 
 // The same of long sides, whose gradients become part of their bases; on any device. The matrices
 // have one shape and rank and the same rows in use.
 void refresh_long_(std::span<const SkinnyMatrix> matrices, const Options& options);
+
+// What is left to a refresh of the long side that cannot be done: the old basis, without the
+// gradients since, so that there is room for others.
+void forget_gradients_(const SkinnyMatrix& w);
 
 }  // namespace dykaf::cpu

@@ -1,4 +1,5 @@
 // The whole step of a list of matrices.
+#include <optional>
 #include <vector>
 
 #include "cpu/each_matrix.h"
@@ -12,7 +13,7 @@ namespace dykaf::cpu {
 namespace {
 
 template <typename T>
-void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& workspace) {
+void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>& workspace) {
   if (p.is_unsided()) return adamw_(p, options);
 
   T* H = workspace.gradient;
@@ -23,9 +24,9 @@ void plain_step_(const Problem<T>& p, const Options& options, Workspace<T>& work
     view(update, p.m, p.n).copy_(skinny_step_(p, options, view(H, p.m, p.n), tau));
     return apply_update_(p, options, update);
   }
-  rotate(p, Rotation::kIntoBasis, H, H, workspace.product);
+  rotate(p, Rotation::kIntoBasis, options.precision, H, H, workspace);
   adam_update_(p, options, H, tau, update);
-  rotate(p, Rotation::kOutOfBasis, update, update, workspace.product);
+  rotate(p, Rotation::kOutOfBasis, options.precision, update, update, workspace);
   apply_update_(p, options, update);
   if (updates_factors(p, options)) factor_update_(p, options, H, tau, workspace);
 }
@@ -41,23 +42,87 @@ void refresh_due_(std::span<const Problem<T>> problems, const Options& options) 
 }
 
 template <typename T>
-void step_(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes) {
-  std::vector<Problem<T>> running;
-  std::vector<Problem<T>> fresh;
-  for (const Problem<T>& p : problems) {
-    (awaits_first_gradient(p) ? fresh : running).push_back(p);
+struct Step<T>::Memory {
+  Memory(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes)
+      : options(options), refreshes(refreshes) {
+    for (size_t i = 0; i < problems.size(); ++i) {
+      if (awaits_first_gradient(problems[i])) {
+        fresh.push_back(problems[i]);
+      } else {
+        running.push_back(problems[i]);
+        places.push_back(i);
+      }
+    }
+    workspaces.emplace(running);
   }
-  const std::span<const Problem<T>> steps(running);
-  for_each_matrix(steps, make_workspace<T>, [&](size_t i, Workspace<T>& workspace) {
-    plain_step_(steps[i], options, workspace);
+
+  Options options;
+  Refreshes refreshes;
+  std::vector<Problem<T>> fresh;
+  std::vector<Problem<T>> running;
+  std::vector<size_t> places;  // of the running ones in the list
+  std::optional<Workspaces<T>> workspaces;
+};
+
+template <typename T>
+Step<T>::Step(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes)
+    : memory_(std::make_unique<Memory>(problems, options, refreshes)) {}
+template <typename T>
+Step<T>::~Step() = default;
+template <typename T>
+Step<T>::Step(Step&&) noexcept = default;
+
+template <typename T>
+void Step<T>::initialize_() {
+  cpu::initialize_(std::span<const Problem<T>>(memory_->fresh), memory_->options);
+}
+
+template <typename T>
+void Step<T>::reset_() {
+  for (const Problem<T>& p : memory_->fresh) cpu::reset_(p);
+}
+
+template <typename T>
+bool Step<T>::has_fresh() const {
+  return !memory_->fresh.empty();
+}
+
+template <typename T>
+StepFailures Step<T>::run_() {
+  const std::span<const Problem<T>> running(memory_->running);
+  std::vector<char> failed(running.size());
+  std::vector<int64_t> fallbacks;
+  for (const Problem<T>& p : running) {
+    fallbacks.push_back(p.refresh_fallbacks != nullptr ? *p.refresh_fallbacks : 0);
+  }
+  for_each_matrix(running, *memory_->workspaces, [&](size_t i, const Workspace<T>& workspace) {
+    try {
+      plain_step_(running[i], memory_->options, workspace);
+    } catch (const std::exception&) {
+      failed[i] = 1;
+    }
   });
-  if (refreshes == Refreshes::kWithStep) refresh_due_(steps, options);
-  initialize_(std::span<const Problem<T>>(fresh), options);
+  std::vector<Problem<T>> done;
+  for (size_t i = 0; i < running.size(); ++i) {
+    if (!failed[i]) done.push_back(running[i]);
+  }
+  if (memory_->refreshes == Refreshes::kWithStep) {
+    refresh_due_(std::span<const Problem<T>>(done), memory_->options);
+  }
+  StepFailures failures;
+  for (size_t i = 0; i < running.size(); ++i) {
+    if (failed[i]) failures.steps.push_back(memory_->places[i]);
+    const int64_t* count = running[i].refresh_fallbacks;
+    if (count != nullptr && *count > fallbacks[i]) {
+      failures.refreshes.push_back(memory_->places[i]);
+    }
+  }
+  return failures;
 }
 
 template void refresh_due_(std::span<const Problem<float>>, const Options&);
 template void refresh_due_(std::span<const Problem<double>>, const Options&);
-template void step_(std::span<const Problem<float>>, const Options&, Refreshes);
-template void step_(std::span<const Problem<double>>, const Options&, Refreshes);
+template class Step<float>;
+template class Step<double>;
 
 }  // namespace dykaf::cpu

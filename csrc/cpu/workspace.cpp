@@ -25,11 +25,12 @@ Workspace<T>::Workspace(std::span<const Problem<T>> problems) {
   const auto aligned = [](int64_t count) { return (count + kLine - 1) / kLine * kLine; };
   const int64_t left_size = aligned(rows * rows);
   size = aligned(size);
-  memory = at::empty({3 * size + left_size + cols * cols}, c10::CppTypeToScalarType<T>::value);
+  memory = at::empty({4 * size + left_size + cols * cols}, c10::CppTypeToScalarType<T>::value);
   gradient = memory.mutable_data_ptr<T>();
   product = gradient + size;
   update = product + size;
-  left = update + size;
+  turned = update + size;
+  left = turned + size;
   right = left + left_size;
 }
 

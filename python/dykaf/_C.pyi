@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dykaf.ops import StepJob
 from dykaf.options import StepOptions
 from dykaf.state import State
 
@@ -32,18 +33,10 @@ def initialize_(
 ) -> None: ...
 def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> None: ...
 def refresh_due_(
-    states: Sequence[State], offsets: Sequence[tuple[int, int, int]], options: StepOptions
-) -> None: ...
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    grad_max: Tensor,
     states: Sequence[State],
-    streams: Sequence[int],
     offsets: Sequence[tuple[int, int, int]],
     options: StepOptions,
-    skip: Tensor | None = None,
-    amp_scale: Tensor | None = None,
-    lr: Tensor | None = None,
-    refresh: bool = True,
+    kept: Sequence[Tensor],
+    full: Sequence[Tensor],
 ) -> None: ...
+def step_(jobs: Sequence[StepJob], started: Tensor) -> tuple[list[list[int]], list[list[int]]]: ...

@@ -10,7 +10,9 @@ Formulas: docs/algorithm.md; source: Yudin et al., arXiv 2511.06477.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dykaf import _C
@@ -110,7 +112,11 @@ def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> 
 
 
 def refresh_due_(
-    states: Sequence[State], offsets: Sequence[tuple[int, int, int]], options: StepOptions
+    states: Sequence[State],
+    offsets: Sequence[tuple[int, int, int]],
+    options: StepOptions,
+    kept: Sequence[Tensor] = (),
+    full: Sequence[Tensor] = (),
 ) -> None:
     """Counts a step of each matrix that has had its first gradient, and refreshes what is due then.
 
@@ -118,25 +124,13 @@ def refresh_due_(
         states: changed in place.
         offsets: see :func:`initialize_`.
         options: the group's.
+        kept, full: see :class:`StepJob`.
     """
-    _C.refresh_due_(states, offsets, options)
+    _C.refresh_due_(states, offsets, options, kept, full)
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    grad_max: Tensor,
-    states: Sequence[State],
-    streams: Sequence[int],
-    offsets: Sequence[tuple[int, int, int]],
-    options: StepOptions,
-    *,
-    skip: Tensor | None = None,
-    amp_scale: Tensor | None = None,
-    lr: Tensor | None = None,
-    refresh: bool = True,
-) -> None:
-    """The whole step of each parameter, in place: all of the above in their order.
+class StepJob(NamedTuple):
+    """The step of some parameters of one group on one device.
 
     Args:
         params: of any strides.
@@ -150,7 +144,56 @@ def step_(
         amp_scale: on a GPU, float32 ``[1]``: gradients are divided by it.
         lr: on a GPU, float32 ``[1]``: used in place of the option.
         refresh: False leaves out :func:`refresh_due_`.
+        kept: tensors of the optimizer's in bfloat16; they are copied to ``full`` before the job's
+            step and back after it.
+        full: tensors of ``states``, without values, which other jobs may use too.
     """
-    _C.step_(
-        params, grads, grad_max, states, streams, offsets, options, skip, amp_scale, lr, refresh
-    )
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    grad_max: Tensor
+    states: Sequence[State]
+    streams: Sequence[int]
+    offsets: Sequence[tuple[int, int, int]]
+    options: StepOptions
+    skip: Tensor | None = None
+    amp_scale: Tensor | None = None
+    lr: Tensor | None = None
+    refresh: bool = True
+    kept: Sequence[Tensor] = ()
+    full: Sequence[Tensor] = ()
+
+
+class Failures(NamedTuple):
+    """Parameters of each job, by place, that a step could not do all for."""
+
+    steps: list[list[int]]  # not updated; they and their state are as before
+    refreshes: list[list[int]]  # updated, but an old basis stayed
+
+
+def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> Failures:
+    """The whole step of all jobs, in place: all of the above in their order.
+
+    What can fail for lack of memory comes first, the first gradients included: an exception means
+    that all is as before. No signal is seen while it runs.
+
+    Args:
+        jobs: of one step.
+        started: a tensor on the CPU, filled with 1 before the first change that stays: an exception
+            after that, such as a KeyboardInterrupt, comes after the step.
+
+    Returns:
+        what failed later.
+    """
+    return Failures(*_C.step_(jobs, torch.zeros(1) if started is None else started))
+
+
+def step_(*args: Any, **kwargs: Any) -> None:
+    """:func:`step_all_` of one :class:`StepJob`, given by its fields.
+
+    Raises:
+        RuntimeError: naming parameters that could not be updated.
+    """
+    failures = step_all_([StepJob(*args, **kwargs)])
+    if failures.steps[0]:
+        raise RuntimeError(f"step_: could not update the parameters {failures.steps[0]}")

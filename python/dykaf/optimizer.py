@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -12,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from dykaf import ops
 from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
-from dykaf.narrow import in_full, passes
+from dykaf.narrow import passes
 from dykaf.options import RULES, StepOptions, check_new_options, check_options, step_options
 from dykaf.schedule import stagger_offsets, update_offsets
 from dykaf.state import (
@@ -20,12 +22,11 @@ from dykaf.state import (
     KINDS,
     STRUCTURAL_OPTIONS,
     Layout,
-    State,
     changed_options,
     check_state,
     new_state,
 )
-from dykaf.work import GroupWork, check_capture
+from dykaf.work import GroupWork, check_capture, named
 
 
 class DyKAF(Optimizer):
@@ -194,38 +195,19 @@ class DyKAF(Optimizer):
         maxima = [
             ops.grad_max(item.grads, [layout.count for layout in item.layouts]) for item in work
         ]
-        skip = None
-        if all(item.on_gpu and item.group["nonfinite"] != "raise" for item in work):
-            skip = self._skip_flag(work, maxima)
-        elif self._must_skip(work, maxima):
+        on_gpu = all(item.on_gpu and item.group["nonfinite"] != "raise" for item in work)
+        if not on_gpu and self._must_skip(work, maxima):
             self._skipped_on_host += 1
             return loss
+        skip = self._skip_flag(work, maxima) if on_gpu else None
 
-        offsets = self._stagger_offsets()
-        for item, grad_max in zip(work, maxima, strict=True):
-            amp_scale = getattr(self, "grad_scale", None)
-            gpu_inputs = item.gpu_inputs(skip, amp_scale) if item.on_gpu else {}
-            options = self._step_options(item, gpu_inputs)
-            states = [
-                self._state_of(param, layout)
-                for param, layout in zip(item.params, item.layouts, strict=True)
-            ]
-            num_done = 0
-            for part in passes(states):
-                num_matrices = sum(layout.count for layout in item.layouts[part])
-                with in_full(states[part]) as wide:
-                    ops.step_(
-                        item.params[part],
-                        item.grads[part],
-                        grad_max[num_done : num_done + num_matrices],
-                        wide,
-                        item.indices[part],
-                        [offsets[idx] for idx in item.indices[part]],
-                        options,
-                        refresh=not captured,
-                        **gpu_inputs,
-                    )
-                num_done += num_matrices
+        started = torch.zeros(1, device="cpu")
+        with self._new_states(work, started):
+            jobs, owners = self._jobs(work, maxima, skip, refresh=not captured)
+            failures = ops.step_all_(jobs, started)
+        if skip is not None:
+            self._count_skip(skip)
+        self._report(failures, owners)
         return loss
 
     @torch.no_grad()
@@ -260,10 +242,84 @@ class DyKAF(Optimizer):
             for indices in by_device.values():
                 states = [self.state[group["params"][idx]] for idx in indices]
                 places = [offsets[first + idx] for idx in indices]
-                for part in passes(states):
-                    with in_full(states[part]) as wide:
-                        ops.refresh_due_(wide, places[part], step_options(group, lr=0.0))
+                for item in passes(states):
+                    ops.refresh_due_(
+                        item.states,
+                        places[item.part],
+                        step_options(group, lr=0.0),
+                        item.kept,
+                        item.full,
+                    )
             first += len(group["params"])
+
+    def _jobs(
+        self, work: list[GroupWork], maxima: list[Tensor], skip: Tensor | None, refresh: bool
+    ) -> tuple[list[ops.StepJob], list[list[str]]]:
+        """What the step is to do, and the names of the parameters of each job; changes nothing."""
+        jobs: list[ops.StepJob] = []
+        owners: list[list[str]] = []
+        offsets = self._stagger_offsets()
+        for item, grad_max in zip(work, maxima, strict=True):
+            gpu_inputs = {}
+            if item.on_gpu:
+                gpu_inputs = item.gpu_inputs(skip, getattr(self, "grad_scale", None))
+            options = self._step_options(item, gpu_inputs)
+            num_done = 0
+            for part, states, kept, full in passes([self.state[param] for param in item.params]):
+                num_matrices = sum(layout.count for layout in item.layouts[part])
+                jobs.append(
+                    ops.StepJob(
+                        item.params[part],
+                        item.grads[part],
+                        grad_max[num_done : num_done + num_matrices],
+                        states,
+                        item.indices[part],
+                        [offsets[idx] for idx in item.indices[part]],
+                        options,
+                        refresh=refresh,
+                        kept=kept,
+                        full=full,
+                        **gpu_inputs,
+                    )
+                )
+                owners.append(item.names[part])
+                num_done += num_matrices
+        return jobs, owners
+
+    @contextmanager
+    def _new_states(self, work: list[GroupWork], started: Tensor) -> Iterator[None]:
+        """Makes the states that do not exist yet; takes them back if an exception comes before the
+        step has started.
+        """
+        new: list[Tensor] = []
+        try:
+            for item in work:
+                for param, layout in zip(item.params, item.layouts, strict=True):
+                    if not self.state.get(param):
+                        new.append(param)
+                        self.state[param] = new_state(param, layout)
+            yield
+        except BaseException:
+            if not started:
+                for param in new:
+                    self.state.pop(param, None)
+            raise
+
+    def _report(self, failures: ops.Failures, owners: list[list[str]]) -> None:
+        """Says what a step that has changed something could not do."""
+        stayed = named(failures.refreshes, owners)
+        if stayed:
+            warnings.warn(
+                f"refresh of {', '.join(stayed)} failed: the old basis stays (refresh_fallbacks in "
+                "diagnostics() counts it)",
+                stacklevel=4,
+            )
+        failed = named(failures.steps, owners)
+        if failed:
+            raise RuntimeError(
+                f"step: could not update {', '.join(failed)}, which are as before; all other "
+                "parameters were updated"
+            )
 
     def _collect(self) -> list[GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""
@@ -304,7 +360,7 @@ class DyKAF(Optimizer):
         )
 
     def _skip_flag(self, work: list[GroupWork], maxima: list[Tensor]) -> Tensor | None:
-        """Whether to skip the step, as a tensor that no host has waited for; counts it."""
+        """Whether to skip the step, as a tensor that no host has waited for."""
         flags = [
             grad_max.isfinite().logical_not().any()
             for item, grad_max in zip(work, maxima, strict=True)
@@ -316,10 +372,12 @@ class DyKAF(Optimizer):
         if not flags:
             return None
         skip = torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).any()
+        return skip
+
+    def _count_skip(self, skip: Tensor) -> None:
         if self._skipped_on_gpu is None:
             self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=skip.device)
         self._skipped_on_gpu += skip.to(self._skipped_on_gpu.device, non_blocking=True)
-        return skip
 
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]
@@ -335,12 +393,6 @@ class DyKAF(Optimizer):
             check_state(name, self.state[param], layout, changed_options(before, structure))
         self._layouts[param] = (key, layout)
         return layout
-
-    def _state_of(self, param: Tensor, layout: Layout) -> State:
-        state: State = self.state[param]
-        if not state:
-            state.update(new_state(param, layout))
-        return state
 
     def _must_skip(self, work: list[GroupWork], maxima: list[Tensor]) -> bool:
         """Whether to skip the step; waits for every device."""

@@ -160,10 +160,13 @@ class Layout:
 
 def new_state(param: Tensor, layout: Layout) -> State:
     """Zero state for ``param``; the first gradient sets factors and bases. ``master`` is a copy."""
-    state = {
-        name: torch.zeros(shape, dtype=dtype, device="cpu" if name in HOST_KEYS else param.device)
-        for name, (shape, dtype) in layout.shapes().items()
-    }
+    with torch.inference_mode(False):  # tensors made in that mode cannot be changed outside of it
+        state = {
+            name: torch.zeros(
+                shape, dtype=dtype, device="cpu" if name in HOST_KEYS else param.device
+            )
+            for name, (shape, dtype) in layout.shapes().items()
+        }
     if layout.master:
         state["master"].copy_(param)
     return state

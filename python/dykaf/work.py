@@ -40,6 +40,12 @@ class GroupWork(NamedTuple):
         }
 
 
+def named(places: Sequence[Sequence[int]], owners: Sequence[Sequence[str]]) -> list[str]:
+    """The names of parameters given by their places in each job, once each."""
+    pairs = zip(places, owners, strict=True)
+    return list(dict.fromkeys(names[idx] for indices, names in pairs for idx in indices))
+
+
 def check_capture(
     work: Sequence[GroupWork], states: Mapping[Tensor, State], counts_skips: bool
 ) -> None:

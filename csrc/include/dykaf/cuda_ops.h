@@ -18,9 +18,8 @@ namespace dykaf::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// How float32 products run on the tensor cores: three TF32 products (close to float32), one TF32
-// product, bfloat16 inputs; sums are float32.
-enum class MatmulPrecision : int32_t { kHighest, kHigh, kMedium };
+// On the tensor cores: three TF32 products (close to float32), one TF32 product, bfloat16 inputs.
+using dykaf::MatmulPrecision;
 
 // What a step needs beside the matrices and is on the device already.
 struct DeviceInputs {

@@ -4,7 +4,10 @@
 // docs/algorithm.md for the forms used here.
 #pragma once
 
+#include <cstddef>
+#include <memory>
 #include <span>
+#include <vector>
 
 #include "dykaf/types.h"
 
@@ -16,8 +19,8 @@ void grad_max(std::span<const Gradient> gradients, double* maxima);
 // outputs[i] = Q_L^T inputs[i] Q_R (into the basis) or Q_L inputs[i] Q_R^T (out of it); a missing
 // basis is the identity. inputs and outputs: [m, n]; outputs may alias inputs.
 template <typename T>
-void rotate(std::span<const Problem<T>> problems, Rotation rotation, const T* const* inputs,
-            T* const* outputs);
+void rotate(std::span<const Problem<T>> problems, Rotation rotation, MatmulPrecision precision,
+            const T* const* inputs, T* const* outputs);
 
 // One Adam step in the basis: advances step, exp_avg, the second moment and update_rms with the
 // rotated gradient `grad` and writes the update D [m, n] (bias-corrected, before lr) to updates[i].
@@ -50,8 +53,36 @@ void refresh_basis_(std::span<const Problem<T>> problems, const Options& options
 template <typename T>
 void refresh_due_(std::span<const Problem<T>> problems, const Options& options);
 
-// The whole step: the above in their order.
+// Places of matrices in the list of a step.
+struct StepFailures {
+  std::vector<size_t> steps;      // could not be updated, and are as before
+  std::vector<size_t> refreshes;  // their old basis stayed
+};
+
+// The whole step: the above in their order. `initialize_` comes first, and with it everything that
+// can fail before anything has changed; `reset_` takes it back.
 template <typename T>
-void step_(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes);
+class Step {
+ public:
+  // Allocates what the step needs; changes nothing.
+  Step(std::span<const Problem<T>> problems, const Options& options, Refreshes refreshes);
+  ~Step();
+  Step(Step&&) noexcept;
+
+  // What the first gradients do. Where that fails, all matrices are as before, and it throws.
+  void initialize_();
+  // Undoes initialize_.
+  void reset_();
+
+  // The step of all that had their first gradient before, and the refreshes.
+  StepFailures run_();
+
+  // Whether some had none yet.
+  bool has_fresh() const;
+
+ private:
+  struct Memory;
+  std::unique_ptr<Memory> memory_;
+};
 
 }  // namespace dykaf::cpu

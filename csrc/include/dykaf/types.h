@@ -13,6 +13,9 @@ enum class SecondMoment : int32_t { kFull, kRankOne, kFactored };
 enum class RefreshSchedule : int32_t { kGeometric, kFixed };
 enum class Side : int32_t { kLeft = 0, kRight = 1 };
 enum class Rotation : int32_t { kIntoBasis, kOutOfBasis };
+// How products of float32 matrices read them: as they are, as TF32 (on a GPU), as bfloat16 (on a
+// CPU where it multiplies that itself); sums are float32.
+enum class MatmulPrecision : int32_t { kHighest, kHigh, kMedium };
 // Whether a step refreshes the bases that are due, or leaves that to a call of its own.
 enum class Refreshes : int32_t { kWithStep, kApart };
 
@@ -79,6 +82,13 @@ struct Problem {
   constexpr int64_t short_side() const { return is_wide() ? m : n; }
   constexpr int64_t long_side() const { return is_wide() ? n : m; }
 
+  // The longest side with a basis, 0 without one.
+  constexpr int64_t rotated_side() const {
+    const int64_t rows = Q_L != nullptr || is_skinny() ? m : 0;
+    const int64_t cols = Q_R != nullptr || is_skinny() ? n : 0;
+    return rows > cols ? rows : cols;
+  }
+
   bool has_factor(Side side) const {
     return (side == Side::kLeft ? L : R) != nullptr || is_skinny();
   }
@@ -106,6 +116,7 @@ struct Options {
   RefreshSchedule refresh_schedule;
   bool rescale_exp_avg_sq;
   bool refresh_stagger;
+  MatmulPrecision precision;
 };
 
 }  // namespace dykaf
