@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
+from dykaf.checkpoint import checked_state_dict, exact_states
 from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import in_full, passes
 from dykaf.options import RULES, StepOptions, check_new_options, check_options, step_options
-from dykaf.schedule import stagger_offsets, update_offsets
+from dykaf.schedule import Offsets
 from dykaf.state import (
-    HOST_KEYS,
     KINDS,
     STRUCTURAL_OPTIONS,
     Layout,
@@ -141,8 +141,10 @@ class DyKAF(Optimizer):
         super().__init__(params, defaults)
 
     def _reset_caches(self) -> None:
-        self._layouts: dict[Tensor, tuple[tuple[object, ...], Layout]] = {}
-        self._offsets: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] | None = None
+        # By id: a reference would keep parameters alive that the user has replaced, and a weak one
+        # would forbid torch.utils.swap_tensors.
+        self._layouts: dict[int, tuple[tuple[object, ...], Layout]] = {}
+        self._offsets = Offsets()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
@@ -159,7 +161,6 @@ class DyKAF(Optimizer):
         except ValueError:
             del self.param_groups[num_groups:]
             raise
-        self._offsets = None
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -324,8 +325,8 @@ class DyKAF(Optimizer):
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]
     ) -> Layout:
-        key = (*structure, param.shape, param.dtype, param.device)
-        cached = self._layouts.get(param)
+        key = (*structure, param.shape, param.dtype, param.device, type(param))
+        cached = self._layouts.get(id(param))
         if cached is not None and cached[0] == key:
             return cached[1]
         check_backend(name, param)
@@ -333,7 +334,7 @@ class DyKAF(Optimizer):
         if self.state.get(param):
             before = structure if cached is None else cached[0]
             check_state(name, self.state[param], layout, changed_options(before, structure))
-        self._layouts[param] = (key, layout)
+        self._layouts[id(param)] = (key, layout)
         return layout
 
     def _state_of(self, param: Tensor, layout: Layout) -> State:
@@ -362,21 +363,10 @@ class DyKAF(Optimizer):
         return skip
 
     def _stagger_offsets(self) -> list[tuple[int, int, int]]:
-        periods = [
-            (group["precondition_frequency"], group["factor_update_every"], len(group["params"]))
-            for group in self.param_groups
-        ]
-        if self._offsets is None or self._offsets[0] != periods:
-            layouts = [
-                (Layout.of(param, group), period, every)
-                for group, (period, every, _) in zip(self.param_groups, periods, strict=True)
-                for param in group["params"]
-            ]
-            refreshes = stagger_offsets((layout, period) for layout, period, _ in layouts)
-            updates = update_offsets((layout, every) for layout, _, every in layouts)
-            offsets = [(*sides, own) for sides, own in zip(refreshes, updates, strict=True)]
-            self._offsets = (periods, offsets)
-        return self._offsets[1]
+        ids = {id(param) for group in self.param_groups for param in group["params"]}
+        for gone in self._layouts.keys() - ids:
+            del self._layouts[gone]
+        return self._offsets.of(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
@@ -432,7 +422,7 @@ class DyKAF(Optimizer):
         """
 
         def prepare(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = self._checked_state_dict(loaded)
+            self._incoming = checked_state_dict(loaded, self.param_groups)
             return self._incoming
 
         # Registered last, so that it sees what other pre-hooks made of the state_dict.
@@ -442,42 +432,6 @@ class DyKAF(Optimizer):
         finally:
             handle.remove()
             self._incoming = None
-
-    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """``state_dict`` after all checks, with the options that it lacks taken from the groups."""
-        groups = state_dict["param_groups"]
-        lengths = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in groups] != lengths:
-            return state_dict  # torch raises its own message
-        filled = []
-        for group_idx, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
-            options = dict(saved)
-            for name in RULES:
-                options.setdefault(name, group[name])
-            check_options(options)
-            for idx, (param, saved_idx) in enumerate(
-                zip(group["params"], saved["params"], strict=True)
-            ):
-                state = state_dict["state"].get(saved_idx)
-                if state:
-                    name = param_name(group, group_idx, idx)
-                    check_state(name, state, Layout.of(param, options))
-            filled.append(options)
-        return {**state_dict, "param_groups": filled}
-
-    def _take_exactly(self, state_dict: Mapping[str, Any]) -> None:
-        """Replaces state that torch has cast to the parameters' dtypes."""
-        ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param, idx in zip(params, ids, strict=True):
-            if state_dict["state"].get(idx):
-                self.state[param] = {
-                    name: value.detach()
-                    .to("cpu" if name in HOST_KEYS else param.device)
-                    .clone(memory_format=torch.contiguous_format)
-                    for name, value in state_dict["state"][idx].items()
-                }
-        self.skipped_steps = state_dict.get("skipped_steps", 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
@@ -490,7 +444,9 @@ class DyKAF(Optimizer):
         self._reset_caches()
         incoming = getattr(self, "_incoming", None)
         if incoming is not None:
-            self._take_exactly(incoming)
+            # In place of what torch has cast to the parameters' dtypes.
+            self.state.update(exact_states(incoming, self.param_groups))
+            self.skipped_steps = incoming.get("skipped_steps", 0)
         for group in self.param_groups:
             for name in RULES:
                 group.setdefault(name, self.defaults[name])
