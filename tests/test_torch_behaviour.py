@@ -80,16 +80,6 @@ def test_a_scheduler_may_round_an_lr_below_zero() -> None:
         assert torch.equal(param, old)
 
 
-def test_numbers_may_be_numpys() -> None:
-    np = pytest.importorskip("numpy")
-    options = {"lr": 0.125, "weight_decay": 0.5, "eps": 0.25, "metric_power": 0.5}
-    plain = DyKAF([parameter(6, 4)], **options)
-    with_numpy = DyKAF([parameter(6, 4)], **{key: np.float32(v) for key, v in options.items()})
-    for optimizer in (plain, with_numpy):
-        run(optimizer, range(4))
-    assert trajectory(plain) == trajectory(with_numpy)
-
-
 def test_one_cycle_scheduler_cycles_the_betas() -> None:
     param = parameter(6, 4)
     optimizer = DyKAF([param], lr=0.1)

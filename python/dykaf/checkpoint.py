@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dykaf.checks import param_name
-from dykaf.options import RULES, check_options
+from dykaf.options import RULES, check_options, plain_options
 from dykaf.state import HOST_KEYS, Layout, State, check_state
 
 
@@ -36,6 +36,7 @@ def checked_state_dict(
         for name in RULES:
             options.setdefault(name, group[name])
         check_options(options)
+        options.update(plain_options(options))
         for idx, (param, saved_idx) in enumerate(
             zip(group["params"], saved["params"], strict=True)
         ):

@@ -14,7 +14,14 @@ from dykaf.checkpoint import checked_state_dict, exact_states
 from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import in_full, passes
-from dykaf.options import RULES, StepOptions, check_new_options, check_options, step_options
+from dykaf.options import (
+    RULES,
+    StepOptions,
+    check_new_options,
+    check_options,
+    plain_options,
+    step_options,
+)
 from dykaf.schedule import Offsets
 from dykaf.state import (
     KINDS,
@@ -136,6 +143,7 @@ class DyKAF(Optimizer):
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name in RULES}
         check_new_options(defaults)
+        defaults.update(plain_options(defaults))
         self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
         self._reset_caches()
         super().__init__(params, defaults)
@@ -161,6 +169,7 @@ class DyKAF(Optimizer):
         except ValueError:
             del self.param_groups[num_groups:]
             raise
+        self.param_groups[-1].update(plain_options(self.param_groups[-1]))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -411,7 +420,17 @@ class DyKAF(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim.Optimizer, with ``skipped_steps``; loads with ``weights_only=True``."""
-        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        # Registered last, so that it sees what other pre-hooks made of the optimizer.
+        handle = self.register_state_dict_pre_hook(lambda _: self._tidy())
+        try:
+            return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        finally:
+            handle.remove()
+
+    def _tidy(self) -> None:
+        """Brings what users and schedulers may have left into the form that is saved."""
+        for group in self.param_groups:
+            group.update(plain_options(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads state exactly: unlike torch's own, without a cast to the parameters' dtypes.

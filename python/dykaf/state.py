@@ -76,13 +76,13 @@ class Layout:
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """The layout of ``param`` under the structural options of ``group``."""
         shape = tuple(param.shape)
-        batch, matrix = shape[: group["batch_dims"]], shape[group["batch_dims"] :]
+        batch_dims, skinny_rank = int(group["batch_dims"]), int(group["skinny_rank"])
+        batch, matrix = shape[:batch_dims], shape[batch_dims:]
         is_matrix = len(matrix) >= 2
         m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, param.numel())
         left = is_matrix and m <= group["max_precond_dim"]
         right = is_matrix and n <= group["max_precond_dim"]
         factored = left or right
-        skinny_rank = group["skinny_rank"]
         is_skinny = (
             left
             and right
