@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from dykaf.checks import param_name
 from dykaf.options import RULES, check_options, plain_options
@@ -43,6 +44,11 @@ def checked_state_dict(
             state = state_dict["state"].get(saved_idx)
             if state:
                 name = param_name(group, group_idx, idx)
+                if is_lazy(param):
+                    raise ValueError(
+                        f"state of {name}: expected a parameter that has its shape, "
+                        f"got {type(param).__name__}"
+                    )
                 check_state(name, state, Layout.of(param, options))
         filled.append(options)
     return {**state_dict, "param_groups": filled}

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
 from dykaf.checkpoint import checked_state_dict, exact_states
-from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
+from dykaf.checks import check_grad, check_param, check_usable, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import in_full, passes
 from dykaf.options import (
@@ -338,7 +338,7 @@ class DyKAF(Optimizer):
         cached = self._layouts.get(id(param))
         if cached is not None and cached[0] == key:
             return cached[1]
-        check_backend(name, param)
+        check_usable(name, param)
         layout = Layout.of(param, group)
         if self.state.get(param):
             before = structure if cached is None else cached[0]

@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from dykaf.state import STRUCTURAL_OPTIONS, Layout
+from dykaf.state import STRUCTURAL_OPTIONS, Layout, shape_of
 
 _OPTIONS = ("precondition_frequency", "factor_update_every", *STRUCTURAL_OPTIONS)
 
@@ -26,13 +24,11 @@ class Offsets:
     def of(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
         """For each parameter the offsets of its left side, its right side and its updates."""
         key: list[object] = [
-            (*(group[name] for name in _OPTIONS), *(param.shape for param in group["params"]))
+            (*(group[name] for name in _OPTIONS), *(shape_of(param) for param in group["params"]))
             for group in param_groups
         ]
         if key != self._key:
-            params: list[tuple[Mapping[str, Any], Tensor]] = [
-                (group, param) for group in param_groups for param in group["params"]
-            ]
+            params = [(group, param) for group in param_groups for param in group["params"]]
             layouts = [Layout.of(param, group) for group, param in params]
             periods, every = (
                 [int(group[name]) for group, _ in params]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -51,6 +52,11 @@ KINDS = {
 }
 
 
+def shape_of(param: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter; an empty one for that of a lazy module before its first input."""
+    return (0,) if is_lazy(param) else tuple(param.shape)
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a parameter is seen: a stack of ``count`` matrices, m x n, with the factors it keeps.
@@ -75,11 +81,11 @@ class Layout:
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """The layout of ``param`` under the structural options of ``group``."""
-        shape = tuple(param.shape)
+        shape = shape_of(param)
         batch_dims, skinny_rank = int(group["batch_dims"]), int(group["skinny_rank"])
         batch, matrix = shape[:batch_dims], shape[batch_dims:]
         is_matrix = len(matrix) >= 2
-        m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, param.numel())
+        m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, math.prod(shape))
         left = is_matrix and m <= group["max_precond_dim"]
         right = is_matrix and n <= group["max_precond_dim"]
         factored = left or right
