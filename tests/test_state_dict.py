@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import bits, gradient, parameter, params_of, randn, run, trajectory
+from optim_helpers import bits, gradient, parameter, params_of, run, trajectory
 from torch import nn
 
 from dykaf import DyKAF
@@ -268,59 +268,6 @@ def test_state_dict_hooks_run() -> None:
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
     saved = optimizer.state_dict()
     assert saved["note"] == "kept" and saved["skipped_steps"] == 8
-
-
-# ---- From torch.optim.AdamW ----------------------------------------------------------------------
-
-
-def _adamw_pair(
-    shape: tuple[int, ...], channels_last: bool = False
-) -> tuple[torch.optim.AdamW, nn.Parameter]:
-    values = randn(*shape)
-    if channels_last:
-        values = values.to(memory_format=torch.channels_last)
-    theirs, ours = nn.Parameter(values.clone()), nn.Parameter(values.clone())
-    adamw = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, foreach=False)
-    run(adamw, range(10))
-    ours.data.copy_(theirs.detach())
-    return adamw, ours
-
-
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [
-        lambda param: DyKAF([param], max_precond_dim=0),
-        # A group's own options stand where the saved group has none.
-        lambda param: DyKAF([{"params": [param], "max_precond_dim": 0}]),
-    ],
-    ids=["default", "group"],
-)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_state_of_adamw_continues_as_adamw(
-    make_optimizer: Callable[[nn.Parameter], DyKAF], channels_last: bool
-) -> None:
-    """Fifty float64 steps of parameters of order one: rounding is below 1e-12 by far."""
-    adamw, ours = _adamw_pair((4, 3, 2, 2), channels_last)
-    optimizer = make_optimizer(ours)
-    optimizer.load_state_dict(through_file(adamw.state_dict()))
-    assert optimizer.param_groups[0]["max_precond_dim"] == 0
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
-    run(adamw, range(10, 60))
-    run(optimizer, range(10, 60))
-    theirs = params_of(adamw)[0]
-    assert float((ours - theirs).detach().abs().max()) < 1e-12
-    assert float(optimizer.state[ours]["step"]) == 60
-
-
-def test_state_of_amsgrad_is_refused() -> None:
-    param = parameter(4, 3)
-    adamw = torch.optim.AdamW([param], amsgrad=True)
-    run(adamw, range(2))
-    optimizer = DyKAF([parameter(4, 3)], max_precond_dim=0)
-    with pytest.raises(ValueError, match=r"got also \['max_exp_avg_sq'\]"):
-        optimizer.load_state_dict(adamw.state_dict())
-    assert not optimizer.state
 
 
 # ---- Parameters added late -----------------------------------------------------------------------

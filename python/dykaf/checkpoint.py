@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def checked_state_dict(
     lengths = [len(group["params"]) for group in param_groups]
     if [len(group["params"]) for group in groups] != lengths:
         return state_dict
-    filled = []
+    states, filled = dict(state_dict["state"]), []
     for group_idx, (saved, group) in enumerate(zip(groups, param_groups, strict=True)):
         options = dict(saved)
         for name in RULES:
@@ -41,7 +42,7 @@ def checked_state_dict(
         for idx, (param, saved_idx) in enumerate(
             zip(group["params"], saved["params"], strict=True)
         ):
-            state = state_dict["state"].get(saved_idx)
+            state = states.get(saved_idx)
             if state:
                 name = param_name(group, group_idx, idx)
                 if is_lazy(param):
@@ -49,9 +50,31 @@ def checked_state_dict(
                         f"state of {name}: expected a parameter that has its shape, "
                         f"got {type(param).__name__}"
                     )
-                check_state(name, state, Layout.of(param, options))
+                layout = Layout.of(param, options)
+                if not layout.has_factors:
+                    states[saved_idx] = state = _from_adamw(name, state, layout)
+                check_state(name, state, layout)
         filled.append(options)
-    return {**state_dict, "param_groups": filled}
+    return {**state_dict, "state": states, "param_groups": filled}
+
+
+def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The state of a parameter without factors, which may be one of torch.optim.AdamW.
+
+    That has a ``step`` of any type, moments of the parameter's dtype and no ``update_rms``.
+    """
+    if "max_exp_avg_sq" in state:
+        raise ValueError(
+            f"state of {name}: expected one of AdamW without amsgrad, got 'max_exp_avg_sq'"
+        )
+    found = {"update_rms": torch.zeros((), device="cpu"), **state}
+    if isinstance(found.get("step"), Real):
+        found["step"] = torch.tensor(float(found["step"]), dtype=torch.float32, device="cpu")
+    for key, (_, dtype) in layout.shapes().items():
+        value = found.get(key)
+        if isinstance(value, Tensor) and (value.is_floating_point() or key == "step"):
+            found[key] = value.to(dtype)
+    return found
 
 
 def exact_states(

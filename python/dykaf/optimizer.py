@@ -469,7 +469,3 @@ class DyKAF(Optimizer):
         for group in self.param_groups:
             for name in RULES:
                 group.setdefault(name, self.defaults[name])
-        for param_state in self.state.values():
-            # State of torch.optim.AdamW, for parameters without factors.
-            if param_state and "update_rms" not in param_state:
-                param_state["update_rms"] = torch.zeros_like(param_state["step"])

@@ -113,6 +113,11 @@ class Layout:
         )
 
     @property
+    def has_factors(self) -> bool:
+        """Whether a factor of either side is kept; AdamW updates the parameter otherwise."""
+        return self.left or self.right
+
+    @property
     def refresh_costs(self) -> tuple[int, int]:
         """Of the left and the right side, relative to each other; 0 without a factor."""
         thin = self.skinny_rank**2 * max(self.m, self.n)
@@ -135,7 +140,7 @@ class Layout:
             "step": (batch, torch.float32),
             "update_rms": (batch, torch.float32),
         }
-        full = (*batch, m, n) if self.left or self.right else self.shape
+        full = (*batch, m, n) if self.has_factors else self.shape
         shapes["exp_avg"] = (full, dtype)
         if self.skinny_rank:
             short, long, rows = min(m, n), max(m, n), 2 * self.skinny_rank
@@ -155,7 +160,7 @@ class Layout:
             shapes["L"] = shapes["Q_L"] = ((*batch, m, m), self.factor_dtype)
         if self.right:
             shapes["R"] = shapes["Q_R"] = ((*batch, n, n), self.factor_dtype)
-        if self.left or self.right:
+        if self.has_factors:
             shapes["rho"] = ((*batch, 2), torch.float64)
             shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
             shapes["schedule_step"] = shapes["refresh_fallbacks"] = (batch, torch.int64)
@@ -186,9 +191,6 @@ def check_state(
 ) -> None:
     """Checks the state of a parameter against its layout.
 
-    ``update_rms`` may be missing, so that state of torch.optim.AdamW loads for parameters without
-    factors.
-
     Args:
         name: of the parameter.
         state: what is checked.
@@ -203,8 +205,6 @@ def check_state(
         owner += f", which cannot follow a change of {', '.join(changed)}"
     for key, (shape, dtype) in layout.shapes().items():
         value = state.get(key)
-        if value is None and key == "update_rms":
-            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{owner}: expected a tensor {key!r}, got {value!r}")
         if tuple(value.shape) != shape or value.dtype != dtype:
