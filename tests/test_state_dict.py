@@ -16,6 +16,7 @@ from optim_helpers import bits, gradient, parameter, params_of, run, trajectory
 from torch import nn
 
 from dykaf import DyKAF
+from dykaf.state import HOST_KEYS
 
 STEPS = 20
 
@@ -268,6 +269,57 @@ def test_state_dict_hooks_run() -> None:
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
     saved = optimizer.state_dict()
     assert saved["note"] == "kept" and saved["skipped_steps"] == 8
+
+
+# ---- State that was moved ------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """A tensor as it looks on another device, with the gaps that a move may keep."""
+
+    is_cpu = False
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.device = torch.device("cuda")
+        self.value = value
+
+    def to(self, device: str) -> torch.Tensor:
+        assert device == "cpu"
+        return torch.stack([self.value, torch.zeros_like(self.value)], dim=-1)[..., 0]
+
+    def all(self) -> bool:
+        raise AssertionError("read where it is")
+
+
+MOMENTS: dict[str, Callable[[DyKAF], object]] = {
+    "step": lambda optimizer: run(optimizer, range(7, 8)),
+    "refresh": lambda optimizer: optimizer.refresh(),
+    "diagnostics": lambda optimizer: optimizer.diagnostics(),
+    "state_dict": lambda optimizer: optimizer.state_dict(),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_belongs_on_the_cpu_comes_back(moment: str) -> None:
+    """After the recipe that moves every tensor of a state to the parameter's device."""
+    moved, plain = (
+        DyKAF([parameter(6, 4), parameter(4, 40, seed=1), parameter(3)], skinny_rank=2)
+        for _ in range(2)
+    )
+    for optimizer in (moved, plain):
+        run(optimizer, range(7))
+    for state in moved.state.values():
+        for key, value in state.items():
+            if key in HOST_KEYS:
+                state[key] = Elsewhere(value)
+    for optimizer in (moved, plain):
+        MOMENTS[moment](optimizer)
+    for state in moved.state.values():
+        entries = [state[key] for key in HOST_KEYS if key in state]
+        assert all(isinstance(entry, torch.Tensor) and entry.is_contiguous() for entry in entries)
+    for optimizer in (moved, plain):
+        run(optimizer, range(8, 14))
+    assert trajectory(moved) == trajectory(plain)
 
 
 # ---- Parameters added late -----------------------------------------------------------------------

@@ -30,6 +30,7 @@ from dykaf.state import (
     State,
     changed_options,
     check_state,
+    host_entries_,
     new_state,
 )
 from dykaf.work import GroupWork, check_capture
@@ -268,7 +269,7 @@ class DyKAF(Optimizer):
                 if self.state.get(param):
                     by_device.setdefault(param.device, []).append(idx)
             for indices in by_device.values():
-                states = [self.state[group["params"][idx]] for idx in indices]
+                states = [host_entries_(self.state[group["params"][idx]]) for idx in indices]
                 places = [offsets[first + idx] for idx in indices]
                 for part in passes(states):
                     with in_full(states[part]) as wide:
@@ -336,13 +337,14 @@ class DyKAF(Optimizer):
     ) -> Layout:
         key = (*structure, param.shape, param.dtype, param.device, type(param))
         cached = self._layouts.get(id(param))
+        state = host_entries_(self.state.get(param, {}))
         if cached is not None and cached[0] == key:
             return cached[1]
         check_usable(name, param)
         layout = Layout.of(param, group)
-        if self.state.get(param):
+        if state:
             before = structure if cached is None else cached[0]
-            check_state(name, self.state[param], layout, changed_options(before, structure))
+            check_state(name, state, layout, changed_options(before, structure))
         self._layouts[id(param)] = (key, layout)
         return layout
 
@@ -406,7 +408,7 @@ class DyKAF(Optimizer):
             for idx, param in enumerate(group["params"]):
                 if self.state.get(param):
                     name = param_name(group, group_idx, idx)
-                    report[name] = parameter_diagnostics(self.state[param])
+                    report[name] = parameter_diagnostics(host_entries_(self.state[param]))
         return report
 
     def state_bytes(self) -> dict[str, int]:
@@ -431,6 +433,8 @@ class DyKAF(Optimizer):
         """Brings what users and schedulers may have left into the form that is saved."""
         for group in self.param_groups:
             group.update(plain_options(group))
+        for state in self.state.values():
+            host_entries_(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads state exactly: unlike torch's own, without a cast to the parameters' dtypes.

@@ -180,6 +180,22 @@ def new_state(param: Tensor, layout: Layout) -> State:
     return state
 
 
+def host_entries_(state: State) -> State:
+    """Puts back on the CPU, in place, what belongs there: many recipes move all of a state.
+
+    Args:
+        state: of one parameter; empty if it has none yet.
+
+    Returns:
+        ``state``.
+    """
+    for key in HOST_KEYS:
+        value = state.get(key)
+        if value is not None and not value.is_cpu:
+            state[key] = value.to("cpu").contiguous()
+    return state
+
+
 def changed_options(before: Sequence[object], after: Sequence[object]) -> list[str]:
     """The names of those STRUCTURAL_OPTIONS whose values, in their order, differ."""
     values = zip(STRUCTURAL_OPTIONS, before, after, strict=False)
