@@ -164,14 +164,21 @@ def test_skipped_steps_are_saved() -> None:
     params_of(optimizer)[0].grad = torch.full((6, 4), float("nan"))
     optimizer.step()
     optimizer.step()
+    optimizer.add_param_group({"params": [parameter(3)]})
+    other.add_param_group({"params": [parameter(3)], "skipped_steps": 5})  # no option
+    assert other.skipped_steps == other.state_dict()["param_groups"][1]["skipped_steps"] == 0
     saved = through_file(optimizer.state_dict())
-    assert saved["skipped_steps"] == 2
+    assert [group["skipped_steps"] for group in saved["param_groups"]] == [2, 2]
     other.skipped_steps = 9
     other.load_state_dict(saved)
     assert other.skipped_steps == 2
-    del saved["skipped_steps"]  # of torch.optim.AdamW
+    for group in saved["param_groups"]:  # as saved by torch.optim.AdamW
+        del group["skipped_steps"]
     other.load_state_dict(saved)
     assert other.skipped_steps == 0
+    other.load_state_dict({**saved, "skipped_steps": 4})  # as saved before it was in the groups
+    assert other.skipped_steps == 4
+    assert other.state_dict()["param_groups"][0]["skipped_steps"] == 4
 
 
 def test_saved_options_are_loaded() -> None:
@@ -200,11 +207,12 @@ def test_options_that_an_old_pickle_lacks_come_from_its_defaults() -> None:
     state = DyKAF([parameter(4, 3)], integrator="bug").__getstate__()
     del state["param_groups"][0]["integrator"]
     del state["param_groups"][0]["seed"]
+    del state["param_groups"][0]["skipped_steps"]
     del state["skipped_steps"]
     other = DyKAF.__new__(DyKAF)
     other.__setstate__(state)
     assert other.param_groups[0]["integrator"] == "bug"
-    assert other.param_groups[0]["seed"] == 0
+    assert other.param_groups[0]["seed"] == other.param_groups[0]["skipped_steps"] == 0
     run(other, range(3))
     assert float(other.state[params_of(other)[0]]["step"]) == 2
 
@@ -268,7 +276,7 @@ def test_state_dict_hooks_run() -> None:
     optimizer.register_state_dict_pre_hook(lambda opt: setattr(opt, "skipped_steps", 8))
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
     saved = optimizer.state_dict()
-    assert saved["note"] == "kept" and saved["skipped_steps"] == 8
+    assert saved["note"] == "kept" and saved["param_groups"][0]["skipped_steps"] == 8
 
 
 # ---- State that was moved ------------------------------------------------------------------------

@@ -20,6 +20,9 @@ def checked_state_dict(
 ) -> dict[str, Any]:
     """``state_dict`` after all checks, with the options that it lacks taken from the groups.
 
+    The count of skipped steps is an entry of the whole in what this returns and in old checkpoints,
+    of every group in new ones.
+
     Args:
         state_dict: of an optimizer with equally many groups and parameters; another is returned
             as it is, for torch has its own message then.
@@ -55,7 +58,9 @@ def checked_state_dict(
                     states[saved_idx] = state = _from_adamw(name, state, layout)
                 check_state(name, state, layout)
         filled.append(options)
-    return {**state_dict, "state": states, "param_groups": filled}
+    counts = [group.get("skipped_steps", 0) for group in groups]
+    skipped_steps = {"skipped_steps": max(counts, default=0)}
+    return {**skipped_steps, **state_dict, "state": states, "param_groups": filled}
 
 
 def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

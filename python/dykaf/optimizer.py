@@ -170,7 +170,8 @@ class DyKAF(Optimizer):
         except ValueError:
             del self.param_groups[num_groups:]
             raise
-        self.param_groups[-1].update(plain_options(self.param_groups[-1]))
+        group = self.param_groups[-1]
+        group.update(plain_options(group), skipped_steps=0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -421,18 +422,23 @@ class DyKAF(Optimizer):
         return sizes
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim.Optimizer, with ``skipped_steps``; loads with ``weights_only=True``."""
+        """As in torch.optim.Optimizer; loads with ``weights_only=True``.
+
+        Each group has the entry ``skipped_steps``, the count of the whole optimizer: entries of
+        groups are all that torch.distributed.checkpoint keeps beside the state.
+        """
         # Registered last, so that it sees what other pre-hooks made of the optimizer.
         handle = self.register_state_dict_pre_hook(lambda _: self._tidy())
         try:
-            return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+            return super().state_dict()
         finally:
             handle.remove()
 
     def _tidy(self) -> None:
         """Brings what users and schedulers may have left into the form that is saved."""
+        skipped_steps = self.skipped_steps
         for group in self.param_groups:
-            group.update(plain_options(group))
+            group.update(plain_options(group), skipped_steps=skipped_steps)
         for state in self.state.values():
             host_entries_(state)
 
@@ -469,7 +475,8 @@ class DyKAF(Optimizer):
         if incoming is not None:
             # In place of what torch has cast to the parameters' dtypes.
             self.state.update(exact_states(incoming, self.param_groups))
-            self.skipped_steps = incoming.get("skipped_steps", 0)
+            self.skipped_steps = incoming["skipped_steps"]
         for group in self.param_groups:
+            group.setdefault("skipped_steps", 0)
             for name in RULES:
                 group.setdefault(name, self.defaults[name])
