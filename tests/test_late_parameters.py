@@ -222,7 +222,7 @@ def test_replaced_parameters_are_not_kept_alive(steps_between: int) -> None:
     gc.collect()
     assert [ref() for ref in gone] == [None] * 5
     run(optimizer, range(20, 22))
-    assert len(optimizer._layouts) == 2  # of those that are there
+    assert len(optimizer._layouts.by_id) == 2  # of those that are there
 
 
 def test_state_that_is_moved_to_a_replacement_goes_on() -> None:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
 from dykaf.checkpoint import checked_state_dict, exact_states
-from dykaf.checks import check_grad, check_param, check_usable, is_capturing, param_name
+from dykaf.checks import check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import in_full, passes
 from dykaf.options import (
@@ -24,16 +24,14 @@ from dykaf.options import (
 )
 from dykaf.schedule import Offsets
 from dykaf.state import (
-    KINDS,
     STRUCTURAL_OPTIONS,
     Layout,
     State,
-    changed_options,
-    check_state,
+    bytes_by_kind,
     host_entries_,
     new_state,
 )
-from dykaf.work import GroupWork, check_capture
+from dykaf.work import GroupWork, Layouts, check_capture
 
 
 class DyKAF(Optimizer):
@@ -150,9 +148,7 @@ class DyKAF(Optimizer):
         super().__init__(params, defaults)
 
     def _reset_caches(self) -> None:
-        # By id: a reference would keep parameters alive that the user has replaced, and a weak one
-        # would forbid torch.utils.swap_tensors.
-        self._layouts: dict[int, tuple[tuple[object, ...], Layout]] = {}
+        self._layouts = Layouts()
         self._offsets = Offsets()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -336,18 +332,8 @@ class DyKAF(Optimizer):
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]
     ) -> Layout:
-        key = (*structure, param.shape, param.dtype, param.device, type(param))
-        cached = self._layouts.get(id(param))
         state = host_entries_(self.state.get(param, {}))
-        if cached is not None and cached[0] == key:
-            return cached[1]
-        check_usable(name, param)
-        layout = Layout.of(param, group)
-        if state:
-            before = structure if cached is None else cached[0]
-            check_state(name, state, layout, changed_options(before, structure))
-        self._layouts[id(param)] = (key, layout)
-        return layout
+        return self._layouts.of(name, param, state, group, structure)
 
     def _state_of(self, param: Tensor, layout: Layout) -> State:
         state: State = self.state[param]
@@ -375,9 +361,7 @@ class DyKAF(Optimizer):
         return skip
 
     def _stagger_offsets(self) -> list[tuple[int, int, int]]:
-        ids = {id(param) for group in self.param_groups for param in group["params"]}
-        for gone in self._layouts.keys() - ids:
-            del self._layouts[gone]
+        self._layouts.keep(param for group in self.param_groups for param in group["params"])
         return self._offsets.of(self.param_groups)
 
     @property
@@ -414,12 +398,7 @@ class DyKAF(Optimizer):
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state by kind: exp_avg, exp_avg_sq, factors, bases, master, scalars, total."""
-        sizes = dict.fromkeys([*KINDS.values(), "scalars"], 0)
-        for state in self.state.values():
-            for key, value in state.items():
-                sizes[KINDS.get(key, "scalars")] += value.numel() * value.element_size()
-        sizes["total"] = sum(sizes.values())
-        return sizes
+        return bytes_by_kind(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim.Optimizer; loads with ``weights_only=True``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,16 @@ def check_state(
         raise ValueError(
             f"{owner}: expected the tensors {sorted(layout.shapes())}, got also {sorted(unknown)}"
         )
+
+
+def bytes_by_kind(states: Iterable[State]) -> dict[str, int]:
+    """The entries that :meth:`dykaf.DyKAF.state_bytes` documents."""
+    sizes = dict.fromkeys([*KINDS.values(), "scalars"], 0)
+    for state in states:
+        for key, value in state.items():
+            sizes[KINDS.get(key, "scalars")] += value.numel() * value.element_size()
+    sizes["total"] = sum(sizes.values())
+    return sizes
 
 
 def matrices(state: State) -> Iterator[State]:

@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from dykaf import ops
-from dykaf.state import Layout, State
+from dykaf.checks import check_usable
+from dykaf.state import Layout, State, changed_options, check_state
+
+
+class Layouts:
+    """The layouts of parameters, checked and made anew when what decides them has changed.
+
+    They are kept by the parameter's id: a reference would keep alive what the user has replaced,
+    and a weak one would forbid torch.utils.swap_tensors.
+    """
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, tuple[tuple[object, ...], Layout]] = {}
+
+    def of(
+        self,
+        name: str,
+        param: Tensor,
+        state: State,
+        group: Mapping[str, Any],
+        structure: tuple[object, ...],
+    ) -> Layout:
+        """The layout of a parameter with a gradient.
+
+        Args:
+            name: of the parameter.
+            param: is checked to be one that a step can serve.
+            state: of the parameter, empty if it has none yet; is checked to fit.
+            group: the parameter's.
+            structure: the values of STRUCTURAL_OPTIONS in ``group``.
+
+        Raises:
+            ValueError: naming the parameter, what was expected and what came.
+        """
+        key = (*structure, param.shape, param.dtype, param.device, type(param))
+        before, layout = self.by_id.get(id(param), (None, None))
+        if layout is None or before != key:
+            check_usable(name, param)
+            layout = Layout.of(param, group)
+            if state:
+                check_state(name, state, layout, changed_options(before or structure, structure))
+            self.by_id[id(param)] = (key, layout)
+        return layout
+
+    def keep(self, params: Iterable[Tensor]) -> None:
+        """Forgets all other parameters."""
+        for gone in self.by_id.keys() - {id(param) for param in params}:
+            del self.by_id[gone]
 
 
 class GroupWork(NamedTuple):
