@@ -175,12 +175,15 @@ class DyKAF(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @overload
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float | Tensor] | None = None) -> float | Tensor | None:
         """Performs one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, which is returned as it is.
 
         Raises:
             ValueError: for an option or gradient that cannot be used, naming it.

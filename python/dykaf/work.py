@@ -116,7 +116,7 @@ def check_capture(
             if layout.skinny_rank:
                 _refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")
             state = states.get(param)
-            if not state or not state.get("next_refresh", torch.ones(1)).all():
+            if not state or ("next_refresh" in state and not state["next_refresh"].all()):
                 _refuse("a step before the capture", f"none with a gradient of {name}")
 
 
