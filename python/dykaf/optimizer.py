@@ -102,13 +102,20 @@ class DyKAF(Optimizer):
         nonfinite: what a NaN or infinite gradient does: "skip" the whole step and count it in
             ``skipped_steps``, "raise" before anything has changed, or "propagate".
 
+    Attributes:
+        amp_scaling: False: as with torch.optim.AdamW, GradScaler unscales the gradients, waits for
+            the GPU to know whether they are finite, and calls no step where they are not. True, as
+            with torch.optim.AdamW(fused=True): its scale and its verdict are taken inside the step,
+            without a wait, and count in ``skipped_steps``; gradients are still scaled before the
+            step, so call ``scaler.unscale_(optimizer)`` before they are clipped or read.
+
     Raises:
         ValueError: for an option or parameter that is not as described, naming it.
 
     Source: Yudin et al., arXiv 2511.06477; docs/algorithm.md lists the deliberate deviations.
     """
 
-    _step_supports_amp_scaling = True
+    amp_scaling = False
     _skipped_on_host = 0
     _skipped_on_gpu: Tensor | None = None  # counted without the host, int64 []
 
@@ -150,6 +157,10 @@ class DyKAF(Optimizer):
     def _reset_caches(self) -> None:
         self._layouts = Layouts()
         self._offsets = Offsets()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # what GradScaler, and Lightning, look for
+        return self.amp_scaling
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
@@ -445,7 +456,11 @@ class DyKAF(Optimizer):
             self._incoming = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+        return {
+            **super().__getstate__(),
+            "skipped_steps": self.skipped_steps,
+            "amp_scaling": self.amp_scaling,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped_steps = state.get("skipped_steps")
