@@ -72,7 +72,8 @@ def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str
         raise ValueError(
             f"state of {name}: expected one of AdamW without amsgrad, got 'max_exp_avg_sq'"
         )
-    found = {"update_rms": torch.zeros((), device="cpu"), **state}
+    found = dict(state)
+    found.setdefault("update_rms", torch.zeros((), device="cpu"))
     if isinstance(found.get("step"), Real):
         found["step"] = torch.tensor(float(found["step"]), dtype=torch.float32, device="cpu")
     for key, (_, dtype) in layout.shapes().items():

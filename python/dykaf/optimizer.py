@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -65,7 +65,7 @@ class DyKAF(Optimizer):
         params: parameters, named parameters, or groups of either; of dtype float32, bfloat16 or
             float16, and on the CPU float64. :func:`dykaf.param_groups` makes sensible groups.
         lr: learning rate, a number or a one-element tensor.
-        betas: decay of exp_avg and of the second moment.
+        betas: decay of exp_avg and of the second moment, two numbers.
         eps: added to the root of the second moment after bias correction.
         weight_decay: decoupled weight decay.
         factor_beta: decay of the factors; None: ``betas[1]``, as in the paper.
@@ -123,7 +123,7 @@ class DyKAF(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: Sequence[float] = (0.95, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
