@@ -54,7 +54,7 @@ KINDS = {
 
 def shape_of(param: Tensor) -> tuple[int, ...]:
     """The shape of a parameter; an empty one for that of a lazy module before its first input."""
-    return (0,) if is_lazy(param) else tuple(param.shape)
+    return (0,) if is_lazy(param) else param.shape
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Layout:
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """The layout of ``param`` under the structural options of ``group``."""
-        shape = shape_of(param)
+        shape = tuple(shape_of(param))
         batch_dims, skinny_rank = int(group["batch_dims"]), int(group["skinny_rank"])
         batch, matrix = shape[:batch_dims], shape[batch_dims:]
         is_matrix = len(matrix) >= 2
@@ -190,9 +190,8 @@ def host_entries_(state: State) -> State:
         ``state``.
     """
     for key in HOST_KEYS:
-        value = state.get(key)
-        if value is not None and not value.is_cpu:
-            state[key] = value.to("cpu").contiguous()
+        if key in state and not state[key].is_cpu:
+            state[key] = state[key].to("cpu").contiguous()
     return state
 
 
