@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,8 +41,9 @@ def scaled_run(optimizer: DyKAF, scaler: torch.amp.GradScaler, steps: int, unsca
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("amp_scaling", [False, True])
 def test_power_of_two_scales_cancel_exactly(
-    dtype: torch.dtype, unscale: bool, maximize: bool
+    dtype: torch.dtype, unscale: bool, maximize: bool, amp_scaling: bool
 ) -> None:
     shapes = [(6, 4), (4, 9), (5,)]
     scaled, plain = (
@@ -52,15 +55,18 @@ def test_power_of_two_scales_cancel_exactly(
         )
         for _ in range(2)
     )
+    scaled.amp_scaling = amp_scaling
     scaled_run(scaled, make_scaler(2.0**12), 10, unscale)
     run(plain, range(10))
     assert trajectory(scaled) == trajectory(plain)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_other_scales_cancel_to_rounding(unscale: bool) -> None:
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_other_scales_cancel_to_rounding(unscale: bool, amp_scaling: bool) -> None:
     """float64; see TRAJECTORY in test_torch_behaviour.py for the bound."""
     scaled, plain = (DyKAF([parameter(6, 4, dtype=torch.float64)]) for _ in range(2))
+    scaled.amp_scaling = amp_scaling
     start = params_of(plain)[0].detach().clone()
     scaled_run(scaled, make_scaler(3000.0), 20, unscale)
     run(plain, range(20))
@@ -74,6 +80,7 @@ def test_scaled_gradients_may_fill_the_whole_range() -> None:
     low, plain = parameter(6, 4, dtype=torch.float16), parameter(6, 4, dtype=torch.float16)
     scaler = make_scaler(2.0**30)
     optimizer, other = (DyKAF([param], low_precision="master") for param in (low, plain))
+    optimizer.amp_scaling = True
     for step in range(5):
         large = gradient(low, step, 0).double() * 2.0**13
         low.grad = large.half()  # 2^30 times gradients far below float16's smallest number
@@ -90,10 +97,17 @@ def test_scaled_gradients_may_fill_the_whole_range() -> None:
 @pytest.mark.parametrize("nonfinite", ["skip", "raise", "propagate"])
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_found_inf_skips_and_counts(nonfinite: str, unscale: bool, value: float) -> None:
-    """The scaler looks for overflow by trial: this is no error, whatever ``nonfinite`` says."""
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_overflow_skips_the_step(
+    nonfinite: str, unscale: bool, value: float, amp_scaling: bool
+) -> None:
+    """The scaler looks for overflow by trial: this is no error, whatever ``nonfinite`` says. What
+    the scaler does not call is not counted."""
     optimizer = DyKAF([parameter(6, 4), parameter(5)], nonfinite=nonfinite)
+    optimizer.amp_scaling = amp_scaling
     scaler = make_scaler(2.0**10)
+    calls: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
     scaled_run(optimizer, scaler, 3, unscale)
     before = trajectory(optimizer)
     params_of(optimizer)[1].grad[-1] = value
@@ -103,17 +117,20 @@ def test_found_inf_skips_and_counts(nonfinite: str, unscale: bool, value: float)
     scaler.update()
     assert scaler.get_scale() == 2.0**9
     assert trajectory(optimizer)[:2] == before[:2]
-    assert optimizer.skipped_steps == 1
+    assert optimizer.skipped_steps == amp_scaling
     scaled_run(optimizer, scaler, 1, unscale)
-    assert optimizer.skipped_steps == 1
+    assert optimizer.skipped_steps == amp_scaling
+    assert len(calls) == 4 + amp_scaling
     assert trajectory(optimizer)[0] != before[0]
 
 
-def test_a_scaler_in_training_equals_training_without() -> None:
+@pytest.mark.parametrize("amp_scaling", [False, True])
+def test_a_scaler_in_training_equals_training_without(amp_scaling: bool) -> None:
     def train(scaler: torch.amp.GradScaler) -> Any:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
         optimizer = DyKAF(model.named_parameters(), lr=0.01)
+        optimizer.amp_scaling = amp_scaling
         x, y = randn(8, 4, dtype=torch.float32), randn(8, 2, seed=1, dtype=torch.float32)
         for _ in range(6):
             optimizer.zero_grad()
@@ -125,6 +142,30 @@ def test_a_scaler_in_training_equals_training_without() -> None:
         return trajectory(optimizer)
 
     assert train(make_scaler(2.0**8)) == train(torch.amp.GradScaler("cpu", enabled=False))
+
+
+def test_by_default_a_scaler_treats_it_as_adamw() -> None:
+    """Lightning clips no gradients of an optimizer with ``_step_supports_amp_scaling``; and float16
+    gradients are not unscaled in place."""
+    param = parameter(6, 4, dtype=torch.float16)
+    for optimizer in (torch.optim.AdamW([param]), DyKAF([param])):
+        assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+        param.grad = torch.ones_like(param)
+        with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+            make_scaler(2.0).step(optimizer)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_amp_scaling_is_copied_and_not_loaded(clone: Callable[[DyKAF], DyKAF]) -> None:
+    """It is a choice of how to train, like the scaler itself."""
+    default, chosen = DyKAF([parameter(3)]), DyKAF([parameter(3)])
+    chosen.amp_scaling = True
+    assert clone(chosen).amp_scaling and clone(chosen)._step_supports_amp_scaling
+    assert not clone(default).amp_scaling
+    default.load_state_dict(chosen.state_dict())
+    assert not default.amp_scaling
+    chosen.load_state_dict(default.state_dict())
+    assert chosen.amp_scaling
 
 
 def test_a_scaler_with_no_gradients() -> None:

@@ -200,6 +200,21 @@ def test_before_the_first_gradient() -> None:
     assert optimizer.diagnostics()[NAME] == {"step": 0.0, "update_rms": 0.0}
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_the_modes_of_torch_do_not_matter(state_dtype: str) -> None:
+    """autocast would round the products of the orthogonality error to 8 bits."""
+    optimizer = DyKAF([parameter(40, 30), parameter(5)], state_dtype=state_dtype)
+    run(optimizer, range(6))
+    expected = optimizer.diagnostics()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert optimizer.diagnostics() == expected
+    torch.set_default_device("meta")
+    try:
+        assert optimizer.diagnostics() == expected
+    finally:
+        torch.set_default_device(None)
+
+
 def test_asking_changes_nothing() -> None:
     optimizer = DyKAF([parameter(6, 4), parameter(3)])
     run(optimizer, range(3))

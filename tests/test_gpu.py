@@ -363,7 +363,7 @@ def test_a_loaded_run_goes_on_bit_for_bit() -> None:
 
 def test_float64_is_refused_before_anything_is_added() -> None:
     optimizer = DyKAF(parameters())
-    wide = torch.zeros(3, 3, dtype=torch.float64, device=backends.device())
+    wide = torch.zeros(3, 3, dtype=torch.float64, device=backends.device(), requires_grad=True)
     with pytest.raises(ValueError, match="expected float32, bfloat16 or float16 on a GPU"):
         optimizer.add_param_group({"params": [wide]})
     assert len(optimizer.param_groups) == 1

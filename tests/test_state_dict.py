@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import bits, gradient, parameter, params_of, randn, run, trajectory
+from optim_helpers import bits, gradient, parameter, params_of, run, trajectory
 from torch import nn
 
 from dykaf import DyKAF
+from dykaf.state import HOST_KEYS
 
 STEPS = 20
 
@@ -163,14 +164,21 @@ def test_skipped_steps_are_saved() -> None:
     params_of(optimizer)[0].grad = torch.full((6, 4), float("nan"))
     optimizer.step()
     optimizer.step()
+    optimizer.add_param_group({"params": [parameter(3)]})
+    other.add_param_group({"params": [parameter(3)], "skipped_steps": 5})  # no option
+    assert other.skipped_steps == other.state_dict()["param_groups"][1]["skipped_steps"] == 0
     saved = through_file(optimizer.state_dict())
-    assert saved["skipped_steps"] == 2
+    assert [group["skipped_steps"] for group in saved["param_groups"]] == [2, 2]
     other.skipped_steps = 9
     other.load_state_dict(saved)
     assert other.skipped_steps == 2
-    del saved["skipped_steps"]  # of torch.optim.AdamW
+    for group in saved["param_groups"]:  # as saved by torch.optim.AdamW
+        del group["skipped_steps"]
     other.load_state_dict(saved)
     assert other.skipped_steps == 0
+    other.load_state_dict({**saved, "skipped_steps": 4})  # as saved before it was in the groups
+    assert other.skipped_steps == 4
+    assert other.state_dict()["param_groups"][0]["skipped_steps"] == 4
 
 
 def test_saved_options_are_loaded() -> None:
@@ -199,11 +207,12 @@ def test_options_that_an_old_pickle_lacks_come_from_its_defaults() -> None:
     state = DyKAF([parameter(4, 3)], integrator="bug").__getstate__()
     del state["param_groups"][0]["integrator"]
     del state["param_groups"][0]["seed"]
+    del state["param_groups"][0]["skipped_steps"]
     del state["skipped_steps"]
     other = DyKAF.__new__(DyKAF)
     other.__setstate__(state)
     assert other.param_groups[0]["integrator"] == "bug"
-    assert other.param_groups[0]["seed"] == 0
+    assert other.param_groups[0]["seed"] == other.param_groups[0]["skipped_steps"] == 0
     run(other, range(3))
     assert float(other.state[params_of(other)[0]]["step"]) == 2
 
@@ -267,60 +276,58 @@ def test_state_dict_hooks_run() -> None:
     optimizer.register_state_dict_pre_hook(lambda opt: setattr(opt, "skipped_steps", 8))
     optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "note": "kept"})
     saved = optimizer.state_dict()
-    assert saved["note"] == "kept" and saved["skipped_steps"] == 8
+    assert saved["note"] == "kept" and saved["param_groups"][0]["skipped_steps"] == 8
 
 
-# ---- From torch.optim.AdamW ----------------------------------------------------------------------
+# ---- State that was moved ------------------------------------------------------------------------
 
 
-def _adamw_pair(
-    shape: tuple[int, ...], channels_last: bool = False
-) -> tuple[torch.optim.AdamW, nn.Parameter]:
-    values = randn(*shape)
-    if channels_last:
-        values = values.to(memory_format=torch.channels_last)
-    theirs, ours = nn.Parameter(values.clone()), nn.Parameter(values.clone())
-    adamw = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, foreach=False)
-    run(adamw, range(10))
-    ours.data.copy_(theirs.detach())
-    return adamw, ours
+class Elsewhere:
+    """A tensor as it looks on another device, with the gaps that a move may keep."""
+
+    is_cpu = False
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.device = torch.device("cuda")
+        self.value = value
+
+    def to(self, device: str) -> torch.Tensor:
+        assert device == "cpu"
+        return torch.stack([self.value, torch.zeros_like(self.value)], dim=-1)[..., 0]
+
+    def all(self) -> bool:
+        raise AssertionError("read where it is")
 
 
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [
-        lambda param: DyKAF([param], max_precond_dim=0),
-        # A group's own options stand where the saved group has none.
-        lambda param: DyKAF([{"params": [param], "max_precond_dim": 0}]),
-    ],
-    ids=["default", "group"],
-)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_state_of_adamw_continues_as_adamw(
-    make_optimizer: Callable[[nn.Parameter], DyKAF], channels_last: bool
-) -> None:
-    """Fifty float64 steps of parameters of order one: rounding is below 1e-12 by far."""
-    adamw, ours = _adamw_pair((4, 3, 2, 2), channels_last)
-    optimizer = make_optimizer(ours)
-    optimizer.load_state_dict(through_file(adamw.state_dict()))
-    assert optimizer.param_groups[0]["max_precond_dim"] == 0
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
-    run(adamw, range(10, 60))
-    run(optimizer, range(10, 60))
-    theirs = params_of(adamw)[0]
-    assert float((ours - theirs).detach().abs().max()) < 1e-12
-    assert float(optimizer.state[ours]["step"]) == 60
+MOMENTS: dict[str, Callable[[DyKAF], object]] = {
+    "step": lambda optimizer: run(optimizer, range(7, 8)),
+    "refresh": lambda optimizer: optimizer.refresh(),
+    "diagnostics": lambda optimizer: optimizer.diagnostics(),
+    "state_dict": lambda optimizer: optimizer.state_dict(),
+}
 
 
-def test_state_of_amsgrad_is_refused() -> None:
-    param = parameter(4, 3)
-    adamw = torch.optim.AdamW([param], amsgrad=True)
-    run(adamw, range(2))
-    optimizer = DyKAF([parameter(4, 3)], max_precond_dim=0)
-    with pytest.raises(ValueError, match=r"got also \['max_exp_avg_sq'\]"):
-        optimizer.load_state_dict(adamw.state_dict())
-    assert not optimizer.state
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_belongs_on_the_cpu_comes_back(moment: str) -> None:
+    """After the recipe that moves every tensor of a state to the parameter's device."""
+    moved, plain = (
+        DyKAF([parameter(6, 4), parameter(4, 40, seed=1), parameter(3)], skinny_rank=2)
+        for _ in range(2)
+    )
+    for optimizer in (moved, plain):
+        run(optimizer, range(7))
+    for state in moved.state.values():
+        for key, value in state.items():
+            if key in HOST_KEYS:
+                state[key] = Elsewhere(value)
+    for optimizer in (moved, plain):
+        MOMENTS[moment](optimizer)
+    for state in moved.state.values():
+        entries = [state[key] for key in HOST_KEYS if key in state]
+        assert all(isinstance(entry, torch.Tensor) and entry.is_contiguous() for entry in entries)
+    for optimizer in (moved, plain):
+        run(optimizer, range(8, 14))
+    assert trajectory(moved) == trajectory(plain)
 
 
 # ---- Parameters added late -----------------------------------------------------------------------

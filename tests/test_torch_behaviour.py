@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_overloads, get_type_hints
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from reference import ReferenceDyKAF
 from torch import Tensor, nn
 
 from dykaf import DyKAF
+from dykaf.work import check_capture
 
 # Forty steps amplify a rounding difference by the conditioning of the bases (test_reference.py).
 TRAJECTORY = 1e-8
@@ -78,16 +79,6 @@ def test_a_scheduler_may_round_an_lr_below_zero() -> None:
     run(optimizer, range(10, 11))
     for param, old in zip(params_of(optimizer), before, strict=True):
         assert torch.equal(param, old)
-
-
-def test_numbers_may_be_numpys() -> None:
-    np = pytest.importorskip("numpy")
-    options = {"lr": 0.125, "weight_decay": 0.5, "eps": 0.25, "metric_power": 0.5}
-    plain = DyKAF([parameter(6, 4)], **options)
-    with_numpy = DyKAF([parameter(6, 4)], **{key: np.float32(v) for key, v in options.items()})
-    for optimizer in (plain, with_numpy):
-        run(optimizer, range(4))
-    assert trajectory(plain) == trajectory(with_numpy)
 
 
 def test_one_cycle_scheduler_cycles_the_betas() -> None:
@@ -254,6 +245,16 @@ def test_closure_gives_the_gradient_and_its_loss_is_returned() -> None:
     assert optimizer.step() is None
 
 
+def test_the_types_of_a_closure() -> None:
+    """A closure may return a number or a tensor; a type checker knows what a step then returns."""
+    hints = [get_type_hints(each) for each in get_overloads(DyKAF.step)]
+    assert [(hint["closure"], hint["return"]) for hint in hints] == [
+        (type(None), type(None)),
+        (Callable[[], float], float),
+        (Callable[[], Tensor], Tensor),
+    ]
+
+
 def test_skipped_step_returns_the_loss_too() -> None:
     param = parameter(3, 3)
     optimizer = DyKAF([param])
@@ -394,6 +395,38 @@ def test_a_parameter_may_change_its_low_precision_dtype() -> None:
     run(other, range(6, 15))
     assert param.dtype == torch.bfloat16
     assert trajectory(optimizer) == trajectory(other)
+
+
+@pytest.fixture
+def on_meta() -> Iterator[None]:
+    """What is made without a device has no values."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def test_the_default_device_does_not_matter(request: pytest.FixtureRequest) -> None:
+    optimizer, plain = (DyKAF([parameter(6, 4), parameter(5)]) for _ in range(2))
+    run(plain, range(9))
+    grads = [[gradient(p, step, i) for i, p in enumerate(params_of(plain))] for step in range(9)]
+    request.getfixturevalue("on_meta")
+    for step_grads in grads:
+        for param, grad in zip(params_of(optimizer), step_grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+    assert trajectory(optimizer) == trajectory(plain)
+
+
+def test_the_check_of_a_capture_reads_no_default_device(request: pytest.FixtureRequest) -> None:
+    """On a CPU there is only the check: a vector has no schedule, a matrix may have none yet."""
+    optimizer = DyKAF([parameter(5), parameter(6, 4)])
+    run(optimizer, range(2))
+    work = [item._replace(on_gpu=True) for item in optimizer._collect()]
+    request.getfixturevalue("on_meta")
+    check_capture(work, optimizer.state, True)
+    optimizer.state[params_of(optimizer)[1]]["next_refresh"].zero_()
+    with pytest.raises(RuntimeError, match=r"none with a gradient of .*\[1\]$"):
+        check_capture(work, optimizer.state, True)
 
 
 def test_named_parameters_give_their_names() -> None:

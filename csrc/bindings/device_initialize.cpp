@@ -131,8 +131,11 @@ void initialize_(const DeviceGroup& group) {
   std::vector<int64_t> indices;
   for (int64_t i = 0; i < maxima.numel(); ++i) {
     const double grad_max = maxima.const_data_ptr<double>()[i];
-    if (grad_max == 0) continue;
     const Problem<float>& p = group.problems[static_cast<size_t>(i)];
+    if (grad_max == 0) {
+      std::fill_n(p.next_refresh, 2, kSawZero);
+      continue;
+    }
     FirstGradient gradient(group, p, grad_max, group.options.grad_scale / amp_scale);
     if (p.is_skinny()) {
       gradient.initialize_skinny_();

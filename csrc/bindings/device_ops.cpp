@@ -147,8 +147,12 @@ std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group) {
 DeviceStep::DeviceStep(const DeviceGroup& group, Refreshes refreshes)
     : group_(group), refreshes_(refreshes) {
   for (size_t i = 0; i < group.problems.size(); ++i) {
-    (awaits_first_gradient(group.problems[i]) ? fresh_ : running_)
-        .push_back(static_cast<int64_t>(i));
+    const Problem<float>& p = group.problems[i];
+    if (!p.is_unsided() && p.next_refresh[0] == kSawZero) {
+      waiting_.push_back(i);
+    } else {
+      (awaits_first_gradient(p) ? fresh_ : running_).push_back(static_cast<int64_t>(i));
+    }
   }
   const c10::DeviceGuard guard(group.device);
   for (const std::vector<int64_t>& indices : passes_of(group, running_)) {
@@ -192,17 +196,22 @@ void DeviceStep::reset_() {
   for (int64_t i : fresh_) reset_on_device_(group_, group_.problems[static_cast<size_t>(i)]);
 }
 
-cpu::StepFailures DeviceStep::run_() {
+cpu::StepReport DeviceStep::run_() {
   const c10::DeviceGuard guard(group_.device);
   for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
-  cpu::StepFailures failures;
-  if (refreshes_ == Refreshes::kApart) return failures;
+  cpu::StepReport report;
+  report.waiting = waiting_;
+  for (int64_t i : fresh_) {
+    const auto place = static_cast<size_t>(i);
+    if (group_.problems[place].next_refresh[0] == kSawZero) report.waiting.push_back(place);
+  }
+  if (refreshes_ == Refreshes::kApart) return report;
   count_rows(group_, running_);
   std::vector<Problem<float>> problems;
   for (size_t i : refresh_due_on_device_(subgroup(group_, running_, problems))) {
-    failures.refreshes.push_back(static_cast<size_t>(running_[i]));
+    report.stayed.push_back(static_cast<size_t>(running_[i]));
   }
-  return failures;
+  return report;
 }
 
 }  // namespace dykaf::bindings

@@ -60,7 +60,7 @@ class DeviceStep {
   void reset_();
 
   // Waits for nothing. Where a refresh cannot be done the old bases stay.
-  cpu::StepFailures run_();
+  cpu::StepReport run_();
 
  private:
   struct Pass {
@@ -75,6 +75,7 @@ class DeviceStep {
   Refreshes refreshes_;
   std::vector<int64_t> fresh_;
   std::vector<int64_t> running_;
+  std::vector<size_t> waiting_;
   std::list<Pass> passes_;
   int64_t workspace_bytes_ = 0;
 };

@@ -4,6 +4,7 @@
 
 #include <list>
 #include <sstream>
+#include <tuple>
 
 #include "bindings/device_ops.h"
 #include "bindings/problems.h"
@@ -88,11 +89,13 @@ class Job {
     for_each_in_full_([](auto& step) { step.reset_(); });
   }
 
-  cpu::StepFailures run_() {
-    cpu::StepFailures found;
-    const auto add = [&](const cpu::StepFailures& failures, const std::vector<size_t>& sources) {
-      for (size_t i : failures.steps) found.steps.push_back(sources[i]);
-      for (size_t i : failures.refreshes) found.refreshes.push_back(sources[i]);
+  // By the places of parameters in the job; of those waiting, matrices.
+  cpu::StepReport run_() {
+    cpu::StepReport found;
+    const auto add = [&](const cpu::StepReport& report, const std::vector<size_t>& sources) {
+      for (size_t i : report.failed) found.failed.push_back(sources[i]);
+      for (size_t i : report.stayed) found.stayed.push_back(sources[i]);
+      for (size_t i : report.waiting) found.waiting.push_back(i);
     };
     widen();
     if (single_) add(single_->run_(), problems_.single.sources);
@@ -188,7 +191,7 @@ void initialize_(std::list<Job>& jobs) {
 using Places = std::vector<std::vector<size_t>>;
 
 // Sets started[0] to 1 before the first change that stays.
-std::pair<Places, Places> step_op(const std::vector<py::object>& descriptions, at::Tensor started) {
+std::tuple<Places, Places, Places> step_op(const std::vector<py::object>& descriptions, at::Tensor started) {
   std::list<Job> jobs;
   for (const py::object& job : descriptions) jobs.emplace_back(job);
   const py::gil_scoped_release no_gil;
@@ -196,13 +199,16 @@ std::pair<Places, Places> step_op(const std::vector<py::object>& descriptions, a
   const std::vector<at::Tensor> workspaces = prepare(jobs);
   initialize_(jobs);
   started.fill_(1);
-  std::pair<Places, Places> failures;
+  Places failed;
+  Places stayed;
+  Places waiting;
   for (Job& job : jobs) {
-    cpu::StepFailures found = job.run_();
-    failures.first.push_back(std::move(found.steps));
-    failures.second.push_back(std::move(found.refreshes));
+    cpu::StepReport report = job.run_();
+    failed.push_back(std::move(report.failed));
+    stayed.push_back(std::move(report.stayed));
+    waiting.push_back(std::move(report.waiting));
   }
-  return failures;
+  return {failed, stayed, waiting};
 }
 
 }  // namespace

@@ -88,7 +88,7 @@ bool Step<T>::has_fresh() const {
 }
 
 template <typename T>
-StepFailures Step<T>::run_() {
+StepReport Step<T>::run_() {
   const std::span<const Problem<T>> running(memory_->running);
   std::vector<char> failed(running.size());
   std::vector<int64_t> fallbacks;
@@ -109,15 +109,15 @@ StepFailures Step<T>::run_() {
   if (memory_->refreshes == Refreshes::kWithStep) {
     refresh_due_(std::span<const Problem<T>>(done), memory_->options);
   }
-  StepFailures failures;
+  StepReport report;
   for (size_t i = 0; i < running.size(); ++i) {
-    if (failed[i]) failures.steps.push_back(memory_->places[i]);
+    if (failed[i]) report.failed.push_back(memory_->places[i]);
     const int64_t* count = running[i].refresh_fallbacks;
     if (count != nullptr && *count > fallbacks[i]) {
-      failures.refreshes.push_back(memory_->places[i]);
+      report.stayed.push_back(memory_->places[i]);
     }
   }
-  return failures;
+  return report;
 }
 
 template void refresh_due_(std::span<const Problem<float>>, const Options&);

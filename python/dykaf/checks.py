@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dykaf import ops
@@ -27,30 +29,47 @@ def is_capturing() -> bool:
 def check_param(name: str, param: Tensor) -> None:
     """Checks a parameter that is added.
 
+    As with torch.optim, frozen ones may be of any kind, and those without memory yet on any device:
+    :func:`check_usable` sees them at their first step.
+
+    Raises:
+        ValueError: naming ``name``, what was expected and what came.
+    """
+    is_fake = isinstance(param, FakeTensor)
+    if not is_fake:
+        _check_plain(name, param)
+    if param.requires_grad:
+        _check_form(name, param)
+        if not (is_fake or is_lazy(param) or param.is_meta):
+            _check_backend(name, param)
+
+
+def check_usable(name: str, param: Tensor) -> None:
+    """Checks a parameter with a gradient before its first step in the present form.
+
     Raises:
         ValueError: naming ``name``, what was expected and what came.
     """
     _check_plain(name, param)
+    _check_form(name, param)
+    _check_backend(name, param)
+
+
+def _check_form(name: str, param: Tensor) -> None:
     if param.dtype not in PARAM_DTYPES:
         expected = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
         raise ValueError(f"{name}: expected dtypes {expected}, got {param.dtype}")
-    strides = zip(param.stride(), param.shape, strict=True) if param.layout == torch.strided else ()
+    if param.layout != torch.strided:
+        raise ValueError(f"{name}: expected dense tensors, got {param.layout} on {param.device}")
+    strides = () if is_lazy(param) else zip(param.stride(), param.shape, strict=True)
     if any(stride == 0 and size > 1 for stride, size in strides):
         raise ValueError(
             f"{name}: expected tensors whose elements do not share memory, "
             f"got shape {tuple(param.shape)} with strides {param.stride()}"
         )
-    if param.layout != torch.strided:
-        raise ValueError(f"{name}: expected dense tensors, got {param.layout} on {param.device}")
-    check_backend(name, param)
 
 
-def check_backend(name: str, param: Tensor) -> None:
-    """Checks that this build serves the device and dtype of ``param``.
-
-    Raises:
-        ValueError: naming ``name``, what was expected and what came.
-    """
+def _check_backend(name: str, param: Tensor) -> None:
     if ops.backend_of(param, name) == "cuda" and param.dtype == torch.float64:
         raise ValueError(
             f"{name}: expected float32, bfloat16 or float16 on a GPU, got {_describe(param)}"
@@ -74,8 +93,8 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
-    # DTensor and its like look dense, but the memory they show is not theirs.
-    if is_traceable_wrapper_subclass(tensor):
+    # DTensor and its like look dense, but the memory they show is not theirs; a fake one has none.
+    if is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
         raise ValueError(f"{name}: expected plain tensors, got {type(tensor).__name__}")
 
 

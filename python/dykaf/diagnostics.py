@@ -74,9 +74,11 @@ def parameter_diagnostics(state: State) -> dict[str, float]:
     }
     if "rho" not in state:
         return report
-    for matrix in matrices(widened(state)):
-        if not float(matrix["rho"][0]) > 0:
-            continue
-        for key, value in _matrix_diagnostics(matrix).items():
-            report[key] = max(value, report.get(key, value))
+    # autocast would round the products.
+    with torch.autocast(state["rho"].device.type, enabled=False):
+        for matrix in matrices(widened(state)):
+            if not float(matrix["rho"][0]) > 0:
+                continue
+            for key, value in _matrix_diagnostics(matrix).items():
+                report[key] = max(value, report.get(key, value))
     return report

@@ -124,7 +124,8 @@ def refresh_due_(
         states: changed in place.
         offsets: see :func:`initialize_`.
         options: the group's.
-        kept, full: see :class:`StepJob`.
+        kept: see :class:`StepJob`.
+        full: see :class:`StepJob`.
     """
     _C.refresh_due_(states, offsets, options, kept, full)
 
@@ -164,14 +165,15 @@ class StepJob(NamedTuple):
     full: Sequence[Tensor] = ()
 
 
-class Failures(NamedTuple):
-    """Parameters of each job, by place, that a step could not do all for."""
+class StepReport(NamedTuple):
+    """What a step could not do for parameters or matrices of each job, by their places."""
 
-    steps: list[list[int]]  # not updated; they and their state are as before
-    refreshes: list[list[int]]  # updated, but an old basis stayed
+    failed: list[list[int]]  # parameters not updated; they and their state are as before
+    stayed: list[list[int]]  # parameters updated, but an old basis stayed
+    waiting: list[list[int]]  # matrices on a GPU that have seen zero gradients alone
 
 
-def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> Failures:
+def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> StepReport:
     """The whole step of all jobs, in place: all of the above in their order.
 
     What can fail for lack of memory comes first, the first gradients included: an exception means
@@ -183,9 +185,9 @@ def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> Failure
             after that, such as a KeyboardInterrupt, comes after the step.
 
     Returns:
-        what failed later.
+        what failed later, and what waits for a first gradient.
     """
-    return Failures(*_C.step_(jobs, torch.zeros(1) if started is None else started))
+    return StepReport(*_C.step_(jobs, torch.zeros(1) if started is None else started))
 
 
 def step_(*args: Any, **kwargs: Any) -> None:
@@ -194,6 +196,6 @@ def step_(*args: Any, **kwargs: Any) -> None:
     Raises:
         RuntimeError: naming parameters that could not be updated.
     """
-    failures = step_all_([StepJob(*args, **kwargs)])
-    if failures.steps[0]:
-        raise RuntimeError(f"step_: could not update the parameters {failures.steps[0]}")
+    report = step_all_([StepJob(*args, **kwargs)])
+    if report.failed[0]:
+        raise RuntimeError(f"step_: could not update the parameters {report.failed[0]}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -12,21 +11,27 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
-from dykaf.checks import check_backend, check_grad, check_param, is_capturing, param_name
+from dykaf.checkpoint import checked_state_dict, exact_states
+from dykaf.checks import check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.narrow import passes
-from dykaf.options import RULES, StepOptions, check_new_options, check_options, step_options
-from dykaf.schedule import stagger_offsets, update_offsets
+from dykaf.nonfinite import Skips, must_skip
+from dykaf.options import (
+    RULES,
+    StepOptions,
+    check_new_options,
+    check_options,
+    plain_options,
+    step_options,
+)
+from dykaf.schedule import Offsets
 from dykaf.state import (
-    HOST_KEYS,
-    KINDS,
     STRUCTURAL_OPTIONS,
     Layout,
-    changed_options,
-    check_state,
-    new_state,
+    bytes_by_kind,
+    host_entries_,
 )
-from dykaf.work import GroupWork, check_capture, named
+from dykaf.work import GroupWork, Layouts, Waiting, check_capture, named, new_states
 
 
 class DyKAF(Optimizer):
@@ -60,7 +65,7 @@ class DyKAF(Optimizer):
         params: parameters, named parameters, or groups of either; of dtype float32, bfloat16 or
             float16, and on the CPU float64. :func:`dykaf.param_groups` makes sensible groups.
         lr: learning rate, a number or a one-element tensor.
-        betas: decay of exp_avg and of the second moment.
+        betas: decay of exp_avg and of the second moment, two numbers.
         eps: added to the root of the second moment after bias correction.
         weight_decay: decoupled weight decay.
         factor_beta: decay of the factors; None: ``betas[1]``, as in the paper.
@@ -97,21 +102,26 @@ class DyKAF(Optimizer):
         nonfinite: what a NaN or infinite gradient does: "skip" the whole step and count it in
             ``skipped_steps``, "raise" before anything has changed, or "propagate".
 
+    Attributes:
+        amp_scaling: False: as with torch.optim.AdamW, GradScaler unscales the gradients, waits for
+            the GPU to know whether they are finite, and calls no step where they are not. True, as
+            with torch.optim.AdamW(fused=True): its scale and its verdict are taken inside the step,
+            without a wait, and count in ``skipped_steps``; gradients are still scaled before the
+            step, so call ``scaler.unscale_(optimizer)`` before they are clipped or read.
+
     Raises:
         ValueError: for an option or parameter that is not as described, naming it.
 
     Source: Yudin et al., arXiv 2511.06477; docs/algorithm.md lists the deliberate deviations.
     """
 
-    _step_supports_amp_scaling = True
-    _skipped_on_host = 0
-    _skipped_on_gpu: Tensor | None = None  # counted without the host, int64 []
+    amp_scaling = False
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: Sequence[float] = (0.95, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
@@ -137,13 +147,20 @@ class DyKAF(Optimizer):
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name in RULES}
         check_new_options(defaults)
+        defaults.update(plain_options(defaults))
         self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
+        self._skips = Skips()
         self._reset_caches()
         super().__init__(params, defaults)
 
     def _reset_caches(self) -> None:
-        self._layouts: dict[Tensor, tuple[tuple[object, ...], Layout]] = {}
-        self._offsets: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] | None = None
+        self._layouts = Layouts()
+        self._offsets = Offsets()
+        self._waiting = Waiting()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # what GradScaler, and Lightning, look for
+        return self.amp_scaling
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
@@ -160,7 +177,8 @@ class DyKAF(Optimizer):
         except ValueError:
             del self.param_groups[num_groups:]
             raise
-        self._offsets = None
+        group = self.param_groups[-1]
+        group.update(plain_options(group), skipped_steps=0)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -168,12 +186,15 @@ class DyKAF(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @overload
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float | Tensor] | None = None) -> float | Tensor | None:
         """Performs one optimization step.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, which is returned as it is.
 
         Raises:
             ValueError: for an option or gradient that cannot be used, naming it.
@@ -191,23 +212,31 @@ class DyKAF(Optimizer):
         work = self._collect()
         captured = is_capturing()
         if captured:
-            check_capture(work, self.state, self._skipped_on_gpu is not None)
+            check_capture(work, self.state, self._skips.on_gpu is not None)
         maxima = [
             ops.grad_max(item.grads, [layout.count for layout in item.layouts]) for item in work
         ]
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        skip = firsts = None
         on_gpu = all(item.on_gpu and item.group["nonfinite"] != "raise" for item in work)
-        if not on_gpu and self._must_skip(work, maxima):
-            self._skipped_on_host += 1
-            return loss
-        skip = self._skip_flag(work, maxima) if on_gpu else None
+        if on_gpu:
+            self._skips.hear()
+            skip, firsts = self._skips.flag(work, maxima, found_inf)
+        else:
+            is_skipped, culprit = must_skip(work, maxima, found_inf)
+            self._skips.count(is_skipped, culprit)
+            if is_skipped:
+                return loss
 
+        self._waiting.settle()
         started = torch.zeros(1, device="cpu")
-        with self._new_states(work, started):
+        with new_states(self.state, work, started):
             jobs, owners = self._jobs(work, maxima, skip, refresh=not captured)
-            failures = ops.step_all_(jobs, started)
+            report = ops.step_all_(jobs, started)
         if skip is not None:
-            self._count_skip(skip)
-        self._report(failures, owners)
+            self._skips.count_on_gpu(skip, firsts, work, captured)
+        self._waiting.note(jobs, report.waiting)
+        self._report(report, owners)
         return loss
 
     @torch.no_grad()
@@ -240,7 +269,7 @@ class DyKAF(Optimizer):
                 if self.state.get(param):
                     by_device.setdefault(param.device, []).append(idx)
             for indices in by_device.values():
-                states = [self.state[group["params"][idx]] for idx in indices]
+                states = [host_entries_(self.state[group["params"][idx]]) for idx in indices]
                 places = [offsets[first + idx] for idx in indices]
                 for item in passes(states):
                     ops.refresh_due_(
@@ -286,35 +315,16 @@ class DyKAF(Optimizer):
                 num_done += num_matrices
         return jobs, owners
 
-    @contextmanager
-    def _new_states(self, work: list[GroupWork], started: Tensor) -> Iterator[None]:
-        """Makes the states that do not exist yet; takes them back if an exception comes before the
-        step has started.
-        """
-        new: list[Tensor] = []
-        try:
-            for item in work:
-                for param, layout in zip(item.params, item.layouts, strict=True):
-                    if not self.state.get(param):
-                        new.append(param)
-                        self.state[param] = new_state(param, layout)
-            yield
-        except BaseException:
-            if not started:
-                for param in new:
-                    self.state.pop(param, None)
-            raise
-
-    def _report(self, failures: ops.Failures, owners: list[list[str]]) -> None:
+    def _report(self, report: ops.StepReport, owners: list[list[str]]) -> None:
         """Says what a step that has changed something could not do."""
-        stayed = named(failures.refreshes, owners)
+        stayed = named(report.stayed, owners)
         if stayed:
             warnings.warn(
                 f"refresh of {', '.join(stayed)} failed: the old basis stays (refresh_fallbacks in "
                 "diagnostics() counts it)",
                 stacklevel=4,
             )
-        failed = named(failures.steps, owners)
+        failed = named(report.failed, owners)
         if failed:
             raise RuntimeError(
                 f"step: could not update {', '.join(failed)}, which are as before; all other "
@@ -359,88 +369,24 @@ class DyKAF(Optimizer):
             lr=0.0 if "lr" in gpu_inputs else float(item.group["lr"]),
         )
 
-    def _skip_flag(self, work: list[GroupWork], maxima: list[Tensor]) -> Tensor | None:
-        """Whether to skip the step, as a tensor that no host has waited for."""
-        flags = [
-            grad_max.isfinite().logical_not().any()
-            for item, grad_max in zip(work, maxima, strict=True)
-            if item.group["nonfinite"] == "skip"
-        ]
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            flags.append((found_inf > 0).any())
-        if not flags:
-            return None
-        skip = torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).any()
-        return skip
-
-    def _count_skip(self, skip: Tensor) -> None:
-        if self._skipped_on_gpu is None:
-            self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=skip.device)
-        self._skipped_on_gpu += skip.to(self._skipped_on_gpu.device, non_blocking=True)
-
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]
     ) -> Layout:
-        key = (*structure, param.shape, param.dtype, param.device)
-        cached = self._layouts.get(param)
-        if cached is not None and cached[0] == key:
-            return cached[1]
-        check_backend(name, param)
-        layout = Layout.of(param, group)
-        if self.state.get(param):
-            before = structure if cached is None else cached[0]
-            check_state(name, self.state[param], layout, changed_options(before, structure))
-        self._layouts[param] = (key, layout)
-        return layout
-
-    def _must_skip(self, work: list[GroupWork], maxima: list[Tensor]) -> bool:
-        """Whether to skip the step; waits for every device."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf > 0):
-            return True
-        skip = False
-        for item, grad_max in zip(work, maxima, strict=True):
-            policy = item.group["nonfinite"]
-            if policy == "propagate" or bool(grad_max.isfinite().all()):
-                continue
-            if policy == "raise":
-                name = item.owner(grad_max.isfinite().tolist().index(False))
-                raise RuntimeError(
-                    f"gradient of {name}: expected finite values, got NaN or infinity "
-                    "(nonfinite='raise'); nothing has changed"
-                )
-            skip = True
-        return skip
+        state = host_entries_(self.state.get(param, {}))
+        return self._layouts.of(name, param, state, group, structure)
 
     def _stagger_offsets(self) -> list[tuple[int, int, int]]:
-        periods = [
-            (group["precondition_frequency"], group["factor_update_every"], len(group["params"]))
-            for group in self.param_groups
-        ]
-        if self._offsets is None or self._offsets[0] != periods:
-            layouts = [
-                (Layout.of(param, group), period, every)
-                for group, (period, every, _) in zip(self.param_groups, periods, strict=True)
-                for param in group["params"]
-            ]
-            refreshes = stagger_offsets((layout, period) for layout, period, _ in layouts)
-            updates = update_offsets((layout, every) for layout, _, every in layouts)
-            offsets = [(*sides, own) for sides, own in zip(refreshes, updates, strict=True)]
-            self._offsets = (periods, offsets)
-        return self._offsets[1]
+        self._layouts.keep(param for group in self.param_groups for param in group["params"])
+        return self._offsets.of(self.param_groups)
 
     @property
     def skipped_steps(self) -> int:
         """The steps that changed nothing because of a NaN or an infinity; waits for the GPU."""
-        on_gpu = 0 if self._skipped_on_gpu is None else int(self._skipped_on_gpu)
-        return self._skipped_on_host + on_gpu
+        return self._skips.total()
 
     @skipped_steps.setter
     def skipped_steps(self, value: int) -> None:
-        self._skipped_on_host = value
-        if self._skipped_on_gpu is not None:
-            self._skipped_on_gpu.zero_()  # in place: captured steps add to it
+        self._skips.reset(value)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """How each parameter with state fares, by name; a stack of matrices gives its worst.
@@ -459,21 +405,34 @@ class DyKAF(Optimizer):
             for idx, param in enumerate(group["params"]):
                 if self.state.get(param):
                     name = param_name(group, group_idx, idx)
-                    report[name] = parameter_diagnostics(self.state[param])
+                    report[name] = parameter_diagnostics(host_entries_(self.state[param]))
         return report
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state by kind: exp_avg, exp_avg_sq, factors, bases, master, scalars, total."""
-        sizes = dict.fromkeys([*KINDS.values(), "scalars"], 0)
-        for state in self.state.values():
-            for key, value in state.items():
-                sizes[KINDS.get(key, "scalars")] += value.numel() * value.element_size()
-        sizes["total"] = sum(sizes.values())
-        return sizes
+        return bytes_by_kind(self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim.Optimizer, with ``skipped_steps``; loads with ``weights_only=True``."""
-        return {**super().state_dict(), "skipped_steps": self.skipped_steps}
+        """As in torch.optim.Optimizer; loads with ``weights_only=True``.
+
+        Each group has the entry ``skipped_steps``, the count of the whole optimizer: entries of
+        groups are all that torch.distributed.checkpoint keeps beside the state.
+        """
+        # Registered last, so that it sees what other pre-hooks made of the optimizer.
+        handle = self.register_state_dict_pre_hook(lambda _: self._tidy())
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _tidy(self) -> None:
+        """Brings what users and schedulers may have left into the form that is saved."""
+        self._waiting.settle()
+        skipped_steps = self.skipped_steps
+        for group in self.param_groups:
+            group.update(plain_options(group), skipped_steps=skipped_steps)
+        for state in self.state.values():
+            host_entries_(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads state exactly: unlike torch's own, without a cast to the parameters' dtypes.
@@ -484,7 +443,7 @@ class DyKAF(Optimizer):
         """
 
         def prepare(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = self._checked_state_dict(loaded)
+            self._incoming = checked_state_dict(loaded, self.param_groups)
             return self._incoming
 
         # Registered last, so that it sees what other pre-hooks made of the state_dict.
@@ -495,58 +454,27 @@ class DyKAF(Optimizer):
             handle.remove()
             self._incoming = None
 
-    def _checked_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """``state_dict`` after all checks, with the options that it lacks taken from the groups."""
-        groups = state_dict["param_groups"]
-        lengths = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in groups] != lengths:
-            return state_dict  # torch raises its own message
-        filled = []
-        for group_idx, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
-            options = dict(saved)
-            for name in RULES:
-                options.setdefault(name, group[name])
-            check_options(options)
-            for idx, (param, saved_idx) in enumerate(
-                zip(group["params"], saved["params"], strict=True)
-            ):
-                state = state_dict["state"].get(saved_idx)
-                if state:
-                    name = param_name(group, group_idx, idx)
-                    check_state(name, state, Layout.of(param, options))
-            filled.append(options)
-        return {**state_dict, "param_groups": filled}
-
-    def _take_exactly(self, state_dict: Mapping[str, Any]) -> None:
-        """Replaces state that torch has cast to the parameters' dtypes."""
-        ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for param, idx in zip(params, ids, strict=True):
-            if state_dict["state"].get(idx):
-                self.state[param] = {
-                    name: value.detach()
-                    .to("cpu" if name in HOST_KEYS else param.device)
-                    .clone(memory_format=torch.contiguous_format)
-                    for name, value in state_dict["state"][idx].items()
-                }
-        self.skipped_steps = state_dict.get("skipped_steps", 0)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "skipped_steps": self.skipped_steps}
+        return {
+            **super().__getstate__(),
+            "skipped_steps": self.skipped_steps,
+            "amp_scaling": self.amp_scaling,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         skipped_steps = state.get("skipped_steps")
+        if not hasattr(self, "_skips"):  # of a pickled optimizer
+            self._skips = Skips()
         super().__setstate__({key: state[key] for key in state if key != "skipped_steps"})
         if skipped_steps is not None:
             self.skipped_steps = skipped_steps
         self._reset_caches()
         incoming = getattr(self, "_incoming", None)
         if incoming is not None:
-            self._take_exactly(incoming)
+            # In place of what torch has cast to the parameters' dtypes.
+            self.state.update(exact_states(incoming, self.param_groups))
+            self.skipped_steps = incoming["skipped_steps"]
         for group in self.param_groups:
+            group.setdefault("skipped_steps", 0)
             for name in RULES:
                 group.setdefault(name, self.defaults[name])
-        for param_state in self.state.values():
-            # State of torch.optim.AdamW, for parameters without factors.
-            if param_state and "update_rms" not in param_state:
-                param_state["update_rms"] = torch.zeros_like(param_state["step"])

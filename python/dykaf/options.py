@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
@@ -39,6 +40,12 @@ class StepOptions(TypedDict):
 class _Rule:
     accepts: Callable[[Any], bool]
     expected: str
+    plain: Callable[[Any], Any]  # what is accepted, as a value of Python's own
+
+
+def _is_numpy(value: object, name: str) -> bool:
+    numpy = sys.modules.get("numpy")  # torch works without it
+    return numpy is not None and isinstance(value, getattr(numpy, name))
 
 
 def _is_number(value: object) -> bool:
@@ -47,21 +54,26 @@ def _is_number(value: object) -> bool:
 
 def _number(accepts: Callable[[float], bool], expected: str) -> _Rule:
     # Comparisons with NaN are false, so NaN is refused everywhere.
-    return _Rule(lambda value: _is_number(value) and accepts(value), expected)
+    return _Rule(lambda value: _is_number(value) and bool(accepts(value)), expected, float)
 
 
 def _integer(accepts: Callable[[int], bool], expected: str) -> _Rule:
     return _Rule(
         lambda value: (
-            isinstance(value, int) and not isinstance(value, bool) and bool(accepts(value))
+            isinstance(value, Integral) and not isinstance(value, bool) and accepts(int(value))
         ),
         expected,
+        int,
     )
 
 
 def _one_of(*names: str | None) -> _Rule:
     expected = "one of " + ", ".join(repr(name) for name in names)
-    return _Rule(lambda value: any(value is name or value == name for name in names), expected)
+    return _Rule(
+        lambda value: (value is None or isinstance(value, str)) and value in names,
+        expected,
+        lambda value: None if value is None else str(value),
+    )
 
 
 def _is_lr(value: object) -> bool:
@@ -74,24 +86,35 @@ def _is_lr(value: object) -> bool:
     return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]  # a number
 
 
-def _is_betas(value: object) -> bool:
+def _is_betas(value: Any) -> bool:
+    is_array = _is_numpy(value, "ndarray") and value.ndim == 1
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
     return (
-        isinstance(value, (tuple, list))
+        (is_array or is_sequence)
         and len(value) == 2
         and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
     )
 
 
-_FLAG = _Rule(lambda value: isinstance(value, bool), "True or False")
+_FLAG = _Rule(
+    lambda value: isinstance(value, bool) or _is_numpy(value, "bool_"), "True or False", bool
+)
 
 RULES: dict[str, _Rule] = {
-    "lr": _Rule(_is_lr, "a finite number or one-element tensor >= 0"),
-    "betas": _Rule(_is_betas, "two numbers in [0, 1)"),
+    "lr": _Rule(
+        _is_lr,
+        "a finite number or one-element tensor >= 0",
+        lambda value: value if isinstance(value, torch.Tensor) else float(value),
+    ),
+    "betas": _Rule(
+        _is_betas, "two numbers in [0, 1)", lambda value: (float(value[0]), float(value[1]))
+    ),
     "eps": _number(lambda value: 0 <= value < math.inf, "a finite number >= 0"),
     "weight_decay": _number(lambda value: 0 <= value < math.inf, "a finite number >= 0"),
     "factor_beta": _Rule(
         lambda value: value is None or (_is_number(value) and 0 <= value < 1),
         "None or a number in [0, 1)",
+        lambda value: None if value is None else float(value),
     ),
     "precondition_frequency": _integer(
         lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"
@@ -142,6 +165,19 @@ def check_new_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"lr: expected {RULES['lr'].expected}, got {lr!r}")
 
 
+def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``group`` as values of Python's own, but for a tensor lr.
+
+    NumPy's do as well, but ``torch.load(weights_only=True)`` refuses them. What is not accepted is
+    left out: it is for :func:`check_options` to name.
+    """
+    return {
+        name: rule.plain(group[name])
+        for name, rule in RULES.items()
+        if name in group and rule.accepts(group[name])
+    }
+
+
 def step_options(
     group: Mapping[str, Any], grad_scale: float = 1.0, lr: float | None = None
 ) -> StepOptions:
@@ -152,23 +188,24 @@ def step_options(
         grad_scale: GradScaler's scale, by which the gradients are divided.
         lr: in place of the group's.
     """
-    factor_beta = group["betas"][1] if group["factor_beta"] is None else group["factor_beta"]
+    plain = {name: rule.plain(group[name]) for name, rule in RULES.items()}
+    factor_beta = plain["betas"][1] if plain["factor_beta"] is None else plain["factor_beta"]
     return {
-        "lr": float(group["lr"]) if lr is None else lr,
-        "betas": (float(group["betas"][0]), float(group["betas"][1])),
-        "eps": float(group["eps"]),
-        "weight_decay": float(group["weight_decay"]),
-        "factor_beta": float(factor_beta) ** group["factor_update_every"],
-        "metric_power": float(group["metric_power"]),
-        "grad_scale": (-1.0 if group["maximize"] else 1.0) / grad_scale,
-        "precondition_frequency": group["precondition_frequency"],
-        "factor_update_every": group["factor_update_every"],
-        "seed": group["seed"],
-        "integrator": group["integrator"],
-        "init": group["init"],
-        "second_moment": group["second_moment"],
-        "refresh_schedule": group["refresh_schedule"],
-        "rescale_exp_avg_sq": group["rescale_exp_avg_sq"],
-        "refresh_stagger": group["refresh_stagger"],
-        "matmul_precision": group["matmul_precision"],
+        "lr": float(plain["lr"]) if lr is None else lr,
+        "betas": plain["betas"],
+        "eps": plain["eps"],
+        "weight_decay": plain["weight_decay"],
+        "factor_beta": factor_beta ** plain["factor_update_every"],
+        "metric_power": plain["metric_power"],
+        "grad_scale": (-1.0 if plain["maximize"] else 1.0) / grad_scale,
+        "precondition_frequency": plain["precondition_frequency"],
+        "factor_update_every": plain["factor_update_every"],
+        "seed": plain["seed"],
+        "integrator": plain["integrator"],
+        "init": plain["init"],
+        "second_moment": plain["second_moment"],
+        "refresh_schedule": plain["refresh_schedule"],
+        "rescale_exp_avg_sq": plain["rescale_exp_avg_sq"],
+        "refresh_stagger": plain["refresh_stagger"],
+        "matmul_precision": plain["matmul_precision"],
     }

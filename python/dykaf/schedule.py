@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from dykaf.state import Layout
+from dykaf.state import STRUCTURAL_OPTIONS, Layout, shape_of
+
+_OPTIONS = ("precondition_frequency", "factor_update_every", *STRUCTURAL_OPTIONS)
+
+
+class Offsets:
+    """The offsets of all parameters of an optimizer, made anew when a shape or an option changes.
+
+    They hang on nothing else: a run that is resumed finds the same.
+    """
+
+    def __init__(self) -> None:
+        self._key: list[object] = []
+        self._offsets: list[tuple[int, int, int]] = []
+
+    def of(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
+        """For each parameter the offsets of its left side, its right side and its updates."""
+        key: list[object] = [
+            (*(group[name] for name in _OPTIONS), *(shape_of(param) for param in group["params"]))
+            for group in param_groups
+        ]
+        if key != self._key:
+            params = [(group, param) for group in param_groups for param in group["params"]]
+            layouts = [Layout.of(param, group) for group, param in params]
+            periods, every = (
+                [int(group[name]) for group, _ in params]
+                for name in ("precondition_frequency", "factor_update_every")
+            )
+            sides = stagger_offsets(zip(layouts, periods, strict=True))
+            updates = update_offsets(zip(layouts, every, strict=True))
+            self._offsets = [(*pair, own) for pair, own in zip(sides, updates, strict=True)]
+            self._key = key
+        return self._offsets
 
 
 def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, int]]:

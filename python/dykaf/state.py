@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -51,6 +52,11 @@ KINDS = {
 }
 
 
+def shape_of(param: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter; an empty one for that of a lazy module before its first input."""
+    return (0,) if is_lazy(param) else param.shape
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a parameter is seen: a stack of ``count`` matrices, m x n, with the factors it keeps.
@@ -75,14 +81,14 @@ class Layout:
     @classmethod
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """The layout of ``param`` under the structural options of ``group``."""
-        shape = tuple(param.shape)
-        batch, matrix = shape[: group["batch_dims"]], shape[group["batch_dims"] :]
+        shape = tuple(shape_of(param))
+        batch_dims, skinny_rank = int(group["batch_dims"]), int(group["skinny_rank"])
+        batch, matrix = shape[:batch_dims], shape[batch_dims:]
         is_matrix = len(matrix) >= 2
-        m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, param.numel())
+        m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, math.prod(shape))
         left = is_matrix and m <= group["max_precond_dim"]
         right = is_matrix and n <= group["max_precond_dim"]
         factored = left or right
-        skinny_rank = group["skinny_rank"]
         is_skinny = (
             left
             and right
@@ -107,6 +113,11 @@ class Layout:
         )
 
     @property
+    def has_factors(self) -> bool:
+        """Whether a factor of either side is kept; AdamW updates the parameter otherwise."""
+        return self.left or self.right
+
+    @property
     def refresh_costs(self) -> tuple[int, int]:
         """Of the left and the right side, relative to each other; 0 without a factor."""
         thin = self.skinny_rank**2 * max(self.m, self.n)
@@ -129,7 +140,7 @@ class Layout:
             "step": (batch, torch.float32),
             "update_rms": (batch, torch.float32),
         }
-        full = (*batch, m, n) if self.left or self.right else self.shape
+        full = (*batch, m, n) if self.has_factors else self.shape
         shapes["exp_avg"] = (full, dtype)
         if self.skinny_rank:
             short, long, rows = min(m, n), max(m, n), 2 * self.skinny_rank
@@ -149,7 +160,7 @@ class Layout:
             shapes["L"] = shapes["Q_L"] = ((*batch, m, m), self.factor_dtype)
         if self.right:
             shapes["R"] = shapes["Q_R"] = ((*batch, n, n), self.factor_dtype)
-        if self.left or self.right:
+        if self.has_factors:
             shapes["rho"] = ((*batch, 2), torch.float64)
             shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
             shapes["schedule_step"] = shapes["refresh_fallbacks"] = (batch, torch.int64)
@@ -172,6 +183,21 @@ def new_state(param: Tensor, layout: Layout) -> State:
     return state
 
 
+def host_entries_(state: State) -> State:
+    """Puts back on the CPU, in place, what belongs there: many recipes move all of a state.
+
+    Args:
+        state: of one parameter; empty if it has none yet.
+
+    Returns:
+        ``state``.
+    """
+    for key in HOST_KEYS:
+        if key in state and not state[key].is_cpu:
+            state[key] = state[key].to("cpu").contiguous()
+    return state
+
+
 def changed_options(before: Sequence[object], after: Sequence[object]) -> list[str]:
     """The names of those STRUCTURAL_OPTIONS whose values, in their order, differ."""
     values = zip(STRUCTURAL_OPTIONS, before, after, strict=False)
@@ -182,9 +208,6 @@ def check_state(
     name: str, state: Mapping[str, Any], layout: Layout, changed: Sequence[str] = ()
 ) -> None:
     """Checks the state of a parameter against its layout.
-
-    ``update_rms`` may be missing, so that state of torch.optim.AdamW loads for parameters without
-    factors.
 
     Args:
         name: of the parameter.
@@ -200,8 +223,6 @@ def check_state(
         owner += f", which cannot follow a change of {', '.join(changed)}"
     for key, (shape, dtype) in layout.shapes().items():
         value = state.get(key)
-        if value is None and key == "update_rms":
-            continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{owner}: expected a tensor {key!r}, got {value!r}")
         if tuple(value.shape) != shape or value.dtype != dtype:
@@ -214,6 +235,16 @@ def check_state(
         raise ValueError(
             f"{owner}: expected the tensors {sorted(layout.shapes())}, got also {sorted(unknown)}"
         )
+
+
+def bytes_by_kind(states: Iterable[State]) -> dict[str, int]:
+    """The entries that :meth:`dykaf.DyKAF.state_bytes` documents."""
+    sizes = dict.fromkeys([*KINDS.values(), "scalars"], 0)
+    for state in states:
+        for key, value in state.items():
+            sizes[KINDS.get(key, "scalars")] += value.numel() * value.element_size()
+    sizes["total"] = sum(sizes.values())
+    return sizes
 
 
 def matrices(state: State) -> Iterator[State]:

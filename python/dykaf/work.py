@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from dykaf import ops
-from dykaf.state import Layout, State
+from dykaf.checks import check_usable
+from dykaf.state import Layout, State, changed_options, check_state, new_state
+
+
+class Layouts:
+    """The layouts of parameters, checked and made anew when what decides them has changed.
+
+    They are kept by the parameter's id: a reference would keep alive what the user has replaced,
+    and a weak one would forbid torch.utils.swap_tensors.
+    """
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, tuple[tuple[object, ...], Layout]] = {}
+
+    def of(
+        self,
+        name: str,
+        param: Tensor,
+        state: State,
+        group: Mapping[str, Any],
+        structure: tuple[object, ...],
+    ) -> Layout:
+        """The layout of a parameter with a gradient.
+
+        Args:
+            name: of the parameter.
+            param: is checked to be one that a step can serve.
+            state: of the parameter, empty if it has none yet; is checked to fit.
+            group: the parameter's.
+            structure: the values of STRUCTURAL_OPTIONS in ``group``.
+
+        Raises:
+            ValueError: naming the parameter, what was expected and what came.
+        """
+        key = (*structure, param.shape, param.dtype, param.device, type(param))
+        before, layout = self.by_id.get(id(param), (None, None))
+        if layout is None or before != key:
+            check_usable(name, param)
+            layout = Layout.of(param, group)
+            if state:
+                check_state(name, state, layout, changed_options(before or structure, structure))
+            self.by_id[id(param)] = (key, layout)
+        return layout
+
+    def keep(self, params: Iterable[Tensor]) -> None:
+        """Forgets all other parameters."""
+        for gone in self.by_id.keys() - {id(param) for param in params}:
+            del self.by_id[gone]
 
 
 class GroupWork(NamedTuple):
@@ -38,6 +86,75 @@ class GroupWork(NamedTuple):
             for name, value in inputs.items()
             if isinstance(value, Tensor) and ops.backend_of(value) == "cuda"
         }
+
+
+@contextmanager
+def new_states(
+    states: MutableMapping[Tensor, State], work: Sequence[GroupWork], started: Tensor
+) -> Iterator[None]:
+    """Makes the states that do not exist yet.
+
+    Takes them back if an exception comes before ``started`` is filled with 1.
+    """
+    new: list[Tensor] = []
+    try:
+        for item in work:
+            for param, layout in zip(item.params, item.layouts, strict=True):
+                if not states.get(param):
+                    new.append(param)
+                    states[param] = new_state(param, layout)
+        yield
+    except BaseException:
+        if not started:
+            for param in new:
+                states.pop(param, None)
+        raise
+
+
+class Waiting:
+    """Matrices on a GPU that have seen zero gradients alone.
+
+    The host starts a matrix at its first gradient that is not zero, and would have to wait for the
+    GPU in every step to know it. It looks at the maxima one step later instead, when they are
+    there, and the matrix starts at the gradient after (``next_refresh`` -1; -2: not yet).
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, torch.cuda.Event | None, list[tuple[Tensor, int]]]] = []
+
+    def note(self, jobs: Sequence[ops.StepJob], places: Sequence[Sequence[int]]) -> None:
+        """Takes the maxima of the waiting matrices, by their places in each job, of this step."""
+        for job, indices in zip(jobs, places, strict=True):
+            if not indices:
+                continue
+            dates = [
+                date
+                for state in job.states
+                for date in state.get("next_refresh", torch.zeros(1, 2)).view(-1, 2)
+            ]
+            maxima, event = to_host(job.grad_max)
+            self._seen.append((maxima, event, [(dates[idx], idx) for idx in indices]))
+
+    def settle(self) -> None:
+        """Marks those whose last gradient was not zero."""
+        for maxima, event, matrices in self._seen:
+            if event is not None:
+                event.synchronize()
+            for date, idx in matrices:
+                if maxima[idx] != 0:
+                    date.fill_(-1)
+        self._seen = []
+
+
+def to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the CPU, and the event after which it is there; None: now."""
+    if not value.is_cuda:
+        return value, None
+    host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    event.record()
+    return host, event
 
 
 def named(places: Sequence[Sequence[int]], owners: Sequence[Sequence[str]]) -> list[str]:
@@ -75,7 +192,7 @@ def check_capture(
             if layout.skinny_rank:
                 _refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")
             state = states.get(param)
-            if not state or not state.get("next_refresh", torch.ones(1)).all():
+            if not state or ("next_refresh" in state and not (state["next_refresh"] > 0).all()):
                 _refuse("a step before the capture", f"none with a gradient of {name}")
 
 

@@ -54,9 +54,10 @@ template <typename T>
 void refresh_due_(std::span<const Problem<T>> problems, const Options& options);
 
 // Places of matrices in the list of a step.
-struct StepFailures {
-  std::vector<size_t> steps;      // could not be updated, and are as before
-  std::vector<size_t> refreshes;  // their old basis stayed
+struct StepReport {
+  std::vector<size_t> failed;   // could not be updated, and are as before
+  std::vector<size_t> stayed;   // their old basis stayed
+  std::vector<size_t> waiting;  // on a device: have seen zero gradients alone
 };
 
 // The whole step: the above in their order. `initialize_` comes first, and with it everything that
@@ -75,7 +76,7 @@ class Step {
   void reset_();
 
   // The step of all that had their first gradient before, and the refreshes.
-  StepFailures run_();
+  StepReport run_();
 
   // Whether some had none yet.
   bool has_fresh() const;

@@ -38,10 +38,14 @@ inline int64_t next_refresh(int64_t t, const Options& options, int64_t offset) {
   return latest - (excess < 0 ? excess + interval : excess);
 }
 
-// Dates are at least 1 once the first gradient has set factors and bases.
+// Dates are at least 1 once the first gradient has set factors and bases, and 0 before. On a device
+// the host does not wait to see more gradients of a matrix that has seen zeros alone: its dates are
+// kSawZero, and -1 when the last one was not zero (python/dykaf/work.py).
+inline constexpr int64_t kSawZero = -2;
+
 template <typename T>
 bool awaits_first_gradient(const Problem<T>& p) {
-  return !p.is_unsided() && p.next_refresh[0] == 0 && p.next_refresh[1] == 0;
+  return !p.is_unsided() && p.next_refresh[0] <= 0 && p.next_refresh[1] <= 0;
 }
 
 // Counts a step of each matrix that has factors. Returns, per Side, those whose basis is due now,

@@ -1,0 +1,106 @@
+"""Saved state: checked before anything changes, then taken over as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from dykaf.checks import param_name
+from dykaf.options import RULES, check_options, plain_options
+from dykaf.state import HOST_KEYS, Layout, State, check_state
+
+
+def checked_state_dict(
+    state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """``state_dict`` after all checks, with the options that it lacks taken from the groups.
+
+    The count of skipped steps is an entry of the whole in what this returns and in old checkpoints,
+    of every group in new ones.
+
+    Args:
+        state_dict: of an optimizer with equally many groups and parameters; another is returned
+            as it is, for torch has its own message then.
+        param_groups: of the optimizer that loads it.
+
+    Raises:
+        ValueError: naming the option, or the parameter and tensor, that does not fit.
+    """
+    groups = state_dict["param_groups"]
+    lengths = [len(group["params"]) for group in param_groups]
+    if [len(group["params"]) for group in groups] != lengths:
+        return state_dict
+    states, filled = dict(state_dict["state"]), []
+    for group_idx, (saved, group) in enumerate(zip(groups, param_groups, strict=True)):
+        options = dict(saved)
+        for name in RULES:
+            options.setdefault(name, group[name])
+        check_options(options)
+        options.update(plain_options(options))
+        for idx, (param, saved_idx) in enumerate(
+            zip(group["params"], saved["params"], strict=True)
+        ):
+            state = states.get(saved_idx)
+            if state:
+                name = param_name(group, group_idx, idx)
+                if is_lazy(param):
+                    raise ValueError(
+                        f"state of {name}: expected a parameter that has its shape, "
+                        f"got {type(param).__name__}"
+                    )
+                layout = Layout.of(param, options)
+                if not layout.has_factors:
+                    states[saved_idx] = state = _from_adamw(name, state, layout)
+                check_state(name, state, layout)
+        filled.append(options)
+    counts = [group.get("skipped_steps", 0) for group in groups]
+    skipped_steps = {"skipped_steps": max(counts, default=0)}
+    return {**skipped_steps, **state_dict, "state": states, "param_groups": filled}
+
+
+def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The state of a parameter without factors, which may be one of torch.optim.AdamW.
+
+    That has a ``step`` of any type, moments of the parameter's dtype and no ``update_rms``.
+    """
+    if "max_exp_avg_sq" in state:
+        raise ValueError(
+            f"state of {name}: expected one of AdamW without amsgrad, got 'max_exp_avg_sq'"
+        )
+    found = dict(state)
+    found.setdefault("update_rms", torch.zeros((), device="cpu"))
+    if isinstance(found.get("step"), Real):
+        found["step"] = torch.tensor(float(found["step"]), dtype=torch.float32, device="cpu")
+    for key, (_, dtype) in layout.shapes().items():
+        value = found.get(key)
+        if isinstance(value, Tensor) and (value.is_floating_point() or key == "step"):
+            found[key] = value.to(dtype)
+    return found
+
+
+def exact_states(
+    state_dict: Mapping[str, Any], param_groups: Sequence[dict[str, Any]]
+) -> dict[Tensor, State]:
+    """Copies of the saved states, without a cast, by parameter.
+
+    Args:
+        state_dict: checked.
+        param_groups: of the optimizer that loads it.
+    """
+    ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
+    params = [param for group in param_groups for param in group["params"]]
+    return {
+        param: {
+            name: value.detach()
+            .to("cpu" if name in HOST_KEYS else param.device)
+            .clone(memory_format=torch.contiguous_format)
+            for name, value in state_dict["state"][idx].items()
+        }
+        for param, idx in zip(params, ids, strict=True)
+        if state_dict["state"].get(idx)
+    }
