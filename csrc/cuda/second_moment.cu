@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   const MatrixScalars& s = matrices.scalars[q.matrix_idx];
   if (s.active == 0 || q.u == nullptr) return;
   const double scale = *p.exp_avg_sq_scale;
-  const Weights w = rank_one_weights(beta2, scale, static_cast<double>(s.tau));
+  const Weights w = rank_one_weights(beta2, scale, static_cast<double>(s.adam_tau));
   double sums[2] = {0.0, 0.0};  // ||K||^2, <K, l>
   for (int64_t i = static_cast<int>(threadIdx.x); i < p.m; i += kThreads) {
     const double l = unit_entry(p.exp_avg_sq_row, scale, i, p.m);
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
 DYKAF_DEVICE void rank_one_vectors(const MomentProblem& q, const Problem<float>& p,
                                    const MatrixScalars& s, double beta2, double* scratch) {
   const double scale = *p.exp_avg_sq_scale;
-  const Weights w = rank_one_weights(beta2, scale, static_cast<double>(s.tau));
+  const Weights w = rank_one_weights(beta2, scale, static_cast<double>(s.adam_tau));
   const double c = q.scratch[0];
   const auto B = [&](int64_t j) {
     return c * unit_entry(p.exp_avg_sq_col, scale, j, p.n) + w.b * q.col_sums[j];
@@ -139,7 +139,7 @@ DYKAF_DEVICE void rank_one_vectors(const MomentProblem& q, const Problem<float>&
 
 DYKAF_DEVICE void factored_vectors(const MomentProblem& q, const Problem<float>& p,
                                    const MatrixScalars& s, double beta2, double* scratch) {
-  const double tau = s.tau;
+  const double tau = s.adam_tau;
   const double gain = (1 - beta2) * tau * tau;
   const auto m = static_cast<double>(p.m);
   const auto n = static_cast<double>(p.n);

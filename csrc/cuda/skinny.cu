@@ -6,6 +6,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/grouped.h"
 #include "cuda/kernels.h"
+#include "dykaf/bounds.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -39,9 +40,10 @@ DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
   return part;
 }
 
-// exp_avg, and X from the array to `tile` [kShort, kStride], the short side first.
+// exp_avg, and X from the array to `tile` [kShort, kStride], the short side first; exp_avg to
+// `momenta` likewise.
 DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, const float* X,
-                              const Part& part, float* tile) {
+                              const Part& part, float* tile, float* momenta) {
   const bool is_wide = p.is_wide();
   const int num_rows = is_wide ? part.num_i : part.num_j;
   const int num_cols = is_wide ? part.num_j : part.num_i;
@@ -59,8 +61,10 @@ DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, c
     load_unit(p.exp_avg + start, count, aligned, exp_avg);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-      exp_avg[e] = blend_momentum(exp_avg[e], s.tau * x[e], s);
-      tile[is_wide ? row * kStride + col + e : (col + e) * kStride + row] = x[e];
+      exp_avg[e] = blend_momentum(exp_avg[e], gradient_of(x[e], s), s);
+      const int place = is_wide ? row * kStride + col + e : (col + e) * kStride + row;
+      tile[place] = fabsf(x[e]) < s.noise ? 0.0f : x[e];
+      momenta[place] = exp_avg[e];
     }
     store_unit(p.exp_avg + start, count, aligned, exp_avg);
   }
@@ -87,13 +91,14 @@ __global__ void __launch_bounds__(kThreads)
     skinny_gradient_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
                            const __grid_constant__ Matrices matrices) {
   DYKAF_SHARED(float, tile, [kShort * kStride]);
+  DYKAF_SHARED(float, momenta, [kShort * kStride]);
   const int block = static_cast<int>(blockIdx.x);
   const SkinnyProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
   const Problem<float>& p = matrices.problems[q.matrix_idx];
   const MatrixScalars& s = matrices.scalars[q.matrix_idx];
   if (s.active == 0) return;
   const Part part = locate_part(p, block - q.tile_begin);
-  blend_part_(p, s, q.X, part, tile);
+  blend_part_(p, s, q.X, part, tile, momenta);
   __syncthreads();
   const int64_t l = p.long_side();
   if (q.updates_factor) append_part_(p.basis + q.used * l, l, part, tile);
@@ -101,12 +106,19 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < part.num_i; i += kWarps) {
     double sum = 0.0;
+    double momentum_sum = 0.0;
     for (int j = lane; j < part.num_j; j += kWarpSize) {
       const double x = tile[i * kStride + j];
+      const double momentum = momenta[i * kStride + j];
       sum += x * x;
+      momentum_sum += momentum * momentum;
     }
     sum = warp_sum(sum);
-    if (lane == 0) q.sums[part.piece * p.short_side() + part.i + i] = sum;
+    momentum_sum = warp_sum(momentum_sum);
+    if (lane == 0) {
+      q.sums[part.piece * p.short_side() + part.i + i] = sum;
+      q.momentum_sums[part.piece * p.short_side() + part.i + i] = momentum_sum;
+    }
   }
 }
 
@@ -127,17 +139,29 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= num_rows) return;  // whole warps; no barrier follows
   const auto place = [&](int64_t j) { return p.is_wide() ? i * q.inner + j : j * num_rows + i; };
 
+  // In V what is rounding of rows this long is nothing.
+  const float noise = s.noise * sqrtf(static_cast<float>(l));
+  const auto gradient_in = [&](int64_t j) {
+    const float x = q.XV[place(j)];
+    return fabsf(x) < noise ? 0.0f : x;
+  };
   double total = 0.0;
+  double momentum_total = 0.0;
   for (int64_t piece = lane; piece < ceil_div(l, kLong); piece += kWarpSize) {
     total += q.sums[piece * num_rows + i];
+    momentum_total += q.momentum_sums[piece * num_rows + i];
   }
   double inside = 0.0;
   for (int64_t j = lane; j < q.inner; j += kWarpSize) {
-    const double x = q.XV[place(j)];
+    const double x = gradient_in(j);
     inside += x * x;
   }
   total = warp_sum(total);
   inside = warp_sum(inside);
+  momentum_total = warp_sum(momentum_total);
+  momentum_total = __shfl_sync(kFullMask, momentum_total, 0);
+  const auto momentum_noise = static_cast<float>(rounding_share<float>(1) * sqrt(momentum_total));
+  const float bound = s.update_bound / s.correction1;
 
   const auto inverse_root = [&](float& second_moment, float g) {
     second_moment = s.beta2 * second_moment + s.one_minus_beta2 * g * g;
@@ -148,10 +172,13 @@ __global__ void __launch_bounds__(kThreads)
   const double outside = fmax(total - inside, 4 * kEpsilon * total);
   const auto rest = static_cast<float>(sqrt(outside / static_cast<double>(l - q.inner)));
   float beyond = 0.0f;
-  if (lane == 0) q.beyond[i] = beyond = inverse_root(exp_avg_sq[p.skinny_rank], s.tau * rest);
+  if (lane == 0) q.beyond[i] = beyond = inverse_root(exp_avg_sq[p.skinny_rank], s.adam_tau * rest);
   beyond = __shfl_sync(kFullMask, beyond, 0);
   for (int64_t j = lane; j < q.inner; j += kWarpSize) {
-    q.MV[place(j)] *= inverse_root(exp_avg_sq[j], s.tau * q.XV[place(j)]) - beyond;
+    const float within = inverse_root(exp_avg_sq[j], s.adam_tau * gradient_in(j));
+    float& MV = q.MV[place(j)];
+    const float momentum = fabsf(MV) < momentum_noise ? 0.0f : MV;
+    MV = fminf(fmaxf(momentum * within, -bound), bound) - momentum * beyond;
   }
 }
 

@@ -19,6 +19,7 @@ class SkinnyPlan {
     SkinnyProblem q{};
     q.X = e.in;
     q.sums = builder.take<double>(skinny_pieces(p.long_side()) * s);
+    q.momentum_sums = builder.take<double>(skinny_pieces(p.long_side()) * s);
     q.XV = XV;
     q.MV = builder.take<float>(s * inner);
     q.beyond = builder.take<float>(s);

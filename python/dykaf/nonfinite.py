@@ -77,7 +77,7 @@ class Skips:
     def flag(
         self, work: Sequence[GroupWork], maxima: Sequence[Tensor], found_inf: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Whether to skip the step, and what :meth:`count_on_gpu` takes; no host waits for either."""
+        """Whether to skip the step, and what :meth:`count_on_gpu` takes; no host has waited."""
         watched = [
             (grad_max.isfinite().logical_not(), item)
             for item, grad_max in zip(work, maxima, strict=True)

@@ -10,13 +10,17 @@ DYKAF_DEVICE float blend_momentum(float exp_avg, float g, const MatrixScalars& s
   return s.beta1 * exp_avg + s.one_minus_beta1 * g;
 }
 
-// Adam on a unit with the gradient tau h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
+DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
+  return fabsf(h) < s.noise ? 0.0f : s.adam_tau * h;
+}
+
+// Adam on a unit with the gradient of h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
 DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
                             const float (&h)[kUnit], const MatrixScalars& s,
                             float (&update)[kUnit]) {
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    const float g = s.tau * h[i];
+    const float g = gradient_of(h[i], s);
     exp_avg[i] = blend_momentum(exp_avg[i], g, s);
     exp_avg_sq[i] = s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * g * g;
     const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps;

@@ -82,10 +82,10 @@ struct Problem {
   constexpr int64_t short_side() const { return is_wide() ? m : n; }
   constexpr int64_t long_side() const { return is_wide() ? n : m; }
 
-  // The longest side with a basis, 0 without one.
+  // The longest side whose basis Adam's gradients are rotated to, 0 without one.
   constexpr int64_t rotated_side() const {
-    const int64_t rows = Q_L != nullptr || is_skinny() ? m : 0;
-    const int64_t cols = Q_R != nullptr || is_skinny() ? n : 0;
+    const int64_t rows = Q_L != nullptr ? m : 0;
+    const int64_t cols = Q_R != nullptr ? n : 0;
     return rows > cols ? rows : cols;
   }
 
