@@ -159,7 +159,6 @@ __global__ void __launch_bounds__(kThreads)
   total = warp_sum(total);
   inside = warp_sum(inside);
   momentum_total = warp_sum(momentum_total);
-  momentum_total = __shfl_sync(kFullMask, momentum_total, 0);
   const auto momentum_noise = static_cast<float>(rounding_share<float>(1) * sqrt(momentum_total));
   const float bound = s.update_bound / s.correction1;
 

@@ -53,6 +53,20 @@ inline Number sqrt(Number x) {
   return Number(root, error).rounded();
 }
 
+// x, or 0 if its magnitude is below `noise`; either where that hangs on the error.
+inline Number without_noise(Number x, double noise) {
+  const double magnitude = std::fabs(x.value);
+  if (magnitude + x.error < noise) return 0;
+  if (magnitude - x.error <= noise) return {x.value, x.error + magnitude};
+  return x;
+}
+
+// Within [-bound, bound], itself rounded.
+inline Number clamped(Number x, double bound) {
+  const double error = std::min(x.error, 2 * bound) + kRoundoff * bound;
+  return {std::clamp(x.value, -bound, bound), error};
+}
+
 // A matrix of them, row-major.
 struct Dense {
   int64_t m = 0;

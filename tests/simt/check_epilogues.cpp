@@ -120,7 +120,7 @@ void check_epilogue(const std::string& name, TileClass tile_class, Epilogue epil
                           [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
                             if (epilogue == Epilogue::kAdam) {
                               return reference::adam_update(
-                                  p, reference::scaled(tau(i), product(i)), s.options);
+                                  p, reference::scaled(tau(i), product(i)), s);
                             }
                             reference::apply_update(p, product(i), s);
                             return Dense();

@@ -66,7 +66,45 @@ Plan adam_plan(Batch& b, const Scenario& s, void* workspace) {
 }
 
 Dense adam_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
-  return reference::adam_update(p, reference::gradient(p, s), s.options);
+  return reference::adam_update(p, reference::gradient(p, s), s);
+}
+
+// Every third gradient is a little too small to be more than rounding, and nothing came before.
+void some_noise(Batch& batch) {
+  for (const MatrixCase& c : batch.cases) {
+    if (c.Q_L.size() == 0 && c.Q_R.size() == 0) continue;
+    const double side = std::sqrt(std::max(c.Q_L.size() > 0 ? c.spec.m : 0,
+                                           c.Q_R.size() > 0 ? c.spec.n : 0));
+    const double noise = 16 * 0x1p-24 * side * c.grad_max();
+    for (int64_t i = 1; i < c.spec.m * c.spec.n; i += 3) {
+      c.grad.set(i, static_cast<float>(0.8 * noise));
+      c.exp_avg[i] = 0;
+      if (c.exp_avg_sq.size() > 0) c.exp_avg_sq[i] = 0;
+    }
+  }
+  batch.find_grad_max();
+}
+
+// So large that the squares would overflow.
+void large_gradients(Batch& batch) {
+  for (const MatrixCase& c : batch.cases) {
+    if (c.Q_L.size() == 0 && c.Q_R.size() == 0) continue;
+    for (int64_t i = 0; i < c.spec.m * c.spec.n; ++i) c.grad.set(i, c.grad[i] * 0x1p100f);
+    for (int64_t i = 0; i < c.spec.m * c.spec.n; ++i) c.exp_avg[i] = 0;
+  }
+  batch.find_grad_max();
+}
+
+// There the gradient counts as a smaller one, whose squares fit.
+Dense large_adam_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
+  const double largest = std::exp2(std::ceil(std::log2(reference::largest_gradient(p, s))));
+  const double size = std::sqrt(static_cast<double>(p.grad.m * p.grad.n));
+  const double most = std::exp2(61 - std::floor(std::log2(size)));
+  const bool is_rotated = !p.Q_L.is_null() || !p.Q_R.is_null();
+  if (is_rotated && largest > most) {
+    for (Number& g : p.grad.x) g = g.value * (most / largest);
+  }
+  return reference::adam_update(p, reference::gradient(p, s), s);
 }
 
 void check_adam() {
@@ -80,6 +118,13 @@ void check_adam() {
     const std::string prefix = std::string("adam ") + name;
     check_against_reference(prefix, scenario, adam_plan, adam_reference);
     check_skip(prefix, scenario, adam_plan);
+    Scenario negated = scenario;
+    negated.options.grad_scale = -1;
+    check_against_reference(prefix + " noise", negated, adam_plan, adam_reference, some_noise);
+    Scenario wide_range = scenario;
+    std::erase_if(wide_range.specs, [](const CaseSpec& c) { return c.dtype == DType::kFloat16; });
+    check_against_reference(prefix + " large gradients", wide_range, adam_plan,
+                            large_adam_reference, large_gradients);
     // Scaled and negated gradients; the first step.
     Scenario scaled = scenario;
     scaled.options.grad_scale = -1;

@@ -64,6 +64,36 @@ void zero_gradients(Batch& batch) {
   batch.find_grad_max();
 }
 
+// In the first row of the short side the gradient is rounding; so is what V's last direction, a
+// unit vector, sees of the others. Nothing came before in either.
+void noise(Batch& batch) {
+  for (MatrixCase& c : batch.cases) {
+    if (c.spec.skinny_rank == 0) continue;
+    const bool is_wide = c.spec.m < c.spec.n;
+    const int64_t s = c.spec.short_side();
+    const int64_t l = c.spec.long_side();
+    const auto place = [&](int64_t i, int64_t j) { return is_wide ? i * l + j : j * s + i; };
+    const Array<float>& Q = is_wide ? c.Q_L : c.Q_R;
+    for (int64_t i = 0; i < s * s; ++i) Q[i] = i % (s + 1) == 0 ? 1.0f : 0.0f;
+    for (int64_t k = 0; k < c.rows[0]; ++k) c.basis[k * l] = 0;
+    const int64_t last = c.rows[0] - 1;
+    for (int64_t j = 0; j < l; ++j) c.basis[last * l + j] = j == 0 ? 1.0f : 0.0f;
+    const double entry = 16 * 0x1p-24 * std::sqrt(s) * c.grad_max();
+    const double in_V = entry * std::sqrt(l);
+    for (int64_t i = 0; i < s; ++i) {
+      c.grad.set(place(i, 0), static_cast<float>(0.5 * in_V));
+      c.exp_avg[place(i, 0)] = 0;
+      c.exp_avg_sq[i * (c.spec.skinny_rank + 1) + last] = 0;
+    }
+    for (int64_t j = 0; s > 1 && j < l; ++j) {
+      c.grad.set(place(0, j), static_cast<float>(0.5 * entry));
+      c.exp_avg[place(0, j)] = 0;
+    }
+    for (int64_t k = 0; s > 1 && k <= c.spec.skinny_rank; ++k) c.exp_avg_sq[k] = 0;
+  }
+  batch.find_grad_max();
+}
+
 Dense between_updates(reference::Matrix& p, const reference::Settings& s, size_t) {
   reference::step_between_updates(p, s);
   return {};
@@ -104,6 +134,8 @@ void check_skinny() {
                           step_reference);
   check_against_reference("skinny step within the basis", scenario_of(MatmulPrecision::kHighest),
                           step_plan, step_reference, within_the_basis);
+  check_against_reference("skinny step noise", scenario_of(MatmulPrecision::kHighest), step_plan,
+                          step_reference, noise);
   Scenario zero = scenario_of(MatmulPrecision::kHighest);
   check_against_reference("skinny step zero gradients", zero, step_plan, step_reference,
                           zero_gradients);

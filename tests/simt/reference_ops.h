@@ -45,6 +45,35 @@ inline Dense gradient(const Matrix& p, const Settings& settings) {
   return G;
 }
 
+inline double largest_gradient(const Matrix& p, const Settings& settings) {
+  double largest = 0;
+  for (const Number& g : p.grad.x) {
+    largest = std::max(largest, std::fabs(g.value * settings.grad_scale));
+  }
+  return largest;
+}
+
+// Entries of the rotated gradient that are smaller are rounding (docs/algorithm.md).
+inline double noise(const Matrix& p, const Settings& settings) {
+  const auto side = static_cast<double>(std::max(p.Q_L.m, p.Q_R.m));
+  return 16 * kRoundoff * std::sqrt(side) * largest_gradient(p, settings);
+}
+
+inline Dense without_noise(Dense x, double noise) {
+  for (Number& entry : x.x) entry = kernel_check::without_noise(entry, noise);
+  return x;
+}
+
+// Of an entry of Adam's update (docs/algorithm.md, "The bound").
+inline double update_bound(const Options& options, double step) {
+  const double q = options.beta1 * options.beta1 / options.beta2;
+  double sum = 0;
+  for (double k = 0; k < step; ++k) sum += std::pow(q, k);
+  double C = (1 - options.beta1) * (1 - options.beta1) / (1 - options.beta2) * sum;
+  if (q >= 1) C = std::min(C, 1.0);
+  return std::sqrt(C * (1 - std::pow(options.beta2, step))) / (1 - std::pow(options.beta1, step));
+}
+
 inline Dense rotate(const Matrix& p, Rotation rotation, Dense X, MatmulPrecision precision) {
   const bool into = rotation == Rotation::kIntoBasis;
   if (!p.Q_L.is_null()) X = multiplied(into ? transposed(p.Q_L) : p.Q_L, X, precision);
@@ -97,13 +126,14 @@ inline void rank_one_step(Matrix& p, const Dense& G, double beta2) {
   p.scale = sqrt(s);
 }
 
-// The root of the second moment, brought forward.
-inline Dense second_moment_root(Matrix& p, const Dense& G, const Options& options) {
+// The root of the second moment, brought forward; a full one without the noise in G.
+inline Dense second_moment_root(Matrix& p, const Dense& G, const Dense& known,
+                                const Options& options) {
   Dense root(G.m, G.n);
   if (!p.exp_avg_sq.is_null()) {
     for (size_t i = 0; i < root.x.size(); ++i) {
       const Number old = Number(options.beta2).rounded() * p.exp_avg_sq.x[i];
-      p.exp_avg_sq.x[i] = old + Number(1 - options.beta2).rounded() * G.x[i] * G.x[i];
+      p.exp_avg_sq.x[i] = old + Number(1 - options.beta2).rounded() * known.x[i] * known.x[i];
       root.x[i] = sqrt(p.exp_avg_sq.x[i]);
     }
     return root;
@@ -134,19 +164,24 @@ inline Dense second_moment_root(Matrix& p, const Dense& G, const Options& option
 }
 
 // Adam with the rotated gradient G; returns D.
-inline Dense adam_update(Matrix& p, const Dense& G, const Options& options) {
+inline Dense adam_update(Matrix& p, const Dense& G, const Settings& settings) {
+  const Options& options = settings.options;
   p.step += 1;
-  const Dense root = second_moment_root(p, G, options);
+  const Dense known = without_noise(G, noise(p, settings));
+  const Dense root = second_moment_root(p, G, known, options);
+  const bool is_compact = p.exp_avg_sq.is_null();
+  const double bound = update_bound(options, p.step);
   const Number correction1 = Number(1 / (1 - std::pow(options.beta1, p.step))).rounded();
   const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
   const Number beta1 = Number(options.beta1).rounded();
   const Number gain1 = Number(1 - options.beta1).rounded();
   Dense D(G.m, G.n);
   for (size_t i = 0; i < D.x.size(); ++i) {
-    p.exp_avg.x[i] = beta1 * p.exp_avg.x[i] + gain1 * G.x[i];
+    p.exp_avg.x[i] = beta1 * p.exp_avg.x[i] + gain1 * known.x[i];
     // One rounding more for products that the device groups in another way.
     const Number denominator = (root.x[i] * correction2).rounded() + Number(options.eps).rounded();
     D.x[i] = p.exp_avg.x[i] * correction1 / denominator;
+    if (is_compact) D.x[i] = clamped(D.x[i], bound);
   }
   p.update_rms = sqrt(inner(D, D) / static_cast<double>(G.m * G.n));
   return D;

@@ -31,7 +31,9 @@ inline Number sum_of_squares(const Dense& A, int64_t row) {
 }
 
 // With X [s, l], the gradient in the short side's basis; returns the update in that basis, [s, l].
-inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X, const Options& options) {
+inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
+                                const Settings& settings) {
+  const Options& options = settings.options;
   p.step += 1;
   const int64_t rank = p.exp_avg_sq.n - 1;
   const Number correction1 = Number(1 / (1 - std::pow(options.beta1, p.step))).rounded();
@@ -41,14 +43,18 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X, const
   exp_avg =
       combined(Number(options.beta1).rounded(), exp_avg, Number(1 - options.beta1).rounded(), X);
   const Dense V = top_rows(p.basis, p.inner);
-  const Dense XV = multiplied(X, transposed(V), MatmulPrecision::kHighest);
+  const double in_V = noise(p, settings) * std::sqrt(static_cast<double>(X.n));
+  const Dense XV = without_noise(multiplied(X, transposed(V), MatmulPrecision::kHighest), in_V);
   Dense MV = multiplied(exp_avg, transposed(V), MatmulPrecision::kHighest);
   const auto inverse_root = [&](Number& second_moment, Number g) {
     second_moment = beta2 * second_moment + gain2 * g * g;
     return 1 / ((sqrt(second_moment) * correction2).rounded() + Number(options.eps).rounded());
   };
+  // Before the correction of exp_avg.
+  const double bound = update_bound(options, p.step) / correction1.value;
   Dense beyond(1, X.m);
   for (int64_t i = 0; i < X.m; ++i) {
+    const double momentum_noise = 16 * kRoundoff * sqrt(sum_of_squares(exp_avg, i)).value;
     const Number total = sum_of_squares(X, i);
     const Number outside = total - sum_of_squares(XV, i);
     const Number floor = Number(4 * 0x1p-23) * total;
@@ -57,7 +63,8 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X, const
     beyond.at(0, i) = inverse_root(p.exp_avg_sq.at(i, rank), rest);
     for (int64_t j = 0; j < p.inner; ++j) {
       const Number within = inverse_root(p.exp_avg_sq.at(i, j), XV.at(i, j));
-      MV.at(i, j) = MV.at(i, j) * (within - beyond.at(0, i));
+      const Number known = kernel_check::without_noise(MV.at(i, j), momentum_noise);
+      MV.at(i, j) = clamped(known * within, bound) - known * beyond.at(0, i);
     }
   }
   Dense D = multiplied(MV, V, MatmulPrecision::kHighest);
@@ -98,10 +105,11 @@ inline void skinny_step(Matrix& p, const Settings& settings) {
   const bool is_wide = p.grad.m < p.grad.n;
   const auto oriented = [&](const Dense& A) { return is_wide ? A : transposed(A); };
   const double tau = gradient_scale(p, settings);
-  const Dense X =
-      oriented(rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision));
+  const Dense X = without_noise(
+      oriented(rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision)),
+      noise(p, settings));
   Dense exp_avg = oriented(p.exp_avg);
-  const Dense D = oriented(skinny_adam_update(p, exp_avg, X, settings.options));
+  const Dense D = oriented(skinny_adam_update(p, exp_avg, X, settings));
   p.exp_avg = oriented(exp_avg);
   apply_update(p, rotate(p, Rotation::kOutOfBasis, D, settings.precision), settings);
   Dense H = X;
@@ -113,7 +121,7 @@ inline void skinny_step(Matrix& p, const Settings& settings) {
 inline void step(Matrix& p, const Settings& settings) {
   if (!p.basis.is_null()) return skinny_step(p, settings);
   const Dense G = rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision);
-  const Dense D = adam_update(p, G, settings.options);
+  const Dense D = adam_update(p, G, settings);
   apply_update(p, rotate(p, Rotation::kOutOfBasis, D, settings.precision), settings);
   if (!p.L.is_null() || !p.R.is_null()) factor_update(p, G, settings);
 }

@@ -69,7 +69,9 @@ DEVICE = (
             "sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps",
             "(sqrtf(exp_avg_sq[i]) + s.eps) * s.correction2",
         ),
-        ("gradient without tau", "const float g = s.tau * h[i];", "const float g = h[i];"),
+        ("gradient without tau", "0.0f : s.adam_tau * h;", "0.0f : h;"),
+        ("rounding counts", "fabsf(h) < s.noise ? 0.0f : ", ""),
+        ("squares overflow", "0.0f : s.adam_tau * h;", "0.0f : s.tau * h;"),
         (
             "momentum is not corrected",
             "exp_avg[i] * s.correction1 / denominator",
@@ -109,6 +111,11 @@ ELEMENT_KERNELS = (
             "min(int64_t{kUnit}, n + 1 - place.col)",
         ),
         ("a unit too many", "if (unit >= num_units) break;", "if (unit > num_units) break;"),
+        (
+            "compact updates have no bound",
+            "fminf(fmaxf(ratio, -s.update_bound), s.update_bound)",
+            "ratio",
+        ),
         ("gradient is not scaled", "x[i] *= s.load_scale;", "x[i] *= 1.0f / s.tau;"),
         ("input taken for aligned", "is_aligned(e.in, place.start, 4), x);", "true, x);"),
         ("output taken for aligned", "is_aligned(e.out, place.start, 4),", "true,"),

@@ -26,8 +26,31 @@ SKINNY = (
         ),
         ("tail of the long side", "min(int64_t{kLong}, p.long_side() - part.j)", "int64_t{kLong}"),
         ("parts of the short side", "tile % parts_i * kShort", "0 * kShort"),
-        ("a tall tile is not turned", "(col + e) * kStride + row]", "(row + e) * kStride + col]"),
-        ("momentum without tau", "s.tau * x[e], s)", "x[e], s)"),
+        (
+            "a tall tile is not turned",
+            "(col + e) * kStride + row;",
+            "(row + e) * kStride + col;",
+        ),
+        ("momentum without tau", "gradient_of(x[e], s), s)", "x[e], s)"),
+        (
+            "rounding enters the basis",
+            "fabsf(x[e]) < s.noise ? 0.0f : x[e]",
+            "x[e]",
+        ),
+        ("rounding in V", "fabsf(x) < noise ? 0.0f : x", "x"),
+        ("rounding as of one entry", "s.noise * sqrtf(static_cast<float>(l))", "s.noise"),
+        (
+            "momentum's rounding in V",
+            "fabsf(MV) < momentum_noise ? 0.0f : MV",
+            "MV",
+        ),
+        ("no sum of the momentum", "  momentum_total = warp_sum(momentum_total);\n", ""),
+        (
+            "updates have no bound",
+            "fminf(fmaxf(momentum * within, -bound), bound)",
+            "momentum * within",
+        ),
+        ("bound after the correction", "s.update_bound / s.correction1", "s.update_bound"),
         (
             "sums of the first row",
             "q.sums[part.piece * p.short_side() + part.i + i] = sum",
@@ -41,11 +64,15 @@ SKINNY = (
         ("mean over all directions", "(l - q.inner)", "(l)"),
         (
             "the rest without tau",
-            "exp_avg_sq[p.skinny_rank], s.tau * rest",
+            "exp_avg_sq[p.skinny_rank], s.adam_tau * rest",
             "exp_avg_sq[p.skinny_rank], rest",
         ),
         ("no broadcast", "  beyond = __shfl_sync(kFullMask, beyond, 0);\n", ""),
-        ("V as if its part were not beyond", "q.XV[place(j)]) - beyond", "q.XV[place(j)])"),
+        (
+            "V as if its part were not beyond",
+            "-bound), bound) - momentum * beyond",
+            "-bound), bound)",
+        ),
         (
             "no bias correction",
             "(sqrtf(second_moment) * s.correction2 + s.eps)",
