@@ -22,4 +22,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   dykaf::bindings::register_ops(module);
   dykaf::bindings::register_step(module);
+#if defined(DYKAF_SIMT)
+  dykaf::bindings::register_faults(module);
+#endif
 }

@@ -13,11 +13,12 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from build import HOST_FLAGS, INCLUDES, KERNEL_SOURCES, OUT, ROOT, Object, make
+from build import HOST_FLAGS, INCLUDES, KERNEL_SOURCES, OUT, ROOT, SIMT, Object, make
 from torch.utils import cpp_extension
 
 PACKAGE = OUT / "package" / "dykaf"
 HOST_SOURCES = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/bindings/*.cpp")])
+HOST_SOURCES.append(SIMT / "faulty_allocator.cpp")
 DEFINITIONS = {
     "DYKAF_WITH_CUDA": "1",
     "DYKAF_SIMT": "1",
