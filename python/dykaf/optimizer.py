@@ -55,6 +55,10 @@ class DyKAF(Optimizer):
     Vectors, scalars and matrices with both sides over ``max_precond_dim`` are updated by AdamW.
     Tensors of more than two dimensions are seen as matrices, first dimension by the rest.
 
+    No entry of D exceeds Adam's own bound, 1 for equal betas: at a refresh exp_avg_sq grows where
+    it is too small for the momentum that has come. So the root mean square of an update never
+    exceeds lr times that bound, whatever the gradients.
+
     The defaults are what trains best (docs/evidence.md); the paper's own form is
     ``integrator="bug", init="rank_one", refresh_schedule="fixed", factor_beta=None,
     rescale_exp_avg_sq=False``.
@@ -200,7 +204,13 @@ class DyKAF(Optimizer):
             ValueError: for an option or gradient that cannot be used, naming it.
             RuntimeError: for a gradient that is not finite under ``nonfinite="raise"``, and for a
                 step that a CUDA graph cannot hold.
-            In both cases parameters and state are as before the call.
+            In both cases parameters and state are as before the call, as they are when memory ends
+            or the step is interrupted; or a RuntimeError names the parameters that are, all others
+            having been updated.
+
+        Warns of the first step that is skipped for gradients that are not finite, and each time
+        those in a row are ten times as many; and of a refresh that failed, where the old basis
+        stays.
 
         A CUDA graph can hold a step, without its refreshes: see :meth:`refresh`.
         """
