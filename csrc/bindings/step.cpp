@@ -191,7 +191,8 @@ void initialize_(std::list<Job>& jobs) {
 using Places = std::vector<std::vector<size_t>>;
 
 // Sets started[0] to 1 before the first change that stays.
-std::tuple<Places, Places, Places> step_op(const std::vector<py::object>& descriptions, at::Tensor started) {
+std::tuple<Places, Places, Places> step_op(const std::vector<py::object>& descriptions,
+                                           at::Tensor started) {
   std::list<Job> jobs;
   for (const py::object& job : descriptions) jobs.emplace_back(job);
   const py::gil_scoped_release no_gil;

@@ -188,7 +188,7 @@ void product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
   if (few_columns) {
     const at::Tensor transposed = scratch.view({out.size(1), out.size(0)});
     multiply(transposed, b.t(), a.t());
-    at::Tensor(out).copy_(transposed.t());
+    out.copy_(transposed.t());
   } else {
     multiply(out, a, b);
   }
@@ -208,10 +208,6 @@ void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Ten
     }
   }
   mirror(out, [](auto lower, auto) { return lower; });
-}
-
-void full_product_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
-  multiply(out, a, b);
 }
 
 at::Tensor full_product(const at::Tensor& a, const at::Tensor& b) {

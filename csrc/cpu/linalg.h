@@ -31,7 +31,6 @@ void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Ten
 
 // a b in full precision, of matrices or batches of them on any device, whatever torch's settings.
 at::Tensor full_product(const at::Tensor& a, const at::Tensor& b);
-void full_product_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
 
 // out = a b for a product known to be symmetric with a upper triangular; all [n, n].
 void triangular_symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);

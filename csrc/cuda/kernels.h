@@ -133,12 +133,12 @@ int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const
 
 // Skinny matrices, s the short and l the long side; V is `inner` rows of `basis`.
 struct SkinnyProblem {
-  const float* X;   // [m, n], the gradient over tau, in the short side's basis
-  double* sums;     // [skinny_pieces, s], of X^2 along pieces of the long side
+  const float* X;         // [m, n], the gradient over tau, in the short side's basis
+  double* sums;           // [skinny_pieces, s], of X^2 along pieces of the long side
   double* momentum_sums;  // the same of exp_avg^2
-  const float* XV;  // X V^T, [s, inner]; of a tall matrix its transpose
-  float* MV;        // as XV for exp_avg; kMoments turns it into what V is multiplied by
-  float* beyond;    // [s], what exp_avg is multiplied by
+  const float* XV;        // X V^T, [s, inner]; of a tall matrix its transpose
+  float* MV;              // as XV for exp_avg; kMoments turns it into what V is multiplied by
+  float* beyond;          // [s], what exp_avg is multiplied by
   int32_t inner;
   int32_t used;         // rows of `basis` in use: X follows them
   bool updates_factor;  // or else X does not, and the long side's factor stays

@@ -73,8 +73,8 @@ Dense adam_reference(reference::Matrix& p, const reference::Settings& s, size_t)
 void some_noise(Batch& batch) {
   for (const MatrixCase& c : batch.cases) {
     if (c.Q_L.size() == 0 && c.Q_R.size() == 0) continue;
-    const double side = std::sqrt(std::max(c.Q_L.size() > 0 ? c.spec.m : 0,
-                                           c.Q_R.size() > 0 ? c.spec.n : 0));
+    const double side =
+        std::sqrt(std::max(c.Q_L.size() > 0 ? c.spec.m : 0, c.Q_R.size() > 0 ? c.spec.n : 0));
     const double noise = 16 * 0x1p-24 * side * c.grad_max();
     for (int64_t i = 1; i < c.spec.m * c.spec.n; i += 3) {
       c.grad.set(i, static_cast<float>(0.8 * noise));

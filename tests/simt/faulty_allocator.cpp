@@ -42,9 +42,8 @@ FaultyAllocator& allocator() {
 void register_faults(py::module_& module) {
   c10::SetAllocator(c10::DeviceType::CPU, &allocator(), /*priority=*/100);
   // The allocation after `num` others fails, once; None: none does.
-  module.def("fail_allocation", [](std::optional<int64_t> num) {
-    allocator().left_ = num ? *num : kNever;
-  });
+  module.def("fail_allocation",
+             [](std::optional<int64_t> num) { allocator().left_ = num ? *num : kNever; });
 }
 
 }  // namespace dykaf::bindings
