@@ -167,11 +167,11 @@ class RefreshBatch {
     return at::where(rounding, at::zeros_like(turned), turned);
   }
 
-  at::Tensor floors() const {
-    Tensors steps;
+  at::Tensor steps() const {
+    Tensors tensors;
     const auto options = at::TensorOptions().dtype(at::kFloat).device(group_.device);
-    for (const Matrix* p : problems_) steps.push_back(at::from_blob(p->step, {}, options));
-    return cpu::momentum_floors(group_.options, at::stack(steps));
+    for (const Matrix* p : problems_) tensors.push_back(at::from_blob(p->step, {}, options));
+    return at::stack(tensors);
   }
 
   struct Change {
@@ -188,7 +188,8 @@ class RefreshBatch {
       const at::Tensor v = at::stack(moments);
       const at::Tensor moved =
           (left_ ? rows_of(v, order) : columns_of(v, order)).mul_(growth.unsqueeze(left_ ? 2 : 1));
-      const at::Tensor floor = floors().to(at::kFloat).unsqueeze(1).unsqueeze(2);
+      const at::Tensor floor =
+          cpu::momentum_floors(group_.options, steps()).to(at::kFloat).unsqueeze(1).unsqueeze(2);
       const at::Tensor least = exp_avg.square().mul_(floor);
       return {{moments, at::where(stays, moved, at::maximum(moved, least))}};
     }
@@ -221,7 +222,7 @@ class RefreshBatch {
     const at::Tensor moved = rows_of(at::stack(moments), order).mul_(growth.unsqueeze(2));
     const at::Tensor V = at::stack(arrays(&Matrix::basis, {first.rows[0], first.long_side()}));
     const at::Tensor bounded = moved.clone();
-    cpu::bound_second_moment_(bounded, left_ ? exp_avg : exp_avg.mT(), V, floors());
+    cpu::bound_second_moment_(bounded, group_.options, left_ ? exp_avg : exp_avg.mT(), V, steps());
     return {moments, at::where(stays, moved, bounded)};
   }
 

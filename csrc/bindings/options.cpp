@@ -84,6 +84,7 @@ Options parse_options(const py::dict& options, Backend backend) {
       .rescale_exp_avg_sq = read<bool>(options, "rescale_exp_avg_sq"),
       .refresh_stagger = read<bool>(options, "refresh_stagger"),
       .precision = read_precision(options, backend),
+      .basis_rounding = read<std::string>(options, "state_dtype") == "bfloat16" ? 0x1p-9 : 0.0,
   };
 }
 

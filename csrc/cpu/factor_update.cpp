@@ -3,6 +3,7 @@
 // Oseledets 2014; bug: Ceruti & Lubich 2022). In units of tau, a = beta (rho / tau)^2 and
 // b = 1 - beta.
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -64,7 +65,9 @@ DYKAF_WIDE void blend_range_(T* factor, const T* increment, T keep, T gain, int6
 template <typename T>
 void blend_(T* factor, const T* increment, double a, double b, double norm, int64_t n) {
   const T keep = static_cast<T>(a / norm);
-  const T gain = static_cast<T>(b / norm);
+  // Where it would be infinite the increment is as good as zero.
+  const T gain =
+      static_cast<T>(std::min(b / norm, static_cast<double>(std::numeric_limits<T>::max())));
   for_chunks(n * n, [&](int64_t, int64_t begin, int64_t end) {
     blend_range_(factor + begin, increment + begin, keep, gain, end - begin);
   });

@@ -84,11 +84,11 @@ at::Tensor live_columns(const at::Tensor& x) {
 // What lies outside of V, from sums of squares over a row and over its part in V: a mean over its
 // coordinates, the same in any basis. Below the bound on the rounding of the difference it is not
 // known.
-at::Tensor mean_outside(const at::Tensor& total, const at::Tensor& inside, int64_t num) {
-  const double rounding = total.scalar_type() == at::kDouble
-                              ? std::numeric_limits<double>::epsilon()
-                              : std::numeric_limits<float>::epsilon();
-  return at::maximum(total.sub(inside), total.mul(4 * rounding)).div_(num);
+at::Tensor mean_outside(const Options& options, const at::Tensor& total, const at::Tensor& inside,
+                        int64_t num) {
+  const double share = total.scalar_type() == at::kDouble ? least_outside<double>(options)
+                                                          : least_outside<float>(options);
+  return at::maximum(total.sub(inside), total.mul(share)).div_(num);
 }
 
 // M V^T of momenta [..., s, l] and [..., k, l] where it is more than rounding of M's rows.
@@ -113,9 +113,9 @@ SkinnyStep adam_update(const Problem<T>& p, const SkinnyMatrix& w, const Options
   const at::Tensor V = w.basis.narrow(0, 0, inner);
   const at::Tensor XV =
       without_noise(full_product(X, V.t()), noise.mul(std::sqrt(static_cast<double>(X.size(1)))));
-  const at::Tensor rest =
-      mean_outside(X.square().sum(1, /*keepdim=*/true), XV.square().sum(1, true), X.size(1) - inner)
-          .sqrt_();
+  const at::Tensor rest = mean_outside(options, X.square().sum(1, /*keepdim=*/true),
+                                       XV.square().sum(1, true), X.size(1) - inner)
+                              .sqrt_();
 
   const double adam_tau = std::min(tau, largest_adam_tau<T>(p.m, p.n));
   const double step = static_cast<double>(*p.step) + 1;
@@ -265,13 +265,14 @@ SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, co
   return start;
 }
 
-void bound_second_moment_(at::Tensor exp_avg_sq, const at::Tensor& exp_avg, const at::Tensor& V,
-                          const at::Tensor& floors) {
+void bound_second_moment_(at::Tensor exp_avg_sq, const Options& options, const at::Tensor& exp_avg,
+                          const at::Tensor& V, const at::Tensor& steps) {
   const int64_t inner = V.size(-2);
   const at::Tensor MV = momentum_in(V, exp_avg).square_();
-  const at::Tensor outside = mean_outside(exp_avg.square().sum(-1, /*keepdim=*/true),
+  const at::Tensor outside = mean_outside(options, exp_avg.square().sum(-1, /*keepdim=*/true),
                                           MV.sum(-1, /*keepdim=*/true), exp_avg.size(-1) - inner);
-  const at::Tensor factor = floors.to(exp_avg.scalar_type()).unsqueeze(-1).unsqueeze(-1);
+  const at::Tensor factor =
+      momentum_floors(options, steps).to(exp_avg.scalar_type()).unsqueeze(-1).unsqueeze(-1);
   const auto raise = [&](at::Tensor moment, const at::Tensor& square) {
     moment.copy_(at::maximum(moment, square.mul(factor)));
   };
@@ -293,8 +294,7 @@ void refresh_short_(const SkinnyMatrix& w, const Options& options) {
                     w.exp_avg.abs().amax().mul_(share_of(w.exp_avg, w.exp_avg.size(0))));
   const at::Tensor exp_avg_sq = w.exp_avg_sq.index_select(0, order).mul_(
       growth(options, old_diagonal, F.diagonal()).unsqueeze(1));
-  bound_second_moment_(exp_avg_sq, exp_avg, w.basis.narrow(0, 0, w.rows[0]),
-                       momentum_floors(options, w.step));
+  bound_second_moment_(exp_avg_sq, options, exp_avg, w.basis.narrow(0, 0, w.rows[0]), w.step);
 
   *w.short_refreshes += 1;
   w.F.copy_(F);
@@ -360,9 +360,8 @@ void refresh_long_(std::span<const SkinnyMatrix> matrices, const Options& option
   const at::Tensor seen = is_distinct(new_diagonal, flat.unsqueeze(1), l);
   const at::Tensor basis =
       full_product(Z, P.narrow(2, 0, kept)).mul_(seen.unsqueeze(1)).mT().mul(live_columns(rows));
-  bound_second_moment_(
-      moments, stacked([](const SkinnyMatrix& w) { return w.exp_avg; }), basis,
-      momentum_floors(options, stacked([](const SkinnyMatrix& w) { return w.step; })));
+  bound_second_moment_(moments, options, stacked([](const SkinnyMatrix& w) { return w.exp_avg; }),
+                       basis, stacked([](const SkinnyMatrix& w) { return w.step; }));
   const at::Tensor new_core = at::zeros_like(core);
   const at::Tensor kept_core = new_core.narrow(1, 0, kept).narrow(2, 0, kept);
   kept_core.copy_(F.narrow(1, 0, kept).narrow(2, 0, kept));

@@ -50,9 +50,9 @@ SkinnyStart initialize_skinny_(const SkinnyMatrix& w, const Options& options, co
                                double tau);
 
 // The second moments [..., s, k + 1] are at least what the momentum [..., s, l] in the directions V
-// [..., inner, l] and beyond them needs (dykaf/bounds.h); floors: of the steps, [...].
-void bound_second_moment_(at::Tensor exp_avg_sq, const at::Tensor& exp_avg, const at::Tensor& V,
-                          const at::Tensor& floors);
+// [..., inner, l] and beyond them needs (dykaf/bounds.h) after `steps` [...].
+void bound_second_moment_(at::Tensor exp_avg_sq, const Options& options, const at::Tensor& exp_avg,
+                          const at::Tensor& V, const at::Tensor& steps);
 
 // One power iteration of a basis.
 void refresh_short_(const SkinnyMatrix& w, const Options& options);

@@ -1,5 +1,7 @@
 // The coefficients of the factor update from the sums that the products left. In units of tau,
 // a = beta (rho / tau)^2 and b = 1 - beta (docs/algorithm.md; Yudin et al., arXiv 2511.06477).
+#include <limits>
+
 #include "cuda/device/reduce.cuh"
 #include "cuda/gemm.h"
 #include "cuda/grouped.h"
@@ -7,6 +9,9 @@
 
 namespace dykaf::cuda {
 namespace {
+
+// An infinite gain times an increment of zero would be NaN.
+constexpr double kLargest = std::numeric_limits<float>::max();
 
 constexpr int kThreads = 128;
 constexpr double kLeastWeight = 1e-4;
@@ -36,7 +41,7 @@ DYKAF_DEVICE Products sum_partials(const double* partials, int num_tiles, double
 
 DYKAF_DEVICE void set_blend(MatrixScalars& s, Side side, double a, double b, double norm) {
   s.keep_factor[static_cast<int>(side)] = static_cast<float>(a / norm);
-  s.gain[static_cast<int>(side)] = static_cast<float>(b / norm);
+  s.gain[static_cast<int>(side)] = static_cast<float>(fmin(b / norm, kLargest));
 }
 
 // Whether each side has its own rho: with the averages of two factors.

@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   s.adam_tau = fminf(s.tau, static_cast<float>(largest_adam_tau<float>(p.m, p.n)));
   s.noise = static_cast<float>(grad_max * fabs(scale) / static_cast<double>(s.tau) *
                                rounding_share<float>(p.rotated_side()));
+  s.least_outside = static_cast<float>(least_outside<float>(options));
   s.update_bound = static_cast<float>(update_bound(options, step));
 
   const double lr = inputs.lr == nullptr ? options.lr : static_cast<double>(*inputs.lr);

@@ -21,9 +21,10 @@ struct MatrixScalars {
   float correction1;  // of exp_avg
   float correction2;  // of the root of exp_avg_sq
   float eps;
-  float adam_tau;      // the gradient is adam_tau H
-  float noise;         // |H| below it is rounding
-  float update_bound;  // of the update's entries, after bias correction
+  float adam_tau;       // the gradient is adam_tau H
+  float noise;          // |H| below it is rounding
+  float update_bound;   // of the update's entries, after bias correction
+  float least_outside;  // share of a row's squares that a skinny basis may miss by rounding
 
   // Parameter
   float keep;  // 1 - lr weight_decay

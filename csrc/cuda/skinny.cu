@@ -1,6 +1,4 @@
 // What skinny matrices have of their own: csrc/cpu/skinny.cpp has the same in tensors.
-#include <limits>
-
 #include "cuda/device/elements.cuh"
 #include "cuda/device/lookup.cuh"
 #include "cuda/device/reduce.cuh"
@@ -18,7 +16,6 @@ constexpr int kShort = 16;
 constexpr int kLong = 256;
 constexpr int kQuad = 4;
 constexpr int kStride = kLong + kQuad;  // rows apart by a multiple of 16 bytes, banks by 4
-constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
 
 // A part of a matrix, and the same part of the array that holds it.
 struct Part {
@@ -168,7 +165,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   float* exp_avg_sq = p.exp_avg_sq + i * (p.skinny_rank + 1);
   // Below the bound on its rounding the difference is not known.
-  const double outside = fmax(total - inside, 4 * kEpsilon * total);
+  const double outside = fmax(total - inside, s.least_outside * total);
   const auto rest = static_cast<float>(sqrt(outside / static_cast<double>(l - q.inner)));
   float beyond = 0.0f;
   if (lane == 0) q.beyond[i] = beyond = inverse_root(exp_avg_sq[p.skinny_rank], s.adam_tau * rest);

@@ -34,6 +34,7 @@ class StepOptions(TypedDict):
     rescale_exp_avg_sq: bool
     refresh_stagger: bool
     matmul_precision: str | None
+    state_dtype: str
 
 
 @dataclass(frozen=True)
@@ -208,4 +209,5 @@ def step_options(
         "rescale_exp_avg_sq": plain["rescale_exp_avg_sq"],
         "refresh_stagger": plain["refresh_stagger"],
         "matmul_precision": plain["matmul_precision"],
+        "state_dtype": plain["state_dtype"],
     }

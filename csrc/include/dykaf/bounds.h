@@ -43,6 +43,14 @@ DYKAF_HOST_DEVICE double rounding_share(int64_t side) {
   return kUnits * kUnitRoundoff * std::sqrt(static_cast<double>(side));
 }
 
+// Of a row's sum of squares, what a skinny basis misses is known to no better than this share: the
+// difference of two sums, one of them through the basis's rounded entries.
+template <typename T>
+DYKAF_HOST_DEVICE double least_outside(const Options& options) {
+  const double rounding = static_cast<double>(std::numeric_limits<T>::epsilon());
+  return 4 * (options.basis_rounding > rounding ? options.basis_rounding : rounding);
+}
+
 // Adam's gradients are tau H with ||H|| <= sqrt(m n). Beyond this tau their squares would overflow,
 // and an infinite second moment never falls again: larger gradients count as if they were smaller.
 template <typename T>

@@ -117,6 +117,7 @@ struct Options {
   bool rescale_exp_avg_sq;
   bool refresh_stagger;
   MatmulPrecision precision;
+  double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
 };
 
 }  // namespace dykaf

@@ -60,7 +60,7 @@ SKINNY = (
         ("rows beyond the matrix", "if (i >= num_rows) return;", ""),
         ("no warp sum", "  total = warp_sum(total);\n", ""),
         ("what V sees is not taken off", "fmax(total - inside,", "fmax(total,"),
-        ("no floor", "fmax(total - inside, 4 * kEpsilon * total)", "total - inside"),
+        ("no floor", "fmax(total - inside, s.least_outside * total)", "total - inside"),
         ("mean over all directions", "(l - q.inner)", "(l)"),
         (
             "the rest without tau",
