@@ -93,15 +93,6 @@ def longest(shape: Shape, sides: str) -> int:
     return min(shape) if sides == "shorter" else max(shape)
 
 
-def known(parts: list[Stretch], options: dict[str, Any]) -> tuple[list[Stretch], dict[str, Any]]:
-    """Without what the last tests of this file are about."""
-    if options["integrator"] != "diagonal":
-        parts = [part._replace(exponent=max(-8, min(8, part.exponent))) for part in parts]
-    elif options["state_dtype"] == "bfloat16":
-        options = {**options, "skinny_rank": 0}
-    return parts, options
-
-
 @property_of(300)
 @given(st.sampled_from(SHAPES), stretches(), OPTIONS, INTEGRATORS, st.sampled_from(DTYPES), SIDES)
 def test_mixtures(
@@ -112,7 +103,7 @@ def test_mixtures(
     dtype: dict[str, Any],
     sides: str,
 ) -> None:
-    parts, options = known(parts, {**options, **integrator})
+    options = {**options, **integrator}
     steps = make(shape, **options, **dtype, max_precond_dim=longest(shape, sides))
     run(steps, gradients(parts, shape))
 
@@ -139,7 +130,7 @@ def test_stacks(
     shape: Shape, parts: list[Stretch], options: dict[str, Any], integrator: dict[str, Any]
 ) -> None:
     """Three matrices that are at different places of the sequence."""
-    parts, options = known(parts, {**options, **integrator})
+    options = {**options, **integrator}
     grads = gradients(parts, shape)
     stacks = torch.stack([grads.roll(-3 * idx, 0) for idx in range(3)], 1)
     run(make((3, *shape), dtype=torch.float32, batch_dims=1, **options), stacks)
@@ -175,10 +166,6 @@ def test_one_hot_inputs_at_batch_one(form: str) -> None:
         TRIED["steps"] += steps.steps
 
 
-# ---- Known not to hold ---------------------------------------------------------------------------
-
-
-@pytest.mark.xfail(strict=True, reason="the gain of a factor's new term overflows to infinity")
 @pytest.mark.parametrize("integrator", ["ksl", "bug"])
 def test_a_jump_to_where_a_factor_is_zero(integrator: str) -> None:
     """By 1e20 and more, and into rows and columns where a factor of rank one is zero: K is a L."""
@@ -187,7 +174,6 @@ def test_a_jump_to_where_a_factor_is_zero(integrator: str) -> None:
     run(make((2, 2), dtype=torch.float32, **options), torch.tensor(grads))
 
 
-@pytest.mark.xfail(strict=True, reason="what lies outside of a rounded basis is more than v_rest")
 @pytest.mark.parametrize(("shape", "kind"), [((2, 80), flipping), ((80, 2), rank_one)])
 def test_a_skinny_matrix_in_bfloat16(shape: Shape, kind: Kind) -> None:
     """The gradient lies in the basis but for the rounding of the latter."""
@@ -195,6 +181,16 @@ def test_a_skinny_matrix_in_bfloat16(shape: Shape, kind: Kind) -> None:
     run(steps, Stretch(kind, 4, 0, 1).gradients(shape))
 
 
-@pytest.mark.xfail(strict=True, reason="AdamW's second moment overflows, as torch.optim.AdamW's")
-def test_a_vector_with_a_gradient_of_1e30() -> None:
-    run(make((3,), dtype=torch.float32), torch.tensor([[1.0, 1, 1], [1e30, 1, 1], [1, 1, 1]]))
+def test_a_vector_with_a_gradient_of_1e30_is_as_with_adamw() -> None:
+    """Without factors the second moment becomes infinite, and the entry stays where it is."""
+    grads = torch.tensor([[1.0, 1, 1], [1e30, 1, 1], [1, 1, 1]])
+    params = [nn.Parameter(torch.zeros(3, device=backends.device())) for _ in range(2)]
+    options: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.5), "weight_decay": 0}
+    optimizers = [DyKAF(params[:1], **options), torch.optim.AdamW(params[1:], **options)]
+    for grad in grads:
+        for param, optimizer in zip(params, optimizers, strict=True):
+            param.grad = grad.to(param.device)
+            optimizer.step()
+    # Each of the three averages and the quotient round a few times, in an order of their own.
+    torch.testing.assert_close(params[0].cpu(), params[1].cpu(), rtol=1e-6, atol=0)
+    assert bool(params[0].isfinite().all()) and float(params[0][1]) != 0

@@ -21,7 +21,7 @@ SIZES = (1e2, 1e4, 1e6, 1e8)
 
 
 def classify(make: Callable[..., torch.optim.Optimizer], spike: float) -> float:
-    """The mean loss of the last 50 of 1,000 steps, with gradients times `spike` at steps 400, 600, 800."""
+    """The mean loss of the last 50 of 1,000 steps; gradients times `spike` at steps 400, 600, 800."""
     torch.manual_seed(0)
     model, teacher = (
         nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)) for _ in range(2)
@@ -50,16 +50,10 @@ def adamw(spike: float) -> float:
     return classify(torch.optim.AdamW, spike)
 
 
-# Where it does not hold: losses over six seeds, AdamW's 0.40, 0.78, 1.20, 1.22 for the four sizes.
-WORSE = {
-    ("ksl", 1e8): "1.64",
-    ("bug", 1e8): "1.76",
-    ("metric_power", 1e8): "1.79",
-    ("paper", 1e4): "0.82",
-    ("rank_one", 1e2): "0.44",
-    ("one_sided", 1e4): "1.09",
-    ("one_sided", 1e8): "1.83",
-}
+# The default is no worse at any size. Other forms may end a little above AdamW (without the bound it
+# was by factors of up to 100,000): the rotation at the refresh after a spike makes more of its
+# momentum than Adam does, though no more than the bound.
+FACTOR = 2
 SPIKED = {**FORMS, "one_sided": {"max_precond_dim": 32}}
 CASES = [("default", spike) for spike in SIZES]
 CASES += [(form, spike) for form in SPIKED for spike in (1e4, 1e8) if form != "default"]
@@ -67,22 +61,13 @@ CASES += [("rank_one", 1e2)]
 
 
 @pytest.mark.skipif("__import__('backends').is_gpu()", reason="of a length for the CPU")
-@pytest.mark.parametrize(
-    ("form", "spike"),
-    [
-        pytest.param(
-            *case,
-            marks=[pytest.mark.xfail(strict=False, reason=WORSE[case])] if case in WORSE else [],
-        )
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize(("form", "spike"), CASES)
 def test_spikes_end_no_worse_than_with_adamw(form: str, spike: float, record_property: Any) -> None:
     """Before the first one both are at 0.39 to 0.40."""
     loss = classify(functools.partial(DyKAF, **SPIKED[form]), spike)
     record_property("loss", loss)
     record_property("adamw", adamw(spike))
-    assert loss <= adamw(spike)
+    assert loss <= adamw(spike) * (1 if form == "default" else FACTOR)
 
 
 @pytest.mark.parametrize("second_moment", ["full", "rank_one", "factored"])
