@@ -21,7 +21,7 @@ SIZES = (1e2, 1e4, 1e6, 1e8)
 
 
 def classify(make: Callable[..., torch.optim.Optimizer], spike: float) -> float:
-    """The mean loss of the last 50 of 1,000 steps; gradients times `spike` at steps 400, 600, 800."""
+    """The mean loss of the last 50 of 1,000 steps; three gradients are multiplied by `spike`."""
     torch.manual_seed(0)
     model, teacher = (
         nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 10)) for _ in range(2)
@@ -50,9 +50,9 @@ def adamw(spike: float) -> float:
     return classify(torch.optim.AdamW, spike)
 
 
-# The default is no worse at any size. Other forms may end a little above AdamW (without the bound it
-# was by factors of up to 100,000): the rotation at the refresh after a spike makes more of its
-# momentum than Adam does, though no more than the bound.
+# The default is no worse at any size. Other forms may end a little above AdamW (without the bound:
+# by factors of up to 100,000): the rotation at the refresh after a spike makes more of its momentum
+# than Adam does, though no more than the bound.
 FACTOR = 2
 SPIKED = {**FORMS, "one_sided": {"max_precond_dim": 32}}
 CASES = [("default", spike) for spike in SIZES]
