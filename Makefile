@@ -17,7 +17,9 @@ DYKAF_CUDA ?= auto
 export DYKAF_CUDA
 
 GPU_TESTS := tests/test_ops.py tests/test_hard_refresh.py tests/test_gpu.py tests/test_cuda_graph.py \
-  tests/test_skinny.py tests/test_factor_update_every.py tests/test_state_dtype.py
+  tests/test_skinny.py tests/test_factor_update_every.py tests/test_state_dtype.py \
+  tests/test_bounded.py tests/test_spikes.py tests/test_resting_weights.py tests/test_isolation.py \
+  tests/test_out_of_memory.py tests/test_skip_warnings.py
 
 VENV := .venv
 BIN := $(VENV)/bin
