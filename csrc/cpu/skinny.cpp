@@ -156,10 +156,15 @@ void factor_update_(const Problem<T>& p, const SkinnyMatrix& w, const Options& o
   const double gain = (1 - options.factor_beta) / static_cast<double>(size);
   const double trace = kept + gain * trace_gram;
   if (!(trace > 0)) return;
-  w.flat.mul_(kept / trace);
-  w.core.mul_(kept / trace);
+  // In plain loops: torch would allocate the numbers.
+  const auto decay = static_cast<T>(kept / trace);
+  const int64_t num_rows = 2 * w.rank;
+  *p.flat *= decay;
+  for (int64_t i = 0; i < num_rows * num_rows; ++i) p.core[i] *= decay;
   w.basis.narrow(0, w.rows[1], size).copy_(X);
-  w.core.diagonal().narrow(0, w.rows[1], size).fill_(gain / trace);
+  for (int64_t i = w.rows[1]; i < w.rows[1] + size; ++i) {
+    p.core[i * (num_rows + 1)] = static_cast<T>(gain / trace);
+  }
   w.rows[1] += size;
   rho_long = tau * std::sqrt(trace);
 }
