@@ -2,7 +2,7 @@
 
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/hardshrink.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
@@ -108,11 +108,11 @@ struct SkinnyStep {
 // X is the rotated gradient over tau.
 template <typename T>
 SkinnyStep adam_update(const Problem<T>& p, const SkinnyMatrix& w, const Options& options,
-                       const at::Tensor& X, double tau, const at::Tensor& noise) {
+                       const at::Tensor& X, double tau, double noise) {
   const int64_t inner = w.rows[0];
   const at::Tensor V = w.basis.narrow(0, 0, inner);
   const at::Tensor XV =
-      without_noise(full_product(X, V.t()), noise.mul(std::sqrt(static_cast<double>(X.size(1)))));
+      at::hardshrink(full_product(X, V.t()), noise * std::sqrt(static_cast<double>(X.size(1))));
   const at::Tensor rest = mean_outside(options, X.square().sum(1, /*keepdim=*/true),
                                        XV.square().sum(1, true), X.size(1) - inner)
                               .sqrt_();
@@ -198,8 +198,8 @@ at::Tensor skinny_step_(const Problem<T>& p, const Options& options, const at::T
                         double tau) {
   const SkinnyMatrix w(p);
   const double largest = p.grad_max * std::abs(options.grad_scale) / tau;
-  const at::Tensor noise = at::full({}, largest * rounding_share<T>(p.rotated_side()), H.options());
-  const at::Tensor X = without_noise(full_product(w.Q.t(), w.oriented(H)), noise);
+  const double noise = largest * rounding_share<T>(p.rotated_side());
+  const at::Tensor X = at::hardshrink(full_product(w.Q.t(), w.oriented(H)), noise);
   const SkinnyStep next = adam_update(p, w, options, X, tau, noise);
   const at::Tensor update = full_product(w.Q, next.update);
 
