@@ -31,7 +31,7 @@ from dykaf.state import (
     bytes_by_kind,
     host_entries_,
 )
-from dykaf.work import GroupWork, Layouts, Waiting, check_capture, named, new_states
+from dykaf.work import GroupWork, Layouts, NewStates, Waiting, check_capture, named
 
 
 class DyKAF(Optimizer):
@@ -240,7 +240,8 @@ class DyKAF(Optimizer):
 
         self._waiting.settle()
         started = torch.zeros(1, device="cpu")
-        with new_states(self.state, work, started):
+        with NewStates(self.state, started) as new:
+            new.make(work)
             jobs, owners = self._jobs(work, maxima, skip, refresh=not captured)
             report = ops.step_all_(jobs, started)
         if skip is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -88,27 +87,33 @@ class GroupWork(NamedTuple):
         }
 
 
-@contextmanager
-def new_states(
-    states: MutableMapping[Tensor, State], work: Sequence[GroupWork], started: Tensor
-) -> Iterator[None]:
-    """Makes the states that do not exist yet.
+class NewStates:
+    """Makes states that do not exist yet, within a ``with`` statement.
 
-    Takes them back if an exception comes before ``started`` is filled with 1.
+    Takes them back if an exception leaves it before ``started`` is filled with 1. (A generator
+    would be interrupted where nothing is taken back.)
     """
-    new: list[Tensor] = []
-    try:
+
+    def __init__(self, states: MutableMapping[Tensor, State], started: Tensor) -> None:
+        self._states = states
+        self._started = started
+        self._new: list[Tensor] = []
+
+    def make(self, work: Sequence[GroupWork]) -> None:
+        """Makes the missing states of ``work``."""
         for item in work:
             for param, layout in zip(item.params, item.layouts, strict=True):
-                if not states.get(param):
-                    new.append(param)
-                    states[param] = new_state(param, layout)
-        yield
-    except BaseException:
-        if not started:
-            for param in new:
-                states.pop(param, None)
-        raise
+                if not self._states.get(param):
+                    self._new.append(param)
+                    self._states[param] = new_state(param, layout)
+
+    def __enter__(self) -> NewStates:
+        return self
+
+    def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
+        if exception is not None and not self._started:
+            for param in self._new:
+                self._states.pop(param, None)
 
 
 class Waiting:
