@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "cpu/linalg.h"
-#include "dykaf/bounds.h"
 
 namespace dykaf::cpu {
 
@@ -12,8 +11,7 @@ namespace {
 // V's columns whose eigenvalues are not the least one to rounding: of those among which that is the
 // only one, all. `least` is F's.
 at::Tensor distinct(const Eigen& eigen, const at::Tensor& least, int64_t n) {
-  const double share = eigen.values.scalar_type() == at::kDouble ? rounding_share<double>(n)
-                                                                 : rounding_share<float>(n);
+  const double share = rounding_share_of(eigen.values, n);
   const at::Tensor bound = least.add(eigen.values[0], share);
   const auto count = eigen.values.gt(bound).sum().item<int64_t>();
   return count >= n - 1 ? eigen.vectors : eigen.vectors.narrow(1, 0, count);
@@ -44,8 +42,7 @@ std::optional<at::Tensor> complete_basis(const at::Tensor& vectors) {
   if (rank == n) return vectors;
   if (rank == 0) return at::eye(n, vectors.options());
   // Sorting is stable: those that no vector has a part in, then the others.
-  const double share =
-      vectors.scalar_type() == at::kDouble ? rounding_share<double>(n) : rounding_share<float>(n);
+  const double share = rounding_share_of(vectors, n);
   const at::Tensor is_shared = vectors.abs().amax(1).gt(share);
   const at::Tensor order = std::get<1>(
       at::sort(is_shared.to(at::kInt), /*stable=*/true, /*dim=*/0, /*descending=*/false));

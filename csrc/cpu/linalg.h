@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cpu/aten.h"
+#include "dykaf/bounds.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cpu {
@@ -48,6 +49,12 @@ QR signed_qr(const at::Tensor& a);
 // waited for: ||Q^T Q x - x||_max for x of alternating signs, without a matrix product, so that
 // whatever rounds those is seen too. NaN and infinity are not orthonormal.
 at::Tensor is_orthonormal(const at::Tensor& Q);
+
+// rounding_share (dykaf/bounds.h) in the dtype of x.
+inline double rounding_share_of(const at::Tensor& x, int64_t side) {
+  return x.scalar_type() == at::kDouble ? rounding_share<double>(side)
+                                        : rounding_share<float>(side);
+}
 
 // signed_qr of one matrix, tried again in float64 if Q is not orthonormal; nothing if that fails.
 std::optional<QR> checked_qr(const at::Tensor& a);

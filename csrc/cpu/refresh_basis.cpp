@@ -22,8 +22,7 @@ at::Tensor orthonormalized(const at::Tensor& Q) {
 }
 
 at::Tensor without_noise_rows(const at::Tensor& F) {
-  const double noise =
-      F.scalar_type() == at::kDouble ? rounding_share<double>(1) : rounding_share<float>(1);
+  const double noise = rounding_share_of(F, 1);
   const at::Tensor is_known = F.diagonal(0, -2, -1).gt(noise * noise).to(F.scalar_type());
   return F.mul(is_known.unsqueeze(-1)).mul_(is_known.unsqueeze(-2));
 }
@@ -40,9 +39,7 @@ at::Tensor momentum_floors(const Options& options, const at::Tensor& steps) {
 at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
                   const at::Tensor& new_diagonal) {
   if (!options.rescale_exp_avg_sq) return at::ones_like(new_diagonal);
-  const double noise = new_diagonal.scalar_type() == at::kDouble
-                           ? rounding_share<double>(new_diagonal.size(-1))
-                           : rounding_share<float>(new_diagonal.size(-1));
+  const double noise = rounding_share_of(new_diagonal, new_diagonal.size(-1));
   const at::Tensor ratio = new_diagonal.div(old_diagonal).clamp(0.1, 10.0);
   const at::Tensor is_known = at::minimum(old_diagonal, new_diagonal).gt(noise);
   return at::where(is_known, ratio, at::ones_like(ratio));

@@ -23,11 +23,6 @@ namespace {
 
 at::Tensor symmetric(const at::Tensor& x) { return x.add(x.mT()).div_(2); }
 
-double share_of(const at::Tensor& x, int64_t side) {
-  return x.scalar_type() == at::kDouble ? rounding_share<double>(side)
-                                        : rounding_share<float>(side);
-}
-
 // A QR on any device; on the CPU tried again in float64 where Q is not orthonormal.
 struct JudgedQR {
   at::Tensor Q;
@@ -67,7 +62,8 @@ PowerIteration power_iteration(const at::Tensor& F) {
 // any others outside of it, and would be combinations of weights with a gradient and of others
 // without.
 at::Tensor is_distinct(const at::Tensor& eigenvalues, const at::Tensor& flat, int64_t l) {
-  const at::Tensor noise = eigenvalues.amax(-1, /*keepdim=*/true).mul_(share_of(eigenvalues, l));
+  const at::Tensor noise =
+      eigenvalues.amax(-1, /*keepdim=*/true).mul_(rounding_share_of(eigenvalues, l));
   return eigenvalues.gt(noise.add_(flat)).to(eigenvalues.scalar_type());
 }
 
@@ -94,7 +90,7 @@ at::Tensor mean_outside(const Options& options, const at::Tensor& total, const a
 // M V^T of momenta [..., s, l] and [..., k, l] where it is more than rounding of M's rows.
 at::Tensor momentum_in(const at::Tensor& V, const at::Tensor& exp_avg) {
   const at::Tensor lengths = exp_avg.square().sum(-1, /*keepdim=*/true).sqrt_();
-  return without_noise(full_product(exp_avg, V.mT()), lengths.mul_(share_of(exp_avg, 1)));
+  return without_noise(full_product(exp_avg, V.mT()), lengths.mul_(rounding_share_of(exp_avg, 1)));
 }
 
 // What a step leaves in the state; nothing of it is there yet.
@@ -296,7 +292,7 @@ void refresh_short_(const SkinnyMatrix& w, const Options& options) {
   if ((*w.short_refreshes + 1) % kRefreshesPerCorrection == 0) Q = orthonormalized(Q);
   const at::Tensor exp_avg =
       without_noise(full_product(P.t(), w.exp_avg),
-                    w.exp_avg.abs().amax().mul_(share_of(w.exp_avg, w.exp_avg.size(0))));
+                    w.exp_avg.abs().amax().mul_(rounding_share_of(w.exp_avg, w.exp_avg.size(0))));
   const at::Tensor exp_avg_sq = w.exp_avg_sq.index_select(0, order).mul_(
       growth(options, old_diagonal, F.diagonal()).unsqueeze(1));
   bound_second_moment_(exp_avg_sq, options, exp_avg, w.basis.narrow(0, 0, w.rows[0]), w.step);

@@ -117,7 +117,7 @@ class Skips:
         if self._news is None:
             return
         news, event, items = self._news
-        if event is not None and not event.query():  # type: ignore[no-untyped-call]
+        if event is not None and not event.query():  # type: ignore[no-untyped-call]  # torch
             return
         self._news = None
         in_row, *firsts = news.tolist()
