@@ -1,9 +1,8 @@
 // A parameter group's dictionary as dykaf::Options.
-#include <ATen/Context.h>
-
 #include <array>
 #include <utility>
 
+#include "aten/torch_compat.h"
 #include "bindings/problems.h"
 #include "cpu/linalg.h"
 
@@ -44,11 +43,10 @@ MatmulPrecision read_precision(const py::dict& options, Backend backend) {
                                 std::pair{"medium", MatmulPrecision::kMedium}});
   }
   if (backend == Backend::kCpu) return cpu::torch_precision();
-  const auto precision =
-      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-  return precision == at::Float32Precision::TF32   ? MatmulPrecision::kHigh
-         : precision == at::Float32Precision::BF16 ? MatmulPrecision::kMedium
-                                                   : MatmulPrecision::kHighest;
+  const auto rounding = aten::cuda_operand_rounding();
+  return rounding == aten::OperandRounding::kTf32       ? MatmulPrecision::kHigh
+         : rounding == aten::OperandRounding::kBfloat16 ? MatmulPrecision::kMedium
+                                                        : MatmulPrecision::kHighest;
 }
 
 }  // namespace

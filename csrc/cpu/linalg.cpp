@@ -1,13 +1,13 @@
 #include "cpu/linalg.h"
 
-#include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 
 #include <algorithm>
 #include <limits>
 #include <utility>
+
+#include "aten/torch_compat.h"
 
 // torch's own BLAS, where it lets others call it.
 extern "C" {
@@ -63,11 +63,7 @@ int64_t panel_height(int64_t n) {
 }
 
 bool multiplies_bfloat16() {
-  static const bool is_supported = [] {
-    const auto capabilities = at::cpu::get_cpu_capabilities();
-    const auto found = capabilities.find("avx512_bf16");
-    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
-  }();
+  static const bool is_supported = aten::cpu_multiplies_bfloat16();
   return is_supported;
 }
 
@@ -142,7 +138,8 @@ void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
     }
     return;
   }
-  if (out.scalar_type() == at::kFloat && torch_precision() != MatmulPrecision::kHighest) {
+  if (out.scalar_type() == at::kFloat &&
+      aten::cpu_operand_rounding() != aten::OperandRounding::kNone) {
     out.copy_(a.to(at::kDouble).mm(b.to(at::kDouble)));
   } else {
     out.copy_(a.mm(b));
@@ -171,8 +168,7 @@ bool multiply_rounded(const at::Tensor& out, const at::Tensor& a, const at::Tens
 }  // namespace
 
 MatmulPrecision torch_precision() {
-  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
-                 at::Float32Precision::BF16
+  return aten::cpu_operand_rounding() == aten::OperandRounding::kBfloat16
              ? MatmulPrecision::kMedium
              : MatmulPrecision::kHighest;
 }

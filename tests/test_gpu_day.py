@@ -1,0 +1,147 @@
+"""The GPU day's program, with steps that pass, fail and hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
+
+from bench import gpu_day
+from bench.gpu_day import Step
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_day, "GRACE", 1.0)
+
+
+def step(name: str, code: str, limit: float = 60, missing: str = "") -> Step:
+    return Step(name, "test", limit, (sys.executable, "-c", code), missing)
+
+
+def run(out: Path, *steps: Step, budget: float = 60) -> bool:
+    return gpu_day.run(steps, out, os.environ, budget, rehearsed=False)
+
+
+def table(out: Path) -> list[list[str]]:
+    """The rows of the table, which must come first in the summary."""
+    lines = (out / "summary.md").read_text().splitlines()
+    assert lines[:2] == ["| step | part | result | seconds | counts |", "|---|---|---|---:|---|"]
+    rows = lines[2 : lines.index("")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+PYTEST = "print('....\\n3 passed, 1 skipped in 0.12s')"
+
+
+def test_a_step_that_passes(tmp_path: Path) -> None:
+    assert run(tmp_path, step("a", PYTEST))
+    assert table(tmp_path) == [["a", "test", "passed", "0", "3 passed, 1 skipped"]]
+    assert (tmp_path / "a.log").read_text() == "....\n3 passed, 1 skipped in 0.12s\n"
+
+
+def test_a_step_that_fails_is_in_the_table_and_the_next_runs(tmp_path: Path) -> None:
+    failing = "import sys; print('== 1 failed, 2 passed in 0.1s =='); sys.exit('why it failed')"
+    assert not run(tmp_path, step("a", failing), step("b", PYTEST))
+    assert [row[:3] for row in table(tmp_path)] == [
+        ["a", "test", "failed, status 1"],
+        ["b", "test", "passed"],
+    ]
+    assert table(tmp_path)[0][4] == "1 failed, 2 passed"
+    assert "why it failed" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_command_that_is_not_there_fails(tmp_path: Path) -> None:
+    assert not run(tmp_path, Step("a", "test", 9, ("no-such-command",)), step("b", PYTEST))
+    assert table(tmp_path)[0][2].startswith("failed: ")
+    assert table(tmp_path)[1][2] == "passed"
+
+
+@pytest.mark.parametrize("ignores", ["", "signal.signal(signal.SIGINT, signal.SIG_IGN);"])
+def test_the_limit_ends_a_step_with_its_children_and_the_next_runs(
+    tmp_path: Path, ignores: str
+) -> None:
+    """A child holds the pipe and would write a file after 4 seconds."""
+    child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
+    code = f"import signal, subprocess, sys, time; {ignores} print('begun', flush=True);"
+    code += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    begin = time.monotonic()
+    assert not run(tmp_path, step("a", code, limit=1), step("b", PYTEST))
+    assert time.monotonic() - begin < 10
+    assert [row[:3] for row in table(tmp_path)] == [
+        ["a", "test", "stopped after 1 s"],
+        ["b", "test", "passed"],
+    ]
+    assert (tmp_path / "a.log").read_text().startswith("begun\n")
+    time.sleep(max(0.0, begin + 6 - time.monotonic()))
+    assert not (tmp_path / "late").exists()
+
+
+def test_an_interrupt_comes_before_the_kill(tmp_path: Path) -> None:
+    """A benchmark writes its JSON then."""
+    code = "import json, time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+    code += f"    json.dump({{'records': [1, 2]}}, open({str(tmp_path / 'a.json')!r}, 'w'))"
+    run(tmp_path, step("a", code, limit=2))
+    assert [row[2:] for row in table(tmp_path)] == [["stopped after 2 s", "2", "2 rows"]]
+
+
+def test_what_is_missing_and_what_has_no_time_is_said(tmp_path: Path) -> None:
+    sleep = "import time; time.sleep(1.5)"
+    skipped = step("a", PYTEST, missing="torch sees no GPU")
+    assert run(tmp_path, skipped, step("b", sleep), step("c", PYTEST), budget=2)
+    results = [row[2] for row in table(tmp_path)]
+    assert results == ["skipped: torch sees no GPU", "passed", "skipped: no time is left"]
+
+
+def test_the_summary_is_there_after_every_step(tmp_path: Path) -> None:
+    code = f"import sys; text = open({str(tmp_path / 'summary.md')!r}).read()\n"
+    code += "sys.exit('| a | test | passed |' not in text)"
+    assert run(tmp_path, step("a", PYTEST), step("b", code))
+
+
+def test_parts_of_several_calls_are_in_one_table(tmp_path: Path) -> None:
+    run(tmp_path, step("a", "raise SystemExit(1)"))
+    run(tmp_path, step("b", PYTEST))
+    assert [row[:3] for row in table(tmp_path)] == [
+        ["a", "test", "failed, status 1"],
+        ["b", "test", "passed"],
+    ]
+    run(tmp_path, step("a", PYTEST))
+    assert [row[2] for row in table(tmp_path)] == ["passed", "passed"]
+
+
+def test_each_part_takes_nine_minutes_at_most() -> None:
+    steps = gpu_day.make_steps("cuda", "9.0")
+    limits = dict.fromkeys(("build", "test", "sanitize", "bench"), 0.0)
+    for one in steps:
+        limits[one.part] += one.limit + gpu_day.GRACE
+    assert max(limits.values()) <= 540
+    assert len({one.name for one in steps}) == len(steps)
+
+
+def test_without_a_gpu_only_the_build_runs() -> None:
+    missing = {one.name: one.missing for one in gpu_day.make_steps("cuda", "")}
+    built = {name for name, reason in missing.items() if not reason}
+    assert built == {"build", "report"}
+    assert missing["step"] == missing["memcheck"] == "torch sees no GPU"
+
+
+def test_the_build_is_for_this_gpu_alone() -> None:
+    env = gpu_day.environment("9.0")
+    assert (env["TORCH_CUDA_ARCH_LIST"], env["DYKAF_CUDA"]) == ("9.0", "on")
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(gpu_day.ROOT / "python")
+
+
+def test_the_json_of_a_benchmark_goes_to_the_folder(tmp_path: Path) -> None:
+    (peaks,) = [one for one in gpu_day.make_steps("cpu", "") if one.name == "peaks"]
+    gpu_day.run([peaks], tmp_path, gpu_day.environment(""), 60, rehearsed=True)
+    assert table(tmp_path)[0][2:5:2] == ["passed", "4 rows"]
+    rows = json.loads((tmp_path / "peaks.json").read_text())["records"]
+    for row, amount in zip(rows, [2 * 64**3 / 1e12] * 3 + [2 * (1 << 14) / 1e9], strict=True):
+        assert row["best_rate"] == pytest.approx(amount / min(row["times"]))
