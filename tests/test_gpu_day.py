@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import gpu_day
+from bench import __main__ as cli
+from bench import gpu_day, optimizers
+from bench import step as step_bench
 from bench.gpu_day import Step
 
 
@@ -145,3 +149,43 @@ def test_the_json_of_a_benchmark_goes_to_the_folder(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "peaks.json").read_text())["records"]
     for row, amount in zip(rows, [2 * 64**3 / 1e12] * 3 + [2 * (1 << 14) / 1e9], strict=True):
         assert row["best_rate"] == pytest.approx(amount / min(row["times"]))
+
+
+# What the benchmarks do on a machine with little installed
+
+
+@pytest.mark.parametrize("command", ["step --steps 1 --optimizers dykaf", "ops --ops grad_max"])
+def test_benchmarks_run_without_tqdm_and_matplotlib(tmp_path: Path, command: str) -> None:
+    arguments = [*command.split(), "--sets", "small", "--size", "tiny"]
+    arguments += ["--json", str(tmp_path / "rows.json")]
+    code = "import sys; sys.modules['tqdm'] = sys.modules['matplotlib'] = None\n"
+    code += f"from bench.__main__ import main; sys.exit(main({arguments}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gpu_day.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "rows.json").read_text())["records"]) == 1
+    assert "### small" in done.stdout
+
+
+def test_rows_before_an_error_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = step_bench.SetRun.run
+
+    def fail_later(run: step_bench.SetRun, *arguments: object) -> None:
+        if run.workload.name == "lora8":
+            raise MemoryError("of the second set")
+        measured(run, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(step_bench.SetRun, "run", fail_later)
+    arguments = ["step", "--size", "tiny", "--steps", "1", "--optimizers", "adamw"]
+    arguments += ["--sets", "small", "lora8", "--json", str(tmp_path / "rows.json")]
+    with pytest.raises(MemoryError):
+        cli.main(arguments)
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["set"] for row in written["records"]] == ["small"]
+    assert written["interrupted"] is True
+
+
+def test_an_old_torch_has_no_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    assert str(optimizers.missing("muon")).startswith("muon: left out, torch ")
