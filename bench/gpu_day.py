@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("build", "test", "sanitize", "bench")
 GPU_TESTS = tuple((ROOT / "tests" / "gpu_tests.txt").read_text(encoding="utf-8").split())
 GRACE = 10.0  # seconds between the interrupt, after which a benchmark writes its JSON, and the kill
 SHOWN = ("peaks", "step", "ops")  # whose logs are Markdown, and whole in the summary
@@ -73,7 +74,8 @@ def make_steps(device: str, arch: str) -> list[Step]:
     """
     is_gpu = device == "cuda"
     no_gpu = "" if arch or not is_gpu else "torch sees no GPU"
-    no_sanitizer = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not installed"
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    sanitizer = shutil.which("compute-sanitizer", path=places)
     pytest = python("-m", "pytest", "-q", "-p", "no:cacheprovider")
     sanitized = [*pytest, "--backend", "cuda", "tests/test_gpu.py", "-k", SANITIZED_TESTS]
     size = [] if is_gpu else ["--size", "tiny"]
@@ -88,9 +90,10 @@ def make_steps(device: str, arch: str) -> list[Step]:
         return Step(name, "test", limit, [*pytest, "--backend", backend, *GPU_TESTS], missing)
 
     def sanitize(tool: str) -> Step:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *sanitized]
-        gpu_needed = no_gpu or ("" if is_gpu else "needs a GPU")
-        return Step(tool, "sanitize", 260, command, gpu_needed or no_sanitizer)
+        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *sanitized]
+        missing = no_gpu or ("" if is_gpu else "needs a GPU")
+        missing = missing or ("" if sanitizer else "compute-sanitizer is not installed")
+        return Step(tool, "sanitize", 260, command, missing)
 
     ops = ["--sets", "gpt2", "lora8", "--precisions", "highest", "high", "--seconds", "0.3"]
     return [  # what should not be missed comes first
@@ -108,10 +111,9 @@ def make_steps(device: str, arch: str) -> list[Step]:
 
 def find_arch() -> str:
     """Asks torch, in a process of its own, for the capability of the GPU, such as "9.0"."""
-    code = "from torch import cuda as c\n"
-    code += "print(*c.get_device_capability() if c.is_available() else '', sep='.')"
-    done = subprocess.run(python("-c", code), stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
+    code = "from torch import cuda\nif cuda.is_available(): "
+    code += "print(*cuda.get_device_capability(), sep='.')"
+    return subprocess.run(python("-c", code), stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def environment(arch: str) -> dict[str, str]:
@@ -188,8 +190,7 @@ def write_summary(out: Path, results: Iterable[Result], rehearsed: bool) -> None
     for r in results:
         lines.append(f"| {r.step} | {r.part} | {r.result} | {r.seconds:.0f} | {r.counts} |")
     lines += ["", f"Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d %H:%M')}."]
-    if rehearsed:
-        lines += ["A rehearsal on the CPU with small sizes: the times mean nothing."]
+    lines += ["A rehearsal on the CPU with small sizes: the times mean nothing."] * rehearsed
     for r in results:
         text = read(out / f"{r.step}.log").strip()
         if r.step in SHOWN:
@@ -224,6 +225,7 @@ def run(
         results[step.name] = result
         file.write_text(json.dumps([asdict(r) for r in results.values()], indent=1))
         write_summary(out, results.values(), rehearsed)
+    print(f"==> {out / 'summary.md'}")
     ran = [results[step.name].result for step in steps]
     return not any(result.startswith(("failed", "stopped")) for result in ran)
 
@@ -231,9 +233,8 @@ def run(
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("build", "test", "sanitize", "bench")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--minutes", type=float, default=20, help="for all parts together")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small sizes")
     options = parser.parse_args()
@@ -241,9 +242,7 @@ def main() -> int:
     steps = make_steps("cpu" if options.rehearse else "cuda", arch)
     chosen = [step for step in steps if step.part in options.parts]
     out = options.out.resolve()
-    is_good = run(chosen, out, environment(arch), 60 * options.minutes, options.rehearse)
-    print(f"==> {out / 'summary.md'}")
-    return 0 if is_good else 1
+    return 0 if run(chosen, out, environment(arch), 60 * options.minutes, options.rehearse) else 1
 
 
 if __name__ == "__main__":
