@@ -60,6 +60,14 @@ def minor_version(torch_version: str) -> tuple[int, ...]:
     return tuple(map(int, torch_version.split(".")[:2]))
 
 
+def hint_of_new(torch_version: str) -> str:
+    """Returns what to add to a failure of the build, if torch is newer than what is tested."""
+    if minor_version(torch_version) <= TORCH_NEWEST_TESTED:
+        return ""
+    newest = ".".join(map(str, TORCH_NEWEST_TESTED))
+    return f"; torch {torch_version} is newer than {newest}, the last that is tested"
+
+
 def build_tag(torch_version: str) -> str:
     """Returns the build tag of a wheel, which names the torch that the wheel belongs to.
 
@@ -119,7 +127,7 @@ def decide_cuda(
         mode: The value of DYKAF_CUDA.
         torch_version: torch.__version__.
         torch_cuda: torch.version.cuda.
-        num_sources: How many files csrc/cuda/*.cu there are.
+        num_sources: How many files with kernels there are.
         nvcc: The release of nvcc, or None if there is none.
 
     Returns:
@@ -133,7 +141,7 @@ def decide_cuda(
     if torch_cuda is None:
         problem = f"torch {torch_version} is not a CUDA build"
     elif num_sources == 0:
-        problem = "this version has no CUDA sources (csrc/cuda/*.cu)"
+        problem = "this version has no CUDA sources"
     elif nvcc is None:
         problem = "nvcc was not found (CUDACXX, PATH, CUDA_HOME)"
     elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
@@ -169,7 +177,7 @@ def build_module(version: str, target_dir: Path) -> None:
         os.environ.get("DYKAF_CUDA", "auto"),
         torch.__version__,
         torch.version.cuda,
-        len(list(ROOT.glob("csrc/cuda/*.cu"))),
+        len(list(ROOT.glob("csrc/cuda/**/*.cu"))),
         nvcc and nvcc_version(nvcc),
     )
     print(f"dykaf: building against torch {torch.__version__}; {decision}", flush=True)
@@ -216,10 +224,7 @@ def build_module(version: str, target_dir: Path) -> None:
     begin = time.monotonic()
     for command in (configure, [cmake, "--build", str(build_dir), "--parallel", jobs]):
         if subprocess.run(command).returncode != 0:
-            newest = ".".join(map(str, TORCH_NEWEST_TESTED))
-            is_newer = minor_version(torch.__version__) > TORCH_NEWEST_TESTED
-            hint = f"; torch {torch.__version__} is newer than {newest}, the last that is tested"
-            stop("CMake failed; the reason is printed above" + hint * is_newer)
+            stop(f"CMake failed; the reason is printed above{hint_of_new(torch.__version__)}")
     target_dir.mkdir(parents=True, exist_ok=True)
     for name in (f"_C{suffix}", "_build_info.py"):
         # Removed first: a process may have the old module mapped.

@@ -161,6 +161,11 @@ def test_a_new_torch_is_tried(setup_py, monkeypatch, version):
     setup_py.require_torch()
 
 
+def test_a_failure_with_a_new_torch_says_that_it_is_new(setup_py):
+    assert setup_py.hint_of_new("2.6.0") == setup_py.hint_of_new("2.15.1+cu132") == ""
+    assert "torch 2.16.0 is newer than 2.15, " in setup_py.hint_of_new("2.16.0")
+
+
 def test_what_the_metadata_ask_for():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.findall(r"^dependencies = (.*)$", text, re.MULTILINE) == ['["torch>=2.6"]']

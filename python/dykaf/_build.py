@@ -48,7 +48,7 @@ def check_torch() -> None:
     if built != running:
         raise ImportError(
             f"dykaf was built against torch {built}, but torch {running} is running; "
-            f"build it again in this environment: {rebuild_command()}"
+            f"to build it again in this environment, {rebuild_command()}"
         )
 
 
