@@ -18,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def make_steps(device: str, arch: str) -> list[Step]:
 
 
 def find_arch() -> str:
-    """Asks torch, in a process of its own, for the capability of the GPU, such as "9.0"."""
+    """Asks torch, in a process of its own, for the capability of the GPU, such as 9.0."""
     code = "from torch import cuda\nif cuda.is_available(): "
     code += "print(*cuda.get_device_capability(), sep='.')"
     return subprocess.run(python("-c", code), stdout=subprocess.PIPE, text=True).stdout.strip()
@@ -118,10 +119,9 @@ def find_arch() -> str:
 
 def environment(arch: str) -> dict[str, str]:
     """Returns what the steps run with: this tree's package, and a build for this GPU alone."""
-    paths = [str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
         "DYKAF_CUDA": "on" if arch else "off",
         "TORCH_CUDA_ARCH_LIST": arch,
@@ -162,6 +162,8 @@ def run_step(step: Step, out: Path, env: Mapping[str, str], limit: float) -> Res
             result = f"stopped after {limit:.0f} s"
             os.killpg(process.pid, kind)
     status = process.wait()
+    with suppress(ProcessLookupError):  # its children, if any are left
+        os.killpg(process.pid, signal.SIGKILL)
     reader.join(timeout=5)
     seconds = time.monotonic() - begin
     if not result:
@@ -183,9 +185,8 @@ def count(out: Path, name: str) -> str:
     return f"{len(json.loads(rows)['records'])} rows" if rows else ""
 
 
-def write_summary(out: Path, results: Iterable[Result], rehearsed: bool) -> None:
+def write_summary(out: Path, results: Sequence[Result], rehearsed: bool) -> None:
     """Writes summary.md: the table first, then what the logs of single steps say."""
-    results = list(results)
     lines = ["| step | part | result | seconds | counts |", "|---|---|---|---:|---|"]
     for r in results:
         lines.append(f"| {r.step} | {r.part} | {r.result} | {r.seconds:.0f} | {r.counts} |")
@@ -224,7 +225,7 @@ def run(
             print(f"==> {step.name}: {result.result} {result.counts}", flush=True)
         results[step.name] = result
         file.write_text(json.dumps([asdict(r) for r in results.values()], indent=1))
-        write_summary(out, results.values(), rehearsed)
+        write_summary(out, list(results.values()), rehearsed)
     print(f"==> {out / 'summary.md'}")
     ran = [results[step.name].result for step in steps]
     return not any(result.startswith(("failed", "stopped")) for result in ran)

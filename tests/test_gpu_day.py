@@ -78,8 +78,10 @@ def is_running(pid: int) -> bool:
 def test_the_limit_ends_a_step_with_its_children_and_the_next_runs(
     tmp_path: Path, ignores: str
 ) -> None:
-    """The child holds the pipe, too."""
-    code = f"import signal, subprocess, time; {ignores} p = subprocess.Popen(['sleep', '300']);"
+    """The child, which ignores interrupts, holds the pipe, too."""
+    code = f"import signal, subprocess, time; {ignores}"
+    code += "ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    code += "p = subprocess.Popen(['sleep', '300'], preexec_fn=ignore);"
     code += "print(p.pid, flush=True); time.sleep(300)"
     begin = time.monotonic()
     assert not run(tmp_path, step("a", code, limit=5), step("b", PYTEST))
