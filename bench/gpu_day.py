@@ -240,9 +240,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small sizes")
     options = parser.parse_args()
     arch = "" if options.rehearse else find_arch()
-    steps = make_steps("cpu" if options.rehearse else "cuda", arch)
-    chosen = [step for step in steps if step.part in options.parts]
-    out = options.out.resolve()
+    device, out = "cpu" if options.rehearse else "cuda", options.out.resolve()
+    chosen = [step for step in make_steps(device, arch) if step.part in options.parts]
     return 0 if run(chosen, out, environment(arch), 60 * options.minutes, options.rehearse) else 1
 
 
