@@ -194,7 +194,7 @@ def write_summary(out: Path, results: Sequence[Result], rehearsed: bool) -> None
     lines += ["A rehearsal on the CPU with small sizes: the times mean nothing."] * rehearsed
     for r in results:
         text = read(out / f"{r.step}.log").strip()
-        if r.step in SHOWN:
+        if r.step in SHOWN and text:
             lines += ["", f"## {r.step}", "", text]
         elif r.result.startswith(("failed", "stopped")):
             lines += ["", f"## {r.step}, the end of its log", "", "```"]

@@ -148,11 +148,15 @@ def test_each_part_takes_nine_minutes_at_most() -> None:
     assert len({one.name for one in steps}) == len(steps)
 
 
-def test_without_a_gpu_only_the_build_runs() -> None:
-    missing = {one.name: one.missing for one in gpu_day.make_steps("cuda", "")}
+def test_without_a_gpu_only_the_build_runs(tmp_path: Path) -> None:
+    steps = gpu_day.make_steps("cuda", "")
+    missing = {one.name: one.missing for one in steps}
     built = {name for name, reason in missing.items() if not reason}
     assert built == {"build", "report"}
     assert missing["step"] == missing["memcheck"] == "torch sees no GPU"
+    assert run(tmp_path, *(one for one in steps if one.missing))
+    assert {row[2] for row in table(tmp_path)} == {"skipped: torch sees no GPU"}
+    assert "#" not in (tmp_path / "summary.md").read_text()
 
 
 def test_the_build_is_for_this_gpu_alone() -> None:
