@@ -4,8 +4,8 @@
 #include <array>
 #include <utility>
 
+#include "aten/products.h"
 #include "bindings/problems.h"
-#include "cpu/linalg.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -34,7 +34,7 @@ Enum read_name(const py::dict& options, const char* name,
 }
 
 // As asked, or by torch's setting for products on the device.
-MatmulPrecision read_precision(const py::dict& options, Backend backend) {
+MatmulPrecision read_precision(const py::dict& options, const at::Device& device) {
   const bool follows =
       !options.contains("matmul_precision") || options["matmul_precision"].is_none();
   if (!follows) {
@@ -43,7 +43,8 @@ MatmulPrecision read_precision(const py::dict& options, Backend backend) {
                                 std::pair{"high", MatmulPrecision::kHigh},
                                 std::pair{"medium", MatmulPrecision::kMedium}});
   }
-  if (backend == Backend::kCpu) return cpu::torch_precision();
+  if (device.is_cpu()) return aten::torch_precision();
+  if (!device.is_cuda()) return MatmulPrecision::kHigh;  // torch's own products follow its settings
   const auto precision =
       at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::TF32   ? MatmulPrecision::kHigh
@@ -53,7 +54,7 @@ MatmulPrecision read_precision(const py::dict& options, Backend backend) {
 
 }  // namespace
 
-Options parse_options(const py::dict& options, Backend backend) {
+Options parse_options(const py::dict& options, const at::Device& device) {
   const auto betas = read<std::pair<double, double>>(options, "betas");
   return {
       .lr = read<double>(options, "lr"),
@@ -83,7 +84,7 @@ Options parse_options(const py::dict& options, Backend backend) {
                                                std::pair{"fixed", RefreshSchedule::kFixed}}),
       .rescale_exp_avg_sq = read<bool>(options, "rescale_exp_avg_sq"),
       .refresh_stagger = read<bool>(options, "refresh_stagger"),
-      .precision = read_precision(options, backend),
+      .precision = read_precision(options, device),
       .basis_rounding = read<std::string>(options, "state_dtype") == "bfloat16" ? 0x1p-9 : 0.0,
   };
 }

@@ -64,7 +64,7 @@ class GroupWork(NamedTuple):
 
     group: dict[str, Any]
     device: torch.device
-    on_gpu: bool
+    on_gpu: bool  # or any device, and what the backend "aten" serves: the host waits for nothing
     params: list[Tensor]
     grads: list[Tensor]  # contiguous
     layouts: list[Layout]
@@ -83,7 +83,7 @@ class GroupWork(NamedTuple):
         return {
             name: value.to(self.device, dtypes[name], non_blocking=True).reshape(1)
             for name, value in inputs.items()
-            if isinstance(value, Tensor) and ops.backend_of(value) == "cuda"
+            if isinstance(value, Tensor) and ops.backend_of(value) != "cpu"
         }
 
 
