@@ -122,7 +122,7 @@ def test_module_and_python_file_say_the_same():
 def missing_report_rows(report: str) -> list[str]:
     expected = {
         "dykaf": re.escape(dykaf.__version__),
-        "backends": "cpu(, cuda)?",
+        "backends": "cpu for tensors on the CPU, (cuda for .+, )?aten .+ for all others",
         "cuda": ".*CUDA is (not )?built: .+",
         "architectures": r"none|\d.+",
         "torch": re.escape(torch.__version__) + r" \(CUDA .+\)",

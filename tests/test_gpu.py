@@ -367,7 +367,7 @@ def test_float64_beside_what_the_kernels_take() -> None:
     shape = (5, 7)
     W = randn(*shape, seed=3)
     grads = separated_gradients(shape, 20)
-    wide, narrow = W.to(backends.device()), W.float().to(backends.device())
+    wide, narrow = W.clone().to(backends.device()), W.float().to(backends.device())
     optimizer = DyKAF([narrow, wide], precondition_frequency=5, eps=1e-2)
     offsets = optimizer._stagger_offsets()
     ref = ReferenceDyKAF(W, precondition_frequency=5, eps=1e-2, stagger_offsets=offsets[1])

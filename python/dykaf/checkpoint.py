@@ -66,8 +66,12 @@ def checked_state_dict(
 
 def _with_scales_of(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
     """``state`` with what is float64 on most devices in the dtype that the parameter's has."""
-    scales = {key: state[key] for key in SCALE_KEYS if isinstance(state.get(key), Tensor)}
-    return {**state, **{key: value.to(layout.scale_dtype) for key, value in scales.items()}}
+    found = dict(state)
+    for key in SCALE_KEYS:
+        value = found.get(key)
+        if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+            found[key] = value.to(layout.scale_dtype)
+    return found
 
 
 def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

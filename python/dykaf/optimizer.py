@@ -244,6 +244,7 @@ class DyKAF(Optimizer):
             new.make(work)
             jobs, owners = self._jobs(work, maxima, skip, refresh=not captured)
             report = ops.step_all_(jobs, started)
+            new.drop(jobs, report.failed)
         if skip is not None:
             self._skips.count_on_gpu(skip, firsts, work, captured)
         self._waiting.note(jobs, report.waiting)

@@ -107,6 +107,13 @@ class NewStates:
                     self._new.append(param)
                     self._states[param] = new_state(param, layout)
 
+    def drop(self, jobs: Sequence[ops.StepJob], failed: Sequence[Sequence[int]]) -> None:
+        """Takes those back that the step could not update, by their places in each job."""
+        gone = [job.params[idx] for job, places in zip(jobs, failed, strict=True) for idx in places]
+        for param in gone:
+            if any(param is made for made in self._new):
+                self._states.pop(param, None)
+
     def __enter__(self) -> NewStates:
         return self
 
