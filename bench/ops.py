@@ -1,4 +1,5 @@
-"""Time every operation of dykaf.ops against its plain-torch form and the machine's peaks.
+"""Time every operation of dykaf.ops against its plain-torch form, the backend of torch's own
+operations and the machine's peaks.
 
 The protocol and the columns are explained in bench/README.md.
 """
@@ -11,6 +12,8 @@ import gc
 import math
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from bench.cases import CASES, Case, Inputs, check_agreement
 from bench.counts import Count, total
@@ -19,6 +22,7 @@ from bench.progress import tqdm
 from bench.report import BenchError, Columns, Record, Report, print_table
 from bench.shapes import SHAPE_SETS, Workload
 from bench.timing import paired_ratio, seconds, summarise
+from dykaf import ops
 
 MIN_REPEATS, MAX_REPEATS = 5, 50
 PRECISIONS = ("highest", "high", "medium")
@@ -41,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def expected_seconds(case: Case, count: Count, peaks: Peaks, precision: str) -> float:
-    """A rough estimate for the operation and its plain form, once each."""
+    """A rough estimate for the operation, its plain form and its aten form, once each."""
     fraction = DECOMPOSITION_FRACTION if case.name in DECOMPOSING else EXPECTED_FRACTION
-    return 2 * count.bound(peaks, precision)[0] / fraction + 1e-4
+    return 3 * count.bound(peaks, precision)[0] / fraction + 1e-4
 
 
 def needed_bytes(workload: Workload) -> float:
@@ -54,13 +58,14 @@ def needed_bytes(workload: Workload) -> float:
     return COPIES * 4 * numbers
 
 
-def measure(case: Case, x: Inputs, budget: float) -> tuple[list[float], list[float]]:
-    """Times of the operation and of its plain form, in turns, each from the same state."""
-    times: tuple[list[float], list[float]] = ([], [])
-    calls = case.make(x)
+def measure(case: Case, x: Inputs, budget: float) -> tuple[list[float], list[float], list[float]]:
+    """Times of the operation, its plain form and its aten form, in turns, from the same state."""
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
+    operation, plain = case.make(x)
+    calls = (operation, plain, partial(through_aten, operation))
     spent = 0.0
     for round_idx in range(-1, MAX_REPEATS):  # round -1 warms up
-        for idx in (0, 1) if round_idx % 2 else (1, 0):
+        for idx in (0, 1, 2) if round_idx % 2 else (2, 1, 0):
             x.restore()
             with matmul_precision(x.precision):
                 elapsed = seconds(calls[idx], x.device)
@@ -72,12 +77,18 @@ def measure(case: Case, x: Inputs, budget: float) -> tuple[list[float], list[flo
     return times
 
 
+def through_aten(operation: Callable[[], object]) -> None:
+    """The operation on the backend of torch's own operations."""
+    with ops.aten_alone():
+        operation()
+
+
 def record(case: Case, x: Inputs, budget: float, peaks: Peaks) -> Record:
     """Measure one row."""
     count = total(case.count, x.workload.matrices())
-    times, plain_times = measure(case, x, budget)
+    times, plain_times, aten_times = measure(case, x, budget)
     summary = summarise(times)
-    ratio = paired_ratio(times, plain_times)
+    ratio, aten_ratio = paired_ratio(times, plain_times), paired_ratio(times, aten_times)
     bound, limit = count.bound(peaks, x.precision)
     return {
         "set": x.workload.name,
@@ -94,8 +105,11 @@ def record(case: Case, x: Inputs, budget: float, peaks: Peaks) -> Record:
         "fraction_of_peak": bound / summary.median,
         "plain_median": statistics.median(plain_times),
         "ratio": dataclasses.asdict(ratio) if ratio else {},
+        "aten_median": statistics.median(aten_times),
+        "aten_ratio": dataclasses.asdict(aten_ratio) if aten_ratio else {},
         "times": times,
         "plain_times": plain_times,
+        "aten_times": aten_times,
     }
 
 
@@ -118,6 +132,8 @@ COLUMNS: Columns = {
     "of peak": lambda row: f"{100 * row['fraction_of_peak']:.0f}%",
     "plain torch us": lambda row: f"{1e6 * row['plain_median']:.1f}",
     "op / plain": lambda row: format_ratio(row["ratio"]),
+    "aten us": lambda row: f"{1e6 * row['aten_median']:.1f}",
+    "op / aten": lambda row: format_ratio(row["aten_ratio"]),
 }
 
 

@@ -64,6 +64,20 @@ def dykaf(**options: Any) -> Callable[[Parameters, int], Optimizer]:
     return make
 
 
+def on_aten(
+    make: Callable[[Parameters, int], Optimizer],
+) -> Callable[[Parameters, int], Optimizer]:
+    """The same, served by torch's own operations."""
+
+    def make_on_aten(parameters: Parameters, max_precond_dim: int) -> Optimizer:
+        optimizer = make(parameters, max_precond_dim)
+        aten_alone = importlib.import_module("dykaf.ops").aten_alone
+        optimizer.step = aten_alone()(optimizer.step)  # type: ignore[method-assign]
+        return optimizer
+
+    return make_on_aten
+
+
 def textbook(
     kind: type[TextbookDyKAF] | type[TextbookSOAP],
 ) -> Callable[[Parameters, int], Optimizer]:
@@ -125,6 +139,7 @@ def dykaf_spec(products: float, **options: Any) -> Spec:
 
 SPECS: dict[str, Spec] = {
     "dykaf": dykaf_spec(3),
+    "dykaf-aten": Spec(on_aten(dykaf()), "dykaf", 3, refresh=14, takes_stacks=True),
     "dykaf-ksl": dykaf_spec(4, integrator="ksl"),
     "dykaf-bug": dykaf_spec(5, integrator="bug"),
     "dykaf-factored": dykaf_spec(3, second_moment="factored"),
@@ -144,6 +159,7 @@ SPECS: dict[str, Spec] = {
 }
 # Compiling takes a minute and more per shape; the other two modes are variations.
 NOT_BY_DEFAULT = (
+    "dykaf-aten",
     "dykaf-dense",
     "dykaf-every-2",
     "dykaf-rank-one",

@@ -1,22 +1,24 @@
-"""Which backend the tests run on: pytest --backend cpu (default), simt or cuda.
+"""Which backend the tests run on: pytest --backend cpu (default), aten, simt or cuda.
 
 simt: the CUDA backend over the host executor, in the package of tests/simt/extension.py, which
-takes tensors on the CPU for tensors on a GPU. cuda: a GPU.
+takes tensors on the CPU for tensors on a GPU. cuda: a GPU. aten: torch's own operations, on tensors
+on the CPU; they are treated as those on a GPU are, for whose work no host waits.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dykaf import ops
+from dykaf import _C, ops
 from dykaf.state import HOST_KEYS
 
-NAMES = ("cpu", "simt", "cuda")
+NAMES = ("cpu", "aten", "simt", "cuda")
 BACKEND = "cpu"  # set by conftest.py from the option
 OPS = (
     "grad_max",
@@ -34,7 +36,10 @@ def select(name: str) -> None:
     """Sets the backend and checks that the package at hand has it; changes ops for "cuda"."""
     global BACKEND
     BACKEND = name
-    expected = {"cpu": "cpu", "simt": "cuda", "cuda": "cuda"}[name]
+    expected = {"cpu": "cpu", "aten": "aten", "simt": "cuda", "cuda": "cuda"}[name]
+    if name == "aten":
+        os.environ["DYKAF_BACKEND"] = name  # of processes that tests start
+        _C.use_aten_alone(True)
     found = ops.backend_of(torch.zeros(1, device=device()))
     if found != expected:
         raise RuntimeError(f"--backend {name}: the imported dykaf runs these tensors on {found}")
@@ -46,6 +51,10 @@ def device() -> torch.device:
 
 def is_gpu() -> bool:
     return BACKEND != "cpu"
+
+
+def takes_float64() -> bool:
+    return BACKEND not in ("simt", "cuda")
 
 
 def through_gpu(op: Callable[..., Any]) -> Callable[..., Any]:

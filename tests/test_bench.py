@@ -375,8 +375,8 @@ class Interrupt:
 @pytest.mark.parametrize(
     ("arguments", "num_calls", "num_records"),
     [
-        # Each row of ops takes a warm-up and five repetitions of both forms.
-        (["ops", "--ops", "grad_max", "rotate into", "--seconds", "0", "--sets", "vit"], 13, 1),
+        # Each row of ops takes a warm-up and five repetitions of its three forms.
+        (["ops", "--ops", "grad_max", "rotate into", "--seconds", "0", "--sets", "vit"], 19, 1),
         # Eleven warm-up steps each, then two rounds and a half.
         (["step", "--optimizers", "adamw", "muon", "--sets", "vit"], 2 * 11 + 5, 2),
         (["step", "--optimizers", "adamw", "muon", "--sets", "vit"], 3, 0),

@@ -1,4 +1,4 @@
-"""Steps in a CUDA graph: `--backend simt` (a capture is only announced) or `--backend cuda`."""
+"""Steps in a CUDA graph: `--backend cuda`, or `aten` and `simt`, where one is only announced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dykaf import DyKAF
 from dykaf.work import check_capture
 
 pytestmark = pytest.mark.skipif(
-    "not __import__('backends').is_gpu()", reason="only with --backend simt or cuda"
+    "not __import__('backends').is_gpu()", reason="not with --backend cpu"
 )
 
 

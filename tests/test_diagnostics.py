@@ -14,6 +14,7 @@ from dykaf.diagnostics import _probe, condition, orthogonality_error, staleness
 
 NAME = "param_groups[0]['params'][0]"
 FACTORED = {
+    "backend",
     "step",
     "update_rms",
     "rho",
@@ -164,7 +165,11 @@ def test_one_side_and_none() -> None:
     assert set(report[names[0]]) == {key for key in FACTORED if not key.endswith("_R")}
     for idx, name in list(enumerate(names))[1:]:
         state = optimizer.state[params_of(optimizer)[idx]]
-        assert report[name] == {"step": 4.0, "update_rms": float(state["update_rms"])}
+        assert report[name] == {
+            "backend": "cpu",
+            "step": 4.0,
+            "update_rms": float(state["update_rms"]),
+        }
 
 
 def test_a_stack_reports_its_worst() -> None:
@@ -197,7 +202,7 @@ def test_before_the_first_gradient() -> None:
     assert optimizer.diagnostics() == {"optimizer": {"skipped_steps": 0}}
     param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert optimizer.diagnostics()[NAME] == {"step": 0.0, "update_rms": 0.0}
+    assert optimizer.diagnostics()[NAME] == {"backend": "cpu", "step": 0.0, "update_rms": 0.0}
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])

@@ -397,14 +397,14 @@ def test_gradients_of_another_shape(shape: tuple[int, ...]) -> None:
         optimizer.step()
 
 
-def test_parameters_that_moved_to_a_device_without_backend() -> None:
+def test_parameters_that_moved_to_a_device_without_memory() -> None:
     optimizer = _optimizer()
     param = params_of(optimizer)[1]
     before = frozen(optimizer)
     param.grad = None
     torch.utils.swap_tensors(param, nn.Parameter(param.detach().to("meta")))
     param.grad = torch.zeros(3, 3, device="meta")
-    with pytest.raises(ValueError, match=r"expected .* on the CPU"):
+    with pytest.raises(ValueError, match="expected a dense tensor with memory"):
         optimizer.step()
     others = [0, 2]
     after = frozen(optimizer)

@@ -1,4 +1,4 @@
-"""The optimizer on the CUDA backend: `--backend simt` or `--backend cuda`."""
+"""The optimizer on a device: `--backend aten`, `--backend simt` or `--backend cuda`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from optim_helpers import bits, gradient, params_of, randn, run
 from reference import ReferenceDyKAF
-from tolerances import gamma
+from tolerances import TRAJECTORY, gamma
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,7 +18,7 @@ from dykaf import DyKAF
 from dykaf.state import HOST_KEYS
 
 pytestmark = pytest.mark.skipif(
-    "not __import__('backends').is_gpu()", reason="only with --backend simt or cuda"
+    "not __import__('backends').is_gpu()", reason="not with --backend cpu"
 )
 on_hardware = pytest.mark.skipif(
     "__import__('backends').BACKEND != 'cuda'", reason="only with --backend cuda"
@@ -362,13 +362,26 @@ def test_a_loaded_run_goes_on_bit_for_bit() -> None:
     assert everything(second) == everything(first)
 
 
-def test_float64_is_refused_before_anything_is_added() -> None:
-    optimizer = DyKAF(parameters())
-    wide = torch.zeros(3, 3, dtype=torch.float64, device=backends.device(), requires_grad=True)
-    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16 on a GPU"):
-        optimizer.add_param_group({"params": [wide]})
-    assert len(optimizer.param_groups) == 1
-    run(optimizer, range(2))
+def test_float64_beside_what_the_kernels_take() -> None:
+    """In one group: torch's own operations serve it, as exactly as on the CPU."""
+    shape = (5, 7)
+    W = randn(*shape, seed=3)
+    grads = separated_gradients(shape, 20)
+    wide, narrow = W.clone().to(backends.device()), W.float().to(backends.device())
+    optimizer = DyKAF([narrow, wide], precondition_frequency=5, eps=1e-2)
+    offsets = optimizer._stagger_offsets()
+    ref = ReferenceDyKAF(W, precondition_frequency=5, eps=1e-2, stagger_offsets=offsets[1])
+    for grad in grads:
+        for param in (wide, narrow):
+            param.grad = grad.to(param)
+        optimizer.step()
+        ref.step(grad)
+    travelled = float((ref.W - W).abs().max())
+    assert float((wide.cpu() - ref.W).abs().max()) <= TRAJECTORY * travelled
+    assert float((narrow.cpu() - ref.W).abs().max()) <= 1e-2 * travelled
+    backend = {"aten": "aten"}.get(backends.BACKEND, "cuda")
+    report = optimizer.diagnostics()
+    assert [entry["backend"] for entry in list(report.values())[1:]] == [backend, "aten"]
 
 
 def test_diagnostics() -> None:

@@ -12,13 +12,11 @@ from optim_helpers import bits, gradient, parameter, params_of, randn, refuses, 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dykaf import _C, DyKAF
+from dykaf import DyKAF
 from dykaf.checks import check_usable
 
 # ---- Without memory or shape ---------------------------------------------------------------------
 
-HAS_CUDA = bool(_C.build_info()["cuda"])
-DEVICES = "the CPU or a GPU" if HAS_CUDA else "the CPU (this build has no other backend)"
 SHAPES = [(6, 4), (5,), (4, 4), (4, 9)]
 # So few slots and such sizes that every matrix counts for the places of the others.
 OPTIONS: dict[str, Any] = {"refresh_schedule": "fixed", "precondition_frequency": 4}
@@ -70,7 +68,7 @@ def test_fake_parameters_may_be_replaced() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("meta", f"weight: expected a dense tensor on {DEVICES}, got Float [6, 4] on meta"),
+        ("meta", "weight: expected a dense tensor with memory, got Float [6, 4] on meta"),
         ("fake", "gradient of weight: expected plain tensors, got FakeTensor"),
     ],
 )

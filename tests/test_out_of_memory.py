@@ -1,6 +1,7 @@
 """A step whose allocations fail, one after the other: all is as before, or as after.
 
-Of the CUDA backend over the host executor, where the CPU's memory stands for the device's.
+Of the CUDA backend over the host executor, where the CPU's memory stands for the device's, and of
+torch's own operations, where it holds of each parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import dykaf
-from dykaf import _C
+from dykaf import _C, ops
 
 # One in this many is made to fail; 1 takes minutes.
 EVERY = int(os.environ.get("FAIL_ALLOCATION_EVERY", "5"))
@@ -143,3 +144,52 @@ def test_each_allocation_of_a_step_fails(
         num_allocations += EVERY
     assert num_raised > 5 and backends.is_gpu()
     assert num_stayed > 0 or num_steps == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_each_allocation_of_torchs_own_operations_fails(form: str, num_steps: int) -> None:
+    """A parameter is as before, and named, or as after; where it was the first step, all are."""
+    num_raised = num_named = num_stayed = num_allocations = 0
+    with ops.aten_alone():
+        params_after, states_after = snapshot(make(FORMS[form], num_steps + 1))
+        start = make(FORMS[form], num_steps)
+        while True:
+            optimizer = copy.deepcopy(start)
+            set_gradients(optimizer, num_steps)
+            params_before, states_before = snapshot(optimizer)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                _C.fail_allocation(num_allocations)
+                error = ""
+                try:
+                    optimizer.step()
+                except RuntimeError as raised:
+                    error = str(raised)
+                finally:
+                    _C.fail_allocation(None)
+            stayed = str(caught[0].message) if caught else ""
+            params, states = snapshot(optimizer)
+            num_old = 0
+            for idx, (param, state) in enumerate(zip(params, states, strict=True)):
+                name = f"param_groups[{min(idx, 1)}]['params'][{max(idx - 1, 0)}]"
+                is_done = bool(state) and equal(state, states_after[idx], but=lambda _: False)
+                if torch.equal(param, params_after[idx]) and is_done:
+                    continue
+                if name in stayed:
+                    assert torch.equal(param, params_after[idx]), num_allocations
+                    assert equal(state, states_after[idx], but=of_refreshes), num_allocations
+                    continue
+                num_old += 1
+                assert error and torch.equal(param, params_before[idx]), num_allocations
+                assert equal(state, states_before[idx], but=lambda _: False), num_allocations
+                assert name in error or "could not update" not in error, num_allocations
+            assert "could not update" in error or num_old in (0, len(params)), num_allocations
+            num_raised += bool(num_old)
+            num_named += "could not update" in error
+            num_stayed += bool(stayed)
+            if not error and not stayed and num_allocations > 0:
+                break  # as many as there are
+            num_allocations += EVERY
+    assert num_raised > 3
+    assert (num_named > 3 and num_stayed > 3) or num_steps == 0

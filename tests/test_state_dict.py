@@ -369,3 +369,20 @@ def test_offsets_follow_a_loaded_period() -> None:
         optimizer.step()
         other.step()
     assert trajectory(other) == trajectory(optimizer)
+
+
+def test_a_state_from_a_device_without_float64() -> None:
+    """There the numbers that are float64 here are float32; the run goes on from their values."""
+    options = {"second_moment": "rank_one"}
+    source, target = (DyKAF([parameter(6, 4)], **options) for _ in range(2))
+    run(source, range(4))
+    saved = source.state_dict()
+    expected = {}
+    for key in ("rho", "exp_avg_sq_scale"):
+        narrow = saved["state"][0][key].float()
+        saved["state"][0] = {**saved["state"][0], key: narrow}
+        expected[key] = narrow.double()
+    target.load_state_dict(saved)
+    state = target.state[params_of(target)[0]]
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    run(target, range(4, 6))

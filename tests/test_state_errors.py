@@ -164,8 +164,8 @@ PREFIX = "state of param_groups[0]['params'][0]: "
         ),
         (
             "rho",
-            lambda t: t.float(),
-            "'rho': expected torch.float64 of shape (2,), got torch.float32 of shape (2,)",
+            lambda t: t.half(),
+            "'rho': expected torch.float64 of shape (2,), got torch.float16 of shape (2,)",
         ),
         (
             "refreshes",

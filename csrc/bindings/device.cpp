@@ -1,9 +1,9 @@
 #include "bindings/device.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <atomic>
 #include <stdexcept>
 
 #include "bindings/problems.h"
@@ -15,25 +15,43 @@
 
 namespace dykaf::bindings {
 
+namespace {
+
+std::atomic<bool> aten_alone = false;
+
+}  // namespace
+
 Backend backend_of(const std::string& name, const at::Tensor& tensor) {
+  if (tensor.is_meta()) fail(name, "a dense tensor with memory", describe(tensor));
+  if (aten_alone) return Backend::kAten;
 #if defined(DYKAF_SIMT)
   // The CUDA backend runs on the CPU.
-  if (tensor.device().is_cpu()) return Backend::kCuda;
+  const bool is_gpu = tensor.device().is_cpu();
 #else
+  const bool is_gpu = tensor.device().is_cuda();
   if (tensor.device().is_cpu()) return Backend::kCpu;
 #endif
 #if defined(DYKAF_WITH_CUDA)
-  if (tensor.device().is_cuda()) return Backend::kCuda;
-  fail(name, "a dense tensor on the CPU or a GPU", describe(tensor));
+  if (is_gpu && tensor.scalar_type() != at::kDouble) return Backend::kCuda;
 #else
-  fail(name, "a dense tensor on the CPU (this build has no other backend)", describe(tensor));
+  static_cast<void>(is_gpu);
 #endif
+  return Backend::kAten;
 }
 
-at::Tensor device_view(const float* data, at::IntArrayRef shape, const at::Device& device) {
-  const auto options = at::TensorOptions().dtype(at::kFloat).device(device);
-  return at::from_blob(const_cast<float*>(data), shape, options);
+const char* name_of(Backend backend) {
+  switch (backend) {
+    case Backend::kCpu:
+      return "cpu";
+    case Backend::kCuda:
+      return "cuda";
+    case Backend::kAten:
+      return "aten";
+  }
+  return "";
 }
+
+void use_aten_alone(bool alone) { aten_alone = alone; }
 
 #if defined(DYKAF_WITH_CUDA)
 

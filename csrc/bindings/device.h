@@ -1,4 +1,4 @@
-// Which backend serves a device, and how plans of the CUDA backend run there.
+// Which backend serves a tensor, and how plans of the CUDA backend run.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -13,7 +13,7 @@
 
 namespace dykaf::bindings {
 
-enum class Backend { kCpu, kCuda };
+enum class Backend { kCpu, kCuda, kAten };
 
 // What is computed while it lives does not depend on autograd, autocast or inference mode.
 class Apart {
@@ -23,11 +23,15 @@ class Apart {
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 
-// The backend for the tensor called `name`; raises ValueError where this build has none for it.
+// The backend for the state or gradient called `name`; raises ValueError for a tensor without
+// memory.
 Backend backend_of(const std::string& name, const at::Tensor& tensor);
 
-// A tensor over device memory that it does not own.
-at::Tensor device_view(const float* data, at::IntArrayRef shape, const at::Device& device);
+// "cpu", "cuda" or "aten".
+const char* name_of(Backend backend);
+
+// From now on torch's own operations serve all tensors, or again what is fastest for each.
+void use_aten_alone(bool alone);
 
 // Allocates workspace on `device`, makes the plan there and launches it on the current stream.
 // Raises RuntimeError with CUDA's message if a launch fails.

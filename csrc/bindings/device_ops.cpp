@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "aten/ops.h"
 #include "dykaf/schedule.h"
 
 #if defined(DYKAF_WITH_CUDA)
@@ -128,16 +129,46 @@ void factor_update_on_device_(const DeviceGroup& group) {
   });
 }
 
+namespace {
+
+aten::Inputs aten_inputs(const DeviceGroup& group) {
+  return {group.options, group.skip, group.amp_scale, group.lr};
+}
+
+aten::Matrices matrices_of(std::span<const Problem<float>> problems, const DeviceGroup& group) {
+  aten::Matrices matrices;
+  for (const Problem<float>& p : problems) matrices.emplace_back(p, group.device);
+  return matrices;
+}
+
+}  // namespace
+
+void initialize_on_device_(const DeviceGroup& group) {
+  aten::Matrices matrices = matrices_of(group.problems, group);
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    matrices[i].grad_max = group.grad_max->select(0, static_cast<int64_t>(i));
+  }
+  aten::initialize_(matrices, aten_inputs(group));
+}
+
+void reset_on_device_(const DeviceGroup& group, const Problem<float>& p) {
+  const c10::DeviceGuard guard(group.device);
+  aten::reset_(aten::Matrix(p, group.device));
+}
+
+void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
+  aten::refresh_basis_(matrices_of(group.problems, group), aten_inputs(group), side);
+}
+
 std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group) {
   const auto due = take_due(group.problems, group.options);
   std::vector<size_t> failures;
   for (const Side side : {Side::kLeft, Side::kRight}) {
-    DeviceGroup part = group;
-    part.problems = due[static_cast<size_t>(side)];
-    if (part.problems.empty()) continue;
-    for (const Problem<float>* failed : refresh_basis_on_device_(part, side)) {
+    const auto& problems = due[static_cast<size_t>(side)];
+    const aten::Matrices matrices = matrices_of(problems, group);
+    for (const size_t place : aten::refresh_basis_(matrices, aten_inputs(group), side)) {
       for (size_t i = 0; i < group.problems.size(); ++i) {
-        if (group.problems[i].step == failed->step) failures.push_back(i);
+        if (group.problems[i].step == problems[place].step) failures.push_back(i);
       }
     }
   }
@@ -196,10 +227,10 @@ void DeviceStep::reset_() {
   for (int64_t i : fresh_) reset_on_device_(group_, group_.problems[static_cast<size_t>(i)]);
 }
 
-cpu::StepReport DeviceStep::run_() {
+StepReport DeviceStep::run_() {
   const c10::DeviceGuard guard(group_.device);
   for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
-  cpu::StepReport report;
+  StepReport report;
   report.waiting = waiting_;
   for (int64_t i : fresh_) {
     const auto place = static_cast<size_t>(i);

@@ -38,13 +38,13 @@ void initialize_on_device_(const DeviceGroup& group);
 // As a matrix is before its first gradient.
 void reset_on_device_(const DeviceGroup& group, const Problem<float>& p);
 
-// Returns the problems whose refresh could not be done: their old bases stay.
-std::vector<const Problem<float>*> refresh_basis_on_device_(const DeviceGroup& group, Side side);
+// Where it cannot be done the old bases stay.
+void refresh_basis_on_device_(const DeviceGroup& group, Side side);
 
 // Returns the places of matrices whose refresh could not be done.
 std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group);
 
-// The step of a group, in the parts of cpu::Step.
+// The step of a group, in the parts of dykaf/ops.h's Step.
 class DeviceStep {
  public:
   DeviceStep(const DeviceGroup& group, Refreshes refreshes);
@@ -60,7 +60,7 @@ class DeviceStep {
   void reset_();
 
   // Waits for nothing. Where a refresh cannot be done the old bases stay.
-  cpu::StepReport run_();
+  StepReport run_();
 
  private:
   struct Pass {

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "aten/ops.h"
 #include "bindings/device_ops.h"
 #include "bindings/problems.h"
 #include "bindings/register.h"
@@ -21,18 +22,22 @@ Inputs with_grads(const TensorList& grads, const States& states) {
 }
 
 // Runs the operation without the GIL, apart from what torch is told outside:
-// on_cpu(ProblemList<T>&) for each element type that occurs, or on_device(const DeviceGroup&).
-template <typename OnCpu, typename OnDevice>
-void run(Problems& problems, [[maybe_unused]] const Options& parsed, const OnCpu& on_cpu,
-         [[maybe_unused]] const OnDevice& on_device) {
+// on_cpu(ProblemList<T>&) for each element type that occurs, on_cuda(DeviceGroup),
+// on_aten(matrices, inputs).
+template <typename OnCpu, typename OnCuda, typename OnAten>
+void run(Problems& problems, const Options& parsed, const OnCpu& on_cpu,
+         [[maybe_unused]] const OnCuda& on_cuda, const OnAten& on_aten) {
   const py::gil_scoped_release no_gil;
   const Apart apart;
-  if (problems.backend() == Backend::kCpu) {
-    problems.for_each_type(on_cpu);
-  } else {
+  if (!problems.single.matrices.empty()) on_cpu(problems.single);
+  if (!problems.wide.matrices.empty()) on_cpu(problems.wide);
 #if defined(DYKAF_WITH_CUDA)
-    on_device(DeviceGroup{problems.single.problems, parsed, problems.device(), parsed.precision});
+  if (!problems.cuda.matrices.empty()) {
+    on_cuda(DeviceGroup{problems.cuda.matrices, parsed, problems.device(), parsed.precision});
+  }
 #endif
+  if (!problems.aten.matrices.empty()) {
+    on_aten(problems.aten.matrices, aten::Inputs{.options = parsed});
   }
   problems.write_back();
 }
@@ -41,9 +46,9 @@ void run(Problems& problems, [[maybe_unused]] const Options& parsed, const OnCpu
 template <typename T>
 std::vector<T*> matrix_pointers(const ProblemList<T>& list, const TensorList& tensors) {
   std::vector<T*> pointers;
-  for (size_t i = 0; i < list.problems.size(); ++i) {
+  for (size_t i = 0; i < list.matrices.size(); ++i) {
     const bool continues = i > 0 && list.sources[i - 1] == list.sources[i];
-    pointers.push_back(continues ? pointers.back() + list.problems[i].size()
+    pointers.push_back(continues ? pointers.back() + list.matrices[i].size()
                                  : tensors[list.sources[i]].template mutable_data_ptr<T>());
   }
   return pointers;
@@ -61,121 +66,135 @@ TensorList allocate_like(const TensorList& tensors) {
 
 TensorList rotate_op(const TensorList& inputs, const States& states, bool into_basis,
                      const py::dict& options) {
-  const Options parsed = parse_options(options, backend_of(states));
-  Problems problems(
-      states, {.grads = inputs, .needs_factors = true, .needs_dense = true, .grads_name = "inputs"},
-      parsed.second_moment);
+  const Options parsed = parse_options(options, device_of(states));
   TensorList outputs = allocate_like(inputs);
+  Problems problems(states,
+                    {.grads = inputs,
+                     .updates = outputs,
+                     .needs_factors = true,
+                     .needs_dense = true,
+                     .grads_name = "inputs"},
+                    parsed.second_moment);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
         const std::vector<T*> in = matrix_pointers(list, inputs);
-        cpu::rotate<T>(list.problems, rotation, parsed.precision, in.data(),
+        cpu::rotate<T>(list.matrices, rotation, parsed.precision, in.data(),
                        matrix_pointers(list, outputs).data());
       },
       [&](const auto& group) {
-        const std::vector<float*> in = matrix_pointers(problems.single, inputs);
+        const std::vector<float*> in = matrix_pointers(problems.cuda, inputs);
         rotate_on_device(group, rotation, in.data(),
-                         matrix_pointers(problems.single, outputs).data());
-      });
+                         matrix_pointers(problems.cuda, outputs).data());
+      },
+      [&](const auto& matrices, const auto& given) { aten::rotate(matrices, given, rotation); });
   return outputs;
 }
 
 TensorList adam_update_op(const TensorList& grads, const States& states, const py::dict& options) {
-  const Options parsed = parse_options(options, backend_of(states));
+  const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.needs_dense = true;
-  Problems problems(states, inputs, parsed.second_moment);
   TensorList updates = allocate_like(grads);
+  inputs.updates = updates;
+  Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
-        cpu::adam_update_<T>(list.problems, parsed, matrix_pointers(list, updates).data());
+        cpu::adam_update_<T>(list.matrices, parsed, matrix_pointers(list, updates).data());
       },
       [&](auto group) {
         group.grad_max = inputs.grad_max;
-        adam_update_on_device_(group, matrix_pointers(problems.single, updates).data());
-      });
+        adam_update_on_device_(group, matrix_pointers(problems.cuda, updates).data());
+      },
+      [](const auto& matrices, const auto& given) { aten::adam_update_(matrices, given); });
   return updates;
 }
 
 void apply_update_op(const TensorList& params, const TensorList& updates, const States& states,
                      const std::vector<uint64_t>& streams, const py::dict& options) {
-  const Options parsed = parse_options(options, backend_of(states));
+  const Options parsed = parse_options(options, device_of(states));
   Problems problems(states, {.params = params, .updates = updates, .streams = streams},
                     parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
         const std::vector<T*> pointers = matrix_pointers(list, updates);
-        cpu::apply_update_<T>(list.problems, parsed, pointers.data());
+        cpu::apply_update_<T>(list.matrices, parsed, pointers.data());
       },
       [&](const auto& group) {
-        const std::vector<float*> pointers = matrix_pointers(problems.single, updates);
+        const std::vector<float*> pointers = matrix_pointers(problems.cuda, updates);
         apply_update_on_device_(group, pointers.data());
-      });
+      },
+      [](const auto& matrices, const auto& given) { aten::apply_update_(matrices, given); });
 }
 
 void factor_update_op(const TensorList& grads, const States& states, const py::dict& options) {
-  const Options parsed = parse_options(options, backend_of(states));
+  const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.needs_factors = inputs.needs_dense = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
-      [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.problems, parsed); },
+      [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.matrices, parsed); },
       [&](auto group) {
         group.grad_max = inputs.grad_max;
         factor_update_on_device_(group);
-      });
+      },
+      [](const auto& matrices, const auto& given) { aten::factor_update_(matrices, given); });
 }
 
 void initialize_op(const TensorList& grads, const States& states, const Offsets& offsets,
                    const py::dict& options) {
-  const Options parsed = parse_options(options, backend_of(states));
+  const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
   inputs.needs_factors = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
-      [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.problems, parsed); },
+      [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.matrices, parsed); },
       [&](auto group) {
         group.grad_max = inputs.grad_max;
         initialize_on_device_(group);
-      });
+      },
+      [](const auto& matrices, const auto& given) { aten::initialize_(matrices, given); });
 }
 
 void refresh_basis_op(const States& states, const std::string& side, const py::dict& options) {
-  const Options parsed = parse_options(options, backend_of(states));
+  const Options parsed = parse_options(options, device_of(states));
   if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
   const Side which = side == "left" ? Side::kLeft : Side::kRight;
   Problems problems(states, {.needs_factors = true}, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
-        cpu::refresh_basis_<T>(list.problems, parsed, which);
+        cpu::refresh_basis_<T>(list.matrices, parsed, which);
       },
-      [&](const auto& group) { refresh_basis_on_device_(group, which); });
+      [&](const auto& group) { refresh_basis_on_device_(group, which); },
+      [&](const auto& matrices, const auto& given) {
+        aten::refresh_basis_(matrices, given, which);
+      });
 }
 
 void refresh_due_op(const States& states, const Offsets& offsets, const py::dict& options,
                     const TensorList& kept, const TensorList& full) {
-  const Options parsed = parse_options(options, backend_of(states));
+  const Options parsed = parse_options(options, device_of(states));
   Problems problems(states, {.offsets = offsets}, parsed.second_moment);
+  {
+    const py::gil_scoped_release no_gil;
+    const Apart apart;
+    copy(full, kept);
+  }
   run(
       problems, parsed,
-      [&]<typename T>(ProblemList<T>& list) {
-        copy(full, kept);
-        cpu::refresh_due_<T>(list.problems, parsed);
-        copy(kept, full);
-      },
-      [&](const auto& group) {
-        copy(full, kept);
-        refresh_due_on_device_(group);
-        copy(kept, full);
-      });
+      [&]<typename T>(ProblemList<T>& list) { cpu::refresh_due_<T>(list.matrices, parsed); },
+      [](const auto& group) { refresh_due_on_device_(group); },
+      [](const auto& matrices, const auto& given) { aten::refresh_due_(matrices, given); });
+  const py::gil_scoped_release no_gil;
+  const Apart apart;
+  copy(kept, full);
 }
 
 }  // namespace
@@ -184,9 +203,10 @@ void register_ops(py::module_& module) {
   module.def(
       "backend_of",
       [](const at::Tensor& tensor, const std::string& name) {
-        return backend_of(name, tensor) == Backend::kCpu ? "cpu" : "cuda";
+        return name_of(backend_of(name, tensor));
       },
       py::arg("tensor"), py::arg("name"));
+  module.def("use_aten_alone", &use_aten_alone, py::arg("alone"));
   module.def("grad_max", &grad_max, py::arg("grads"), py::arg("counts"));
   module.def("rotate", &rotate_op, py::arg("inputs"), py::arg("states"), py::arg("into_basis"),
              py::arg("options"));

@@ -1,10 +1,11 @@
 // A parameter group's dictionary as dykaf::Options.
+
 #include <array>
 #include <utility>
 
+#include "aten/products.h"
 #include "aten/torch_compat.h"
 #include "bindings/problems.h"
-#include "cpu/linalg.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -33,7 +34,7 @@ Enum read_name(const py::dict& options, const char* name,
 }
 
 // As asked, or by torch's setting for products on the device.
-MatmulPrecision read_precision(const py::dict& options, Backend backend) {
+MatmulPrecision read_precision(const py::dict& options, const at::Device& device) {
   const bool follows =
       !options.contains("matmul_precision") || options["matmul_precision"].is_none();
   if (!follows) {
@@ -42,7 +43,8 @@ MatmulPrecision read_precision(const py::dict& options, Backend backend) {
                                 std::pair{"high", MatmulPrecision::kHigh},
                                 std::pair{"medium", MatmulPrecision::kMedium}});
   }
-  if (backend == Backend::kCpu) return cpu::torch_precision();
+  if (device.is_cpu()) return aten::torch_precision();
+  if (!device.is_cuda()) return MatmulPrecision::kHigh;  // torch's own products follow its settings
   const auto rounding = aten::cuda_operand_rounding();
   return rounding == aten::OperandRounding::kTf32       ? MatmulPrecision::kHigh
          : rounding == aten::OperandRounding::kBfloat16 ? MatmulPrecision::kMedium
@@ -51,7 +53,7 @@ MatmulPrecision read_precision(const py::dict& options, Backend backend) {
 
 }  // namespace
 
-Options parse_options(const py::dict& options, Backend backend) {
+Options parse_options(const py::dict& options, const at::Device& device) {
   const auto betas = read<std::pair<double, double>>(options, "betas");
   return {
       .lr = read<double>(options, "lr"),
@@ -81,7 +83,7 @@ Options parse_options(const py::dict& options, Backend backend) {
                                                std::pair{"fixed", RefreshSchedule::kFixed}}),
       .rescale_exp_avg_sq = read<bool>(options, "rescale_exp_avg_sq"),
       .refresh_stagger = read<bool>(options, "refresh_stagger"),
-      .precision = read_precision(options, backend),
+      .precision = read_precision(options, device),
       .basis_rounding = read<std::string>(options, "state_dtype") == "bfloat16" ? 0x1p-9 : 0.0,
   };
 }

@@ -1,4 +1,5 @@
-// From tensors to the problems of dykaf/types.h, with every check that the operations rely on.
+// From tensors to the problems of dykaf/types.h and the matrices of aten/matrix.h, with every check
+// that the operations rely on.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
@@ -7,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "aten/matrix.h"
 #include "bindings/device.h"
 #include "dykaf/types.h"
 
@@ -19,8 +21,8 @@ using TensorList = std::vector<at::Tensor>;
 struct Inputs {
   std::optional<TensorList> params = {};    // any strides, in the parameter's dtype
   std::optional<TensorList> grads = {};     // contiguous; of the parameters' dtype, if given, or T
-  std::optional<TensorList> updates = {};   // contiguous; of type T
-  std::optional<at::Tensor> grad_max = {};  // float64, one per matrix of each gradient
+  std::optional<TensorList> updates = {};   // contiguous; of type T; what comes in or goes out
+  std::optional<at::Tensor> grad_max = {};  // one per matrix of each gradient, from grad_max()
   std::optional<std::vector<uint64_t>> streams = {};
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right, update]
   bool needs_factors = false;        // a parameter without factors is an error
@@ -28,61 +30,59 @@ struct Inputs {
   const char* grads_name = "grads";  // in messages
 };
 
-template <typename T>
-struct ProblemList {
-  std::vector<Problem<T>> problems;
-  std::vector<size_t> sources;  // the index of the state that each problem belongs to
+// Matrix is Problem<T> or aten::Matrix.
+template <typename Matrix>
+struct MatrixList {
+  std::vector<Matrix> matrices;
+  std::vector<size_t> sources;  // the index of the state that each matrix belongs to
+  std::vector<int64_t> places;  // of each matrix among those of all states
 };
+template <typename T>
+using ProblemList = MatrixList<Problem<T>>;
 
 class Problems {
  public:
   // Raises ValueError naming the tensor, what was expected and what came.
   Problems(const std::vector<py::dict>& states, const Inputs& inputs, SecondMoment second_moment);
 
-  ProblemList<float> single;
-  ProblemList<double> wide;  // empty on the CUDA backend
+  // By the backend that serves them.
+  ProblemList<float> single;  // cpu
+  ProblemList<double> wide;   // cpu
+  ProblemList<float> cuda;
+  MatrixList<aten::Matrix> aten;
 
   // Where all tensors are, but those that types.h places on the host.
   const at::Device& device() const { return device_; }
-  Backend backend() const { return backend_; }
-
-  // Calls body(ProblemList<T>&) for each element type that occurs.
-  template <typename Body>
-  void for_each_type(const Body& body) {
-    if (!single.problems.empty()) body(single);
-    if (!wide.problems.empty()) body(wide);
-  }
 
   // Copies parameters that are not contiguous back to where they came from, and tells autograd that
   // all of them were changed in place.
   void write_back();
 
  private:
-  template <typename T>
-  void append(ProblemList<T>& list, size_t index, const py::dict& state, const Inputs& inputs,
+  template <typename Matrix>
+  void append(MatrixList<Matrix>& list, size_t index, const py::dict& state, const Inputs& inputs,
               SecondMoment second_moment);
   const at::Tensor& contiguous_param(const at::Tensor& param);
 
   at::Device device_;
-  Backend backend_;
   TensorList params_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // contiguous copy, original
-  size_t num_matrices_ = 0;
+  int64_t num_matrices_ = 0;
 };
 
 // The number of matrices that each state holds.
 std::vector<int64_t> count_matrices(const std::vector<py::dict>& states);
 
-// max|G| per matrix, float64 on the gradients' device: gradient i is cut into counts[i] equal
-// parts. Not finite: NaN.
+// max|G| per matrix on the gradients' device, float64 where it has that: gradient i is cut into
+// counts[i] equal parts. Not finite: NaN.
 at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts);
 
-// From the group's dictionary; raises ValueError for a name that is missing or not known. `backend`
+// From the group's dictionary; raises ValueError for a name that is missing or not known. `device`
 // says which of torch's settings a precision of None follows.
-Options parse_options(const py::dict& options, Backend backend);
+Options parse_options(const py::dict& options, const at::Device& device);
 
-// The backend that the tensors of `states` are on; the CPU's for none.
-Backend backend_of(const std::vector<py::dict>& states);
+// Where the tensors of `states` are; the CPU for none.
+at::Device device_of(const std::vector<py::dict>& states);
 
 // Dtype, shape, device and layout, for messages.
 std::string describe(const at::Tensor& tensor);

@@ -1,11 +1,15 @@
 // The whole step of all groups in one call: first everything that may fail, then the changes.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <list>
+#include <memory>
 #include <sstream>
 #include <tuple>
 
+#include "aten/ops.h"
 #include "bindings/device_ops.h"
 #include "bindings/problems.h"
 #include "bindings/register.h"
@@ -14,25 +18,57 @@
 namespace dykaf::bindings {
 namespace {
 
-// For what a GPU reads while a step runs.
-void check_scalar(const char* name, const std::optional<at::Tensor>& value, at::ScalarType dtype,
-                  const Problems& problems) {
-  if (!value) return;
-  if (problems.backend() == Backend::kCpu) fail(name, "nothing on the CPU", "a tensor");
-  if (value->scalar_type() != dtype || value->numel() != 1 ||
-      value->device() != problems.device()) {
-    std::ostringstream expected;
-    expected << dtype << " [1] on " << problems.device();
-    fail(name, expected.str(), describe(*value));
+// The step of those matrices of a job that one backend serves.
+class Part {
+ public:
+  Part(std::vector<size_t> sources, std::vector<int64_t> places)
+      : sources(std::move(sources)), places(std::move(places)) {}
+  virtual ~Part() = default;
+
+  virtual bool has_fresh() const = 0;
+  virtual void initialize_() = 0;
+  virtual void reset_() = 0;
+  virtual StepReport run_() = 0;
+  // What plan() takes.
+  virtual int64_t workspace_bytes() const { return 0; }
+  virtual void plan(void*) {}
+
+  // Of each matrix: the place of its parameter in the job, and its own.
+  const std::vector<size_t> sources;
+  const std::vector<int64_t> places;
+};
+
+// BackendStep is cpu::Step, aten::Step or DeviceStep.
+template <typename BackendStep>
+class PartOf : public Part {
+ public:
+  PartOf(std::vector<size_t> sources, std::vector<int64_t> places, BackendStep step)
+      : Part(std::move(sources), std::move(places)), step_(std::move(step)) {}
+
+  bool has_fresh() const override { return step_.has_fresh(); }
+  void initialize_() override { step_.initialize_(); }
+  void reset_() override { step_.reset_(); }
+  StepReport run_() override { return step_.run_(); }
+  int64_t workspace_bytes() const override {
+    if constexpr (kIsPlanned) return step_.workspace_bytes();
+    return 0;
   }
-}
+  void plan([[maybe_unused]] void* workspace) override {
+    if constexpr (kIsPlanned) step_.plan(workspace);
+  }
+
+ private:
+  static constexpr bool kIsPlanned = requires(BackendStep step) { step.workspace_bytes(); };
+
+  BackendStep step_;
+};
 
 // The step of some parameters of one group on one device; dykaf.ops.StepJob documents the fields.
 class Job {
  public:
   explicit Job(const py::object& job)
       : states_(read<std::vector<py::dict>>(job, "states")),
-        options_(parse_options(read<py::dict>(job, "options"), backend_of(states_))),
+        options_(parse_options(read<py::dict>(job, "options"), device_of(states_))),
         refreshes_(read<bool>(job, "refresh") ? Refreshes::kWithStep : Refreshes::kApart),
         grad_max_(read<at::Tensor>(job, "grad_max")),
         skip_(read<std::optional<at::Tensor>>(job, "skip")),
@@ -47,62 +83,65 @@ class Job {
                    .streams = read<std::vector<uint64_t>>(job, "streams"),
                    .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
                   options_.second_moment) {
-    check_scalar("skip", skip_, at::kInt, problems_);
-    check_scalar("amp_scale", amp_scale_, at::kFloat, problems_);
-    check_scalar("lr", lr_, at::kFloat, problems_);
+    check_scalar("skip", skip_, at::kInt);
+    check_scalar("amp_scale", amp_scale_, at::kFloat);
+    check_scalar("lr", lr_, at::kFloat);
   }
 
   // Allocates; changes nothing.
   void prepare() {
-    if (problems_.backend() == Backend::kCpu) {
-      single_.emplace(problems_.single.problems, options_, refreshes_);
-      wide_.emplace(problems_.wide.problems, options_, refreshes_);
-      return;
-    }
+    add(problems_.single,
+        [&](const auto& list) { return cpu::Step<float>(list, options_, refreshes_); });
+    add(problems_.wide,
+        [&](const auto& list) { return cpu::Step<double>(list, options_, refreshes_); });
+    add(problems_.aten, [&](const auto& list) {
+      return aten::Step(list, {options_, skip_, amp_scale_, lr_}, refreshes_);
+    });
 #if defined(DYKAF_WITH_CUDA)
-    device_.emplace(DeviceGroup{problems_.single.problems, options_, problems_.device(),
-                                options_.precision, grad_max_, skip_, amp_scale_, lr_},
-                    refreshes_);
+    add(problems_.cuda, [&](const auto& list) {
+      return DeviceStep({list, options_, device(), options_.precision,
+                         maxima_of(problems_.cuda.places), skip_, amp_scale_, lr_},
+                        refreshes_);
+    });
 #endif
   }
 
   int64_t workspace_bytes() const {
-#if defined(DYKAF_WITH_CUDA)
-    if (device_) return device_->workspace_bytes();
-#endif
-    return 0;
+    int64_t bytes = 0;
+    for (const auto& part : parts_) bytes = std::max(bytes, part->workspace_bytes());
+    return bytes;
   }
   const at::Device& device() const { return problems_.device(); }
-  void plan([[maybe_unused]] void* workspace) {
-#if defined(DYKAF_WITH_CUDA)
-    if (device_) device_->plan(workspace);
-#endif
+  void plan(void* workspace) {
+    for (const auto& part : parts_) part->plan(workspace);
   }
 
   // Where there is nothing fresh nothing is copied either.
   void initialize_() {
     if (!has_fresh()) return;
-    for_each_in_full_([](auto& step) { step.initialize_(); });
+    widen();
+    for (const auto& part : parts_) part->initialize_();
+    narrow();
   }
   void reset_() {
     if (!has_fresh()) return;
-    for_each_in_full_([](auto& step) { step.reset_(); });
+    widen();
+    for (const auto& part : parts_) part->reset_();
+    narrow();
   }
 
   // By the places of parameters in the job; of those waiting, matrices.
-  cpu::StepReport run_() {
-    cpu::StepReport found;
-    const auto add = [&](const cpu::StepReport& report, const std::vector<size_t>& sources) {
-      for (size_t i : report.failed) found.failed.push_back(sources[i]);
-      for (size_t i : report.stayed) found.stayed.push_back(sources[i]);
-      for (size_t i : report.waiting) found.waiting.push_back(i);
-    };
+  StepReport run_() {
+    StepReport found;
     widen();
-    if (single_) add(single_->run_(), problems_.single.sources);
-    if (wide_) add(wide_->run_(), problems_.wide.sources);
-#if defined(DYKAF_WITH_CUDA)
-    if (device_) add(device_->run_(), problems_.single.sources);
-#endif
+    for (const auto& part : parts_) {
+      const StepReport report = part->run_();
+      for (size_t i : report.failed) found.failed.push_back(part->sources[i]);
+      for (size_t i : report.stayed) found.stayed.push_back(part->sources[i]);
+      for (size_t i : report.waiting) {
+        found.waiting.push_back(static_cast<size_t>(part->places[i]));
+      }
+    }
     narrow();
     problems_.write_back();
     return found;
@@ -114,22 +153,39 @@ class Job {
     return py::cast<Value>(job.attr(name));
   }
 
-  bool has_fresh() const {
-#if defined(DYKAF_WITH_CUDA)
-    if (device_) return device_->has_fresh();
-#endif
-    return single_->has_fresh() || wide_->has_fresh();
+  // For what a GPU reads while a step runs.
+  void check_scalar(const char* name, const std::optional<at::Tensor>& value,
+                    at::ScalarType dtype) const {
+    if (!value) return;
+    if (!problems_.single.matrices.empty() || !problems_.wide.matrices.empty()) {
+      fail(name, "nothing on the CPU", "a tensor");
+    }
+    if (value->scalar_type() != dtype || value->numel() != 1 || value->device() != device()) {
+      std::ostringstream expected;
+      expected << dtype << " [1] on " << device();
+      fail(name, expected.str(), describe(*value));
+    }
   }
 
-  template <typename Body>
-  void for_each_in_full_(const Body& body) {
-    widen();
-    if (single_) body(*single_);
-    if (wide_) body(*wide_);
+  template <typename Matrix, typename MakeStep>
+  void add(const MatrixList<Matrix>& list, const MakeStep& make_step) {
+    if (list.matrices.empty()) return;
+    using BackendStep = decltype(make_step(list.matrices));
+    parts_.push_back(
+        std::make_unique<PartOf<BackendStep>>(list.sources, list.places, make_step(list.matrices)));
+  }
+
 #if defined(DYKAF_WITH_CUDA)
-    if (device_) body(*device_);
+  // Where another backend serves some matrices, those of the others.
+  at::Tensor maxima_of(const std::vector<int64_t>& places) const {
+    if (problems_.aten.matrices.empty()) return grad_max_;
+    return grad_max_.index_select(0, at::tensor(places).to(device(), /*non_blocking=*/true));
+  }
 #endif
-    narrow();
+
+  bool has_fresh() const {
+    return std::any_of(parts_.begin(), parts_.end(),
+                       [](const auto& part) { return part->has_fresh(); });
   }
 
   void widen() {
@@ -149,11 +205,7 @@ class Job {
   TensorList kept_;  // in bfloat16
   TensorList full_;  // memory of their own for them, which other jobs use too
   Problems problems_;
-  std::optional<cpu::Step<float>> single_;
-  std::optional<cpu::Step<double>> wide_;
-#if defined(DYKAF_WITH_CUDA)
-  std::optional<DeviceStep> device_;
-#endif
+  std::vector<std::unique_ptr<Part>> parts_;
 };
 
 // Everything that allocates: workspaces, which the jobs of a device share, and plans.
@@ -204,7 +256,7 @@ std::tuple<Places, Places, Places> step_op(const std::vector<py::object>& descri
   Places stayed;
   Places waiting;
   for (Job& job : jobs) {
-    cpu::StepReport report = job.run_();
+    StepReport report = job.run_();
     failed.push_back(std::move(report.failed));
     stayed.push_back(std::move(report.stayed));
     waiting.push_back(std::move(report.waiting));

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "cpu/each_matrix.h"
-#include "cpu/first_basis.h"
 #include "cpu/linalg.h"
 #include "cpu/loops.h"
 #include "cpu/matrix.h"
@@ -252,31 +251,18 @@ void set_scaled_identity(T* factor, int64_t n) {
   view(factor, n, n).zero_().fill_diagonal_(1 / std::sqrt(static_cast<double>(n)));
 }
 
-// The best Kronecker approximation of g g^T: u u^T and v v^T of the top singular triple of G.
+// The factors start anew.
 template <typename T>
-bool set_rank_one_prior_(const Problem<T>& p, const Options& options, const T* H, double tau) {
-  const std::optional<SingularTriple> top = top_singular_triple(view(H, p.m, p.n));
-  if (!top) return false;
-  view(p.L, p.m, p.m).copy_(at::outer(top->u, top->u));
-  view(p.R, p.n, p.n).copy_(at::outer(top->v, top->v));
-  const auto rho = rank_one_rho(options, p.m, p.n, tau * top->sigma);
-  std::copy(rho.begin(), rho.end(), p.rho);
-  return true;
-}
-
-}  // namespace
-
-template <typename T>
-void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau) {
+void set_identity_prior_(const Problem<T>& p, const Options& options, const T* H, T tau) {
   const bool two_sided = p.L != nullptr && p.R != nullptr;
-  if (init == Init::kRankOne && two_sided && set_rank_one_prior_(p, options, H, tau)) return;
-
   if (p.L != nullptr) set_scaled_identity(p.L, p.m);
   if (p.R != nullptr) set_scaled_identity(p.R, p.n);
   const double norm = static_cast<double>(tau) * frobenius_norm(H, p.size());
   const auto rho = prior_rho(options, p.m, p.n, two_sided, norm);
   std::copy(rho.begin(), rho.end(), p.rho);
 }
+
+}  // namespace
 
 template <typename T>
 void factor_update_(const Problem<T>& p, const Options& options, const T* H, T tau,
@@ -287,7 +273,7 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
     p.rho[1] *= std::sqrt(beta);
     return;
   }
-  if (p.rho[0] == 0) set_prior_(p, options, Init::kIdentity, H, tau);
+  if (p.rho[0] == 0) set_identity_prior_(p, options, H, tau);
 
   const GradientProducts<T> gradient{p, options.precision, view(H, p.m, p.n),
                                      view(workspace.product, p.m, p.n),
@@ -313,8 +299,6 @@ void factor_update_(std::span<const Problem<T>> problems, const Options& options
   });
 }
 
-template void set_prior_(const Problem<float>&, const Options&, Init, const float*, float);
-template void set_prior_(const Problem<double>&, const Options&, Init, const double*, double);
 template void factor_update_(const Problem<float>&, const Options&, const float*, float,
                              const Workspace<float>&);
 template void factor_update_(const Problem<double>&, const Options&, const double*, double,

@@ -5,7 +5,7 @@
 
 #include <span>
 
-#include "cpu/aten.h"
+#include "aten/torch.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cpu {
@@ -60,9 +60,5 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
 // As a matrix is before its first gradient.
 template <typename T>
 void reset_(const Problem<T>& p);
-
-// L and R from the prior that `init` names (docs/algorithm.md), rho to match.
-template <typename T>
-void set_prior_(const Problem<T>& p, const Options& options, Init init, const T* H, T tau);
 
 }  // namespace dykaf::cpu

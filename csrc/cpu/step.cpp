@@ -1,16 +1,37 @@
 // The whole step of a list of matrices.
+#include <ATen/ops/full.h>
+
+#include <cmath>
 #include <optional>
 #include <vector>
 
+#include "aten/skinny.h"
 #include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/matrix.h"
-#include "cpu/skinny.h"
 #include "dykaf/ops.h"
 #include "dykaf/schedule.h"
 
 namespace dykaf::cpu {
 namespace {
+
+// Adam and the factors, with the gradient H over tau. Everything that may fail comes before
+// anything changes.
+template <typename T>
+void skinny_step_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update) {
+  const aten::Matrix w(p);
+  aten::Batch batch({&w});
+  const double largest = p.grad_max * std::abs(options.grad_scale) / static_cast<double>(tau);
+  const auto number = [](double x) { return at::full({1}, x, at::kDouble); };
+  const aten::ScaledGradients gradients{view(H, p.m, p.n).unsqueeze(0),
+                                        number(static_cast<double>(tau)), number(largest)};
+  const auto updates =
+      updates_factors(p, options) ? aten::FactorUpdates::kThisStep : aten::FactorUpdates::kNone;
+  const at::Tensor values = aten::skinny_step_(batch, {.options = options}, gradients, updates);
+  batch.commit();
+  if (updates == aten::FactorUpdates::kThisStep) aten::count_rows_(batch);
+  view(update, p.m, p.n).copy_(values[0]);
+}
 
 template <typename T>
 void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>& workspace) {
@@ -21,7 +42,7 @@ void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>
   const T tau = gradient_scale(p, options);
   load_gradient(p, options, tau, H);
   if (p.is_skinny()) {
-    view(update, p.m, p.n).copy_(skinny_step_(p, options, view(H, p.m, p.n), tau));
+    skinny_step_(p, options, H, tau, update);
     return apply_update_(p, options, update);
   }
   rotate(p, Rotation::kIntoBasis, options.precision, H, H, workspace);

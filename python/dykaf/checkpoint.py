@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from dykaf.checks import param_name
 from dykaf.options import RULES, check_options, plain_options
-from dykaf.state import HOST_KEYS, Layout, State, check_state
+from dykaf.state import HOST_KEYS, SCALE_KEYS, Layout, State, check_state
 
 
 def checked_state_dict(
@@ -56,11 +56,22 @@ def checked_state_dict(
                 layout = Layout.of(param, options)
                 if not layout.has_factors:
                     states[saved_idx] = state = _from_adamw(name, state, layout)
+                states[saved_idx] = state = _with_scales_of(layout, state)
                 check_state(name, state, layout)
         filled.append(options)
     counts = [group.get("skipped_steps", 0) for group in groups]
     skipped_steps = {"skipped_steps": max(counts, default=0)}
     return {**skipped_steps, **state_dict, "state": states, "param_groups": filled}
+
+
+def _with_scales_of(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` with what is float64 on most devices in the dtype that the parameter's has."""
+    found = dict(state)
+    for key in SCALE_KEYS:
+        value = found.get(key)
+        if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64):
+            found[key] = value.to(layout.scale_dtype)
+    return found
 
 
 def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:

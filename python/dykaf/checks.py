@@ -41,7 +41,7 @@ def check_param(name: str, param: Tensor) -> None:
     if param.requires_grad:
         _check_form(name, param)
         if not (is_fake or is_lazy(param) or param.is_meta):
-            _check_backend(name, param)
+            ops.backend_of(param, name)
 
 
 def check_usable(name: str, param: Tensor) -> None:
@@ -52,7 +52,7 @@ def check_usable(name: str, param: Tensor) -> None:
     """
     _check_plain(name, param)
     _check_form(name, param)
-    _check_backend(name, param)
+    ops.backend_of(param, name)
 
 
 def _check_form(name: str, param: Tensor) -> None:
@@ -66,13 +66,6 @@ def _check_form(name: str, param: Tensor) -> None:
         raise ValueError(
             f"{name}: expected tensors whose elements do not share memory, "
             f"got shape {tuple(param.shape)} with strides {param.stride()}"
-        )
-
-
-def _check_backend(name: str, param: Tensor) -> None:
-    if ops.backend_of(param, name) == "cuda" and param.dtype == torch.float64:
-        raise ValueError(
-            f"{name}: expected float32, bfloat16 or float16 on a GPU, got {_describe(param)}"
         )
 
 

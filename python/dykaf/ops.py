@@ -9,7 +9,9 @@ Formulas: docs/algorithm.md; source: Yudin et al., arXiv 2511.06477.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +21,34 @@ from dykaf import _C
 from dykaf.options import StepOptions
 from dykaf.state import State
 
+_IS_ATEN_ASKED = os.environ.get("DYKAF_BACKEND") == "aten"
+_C.use_aten_alone(_IS_ATEN_ASKED)
+
 
 def backend_of(tensor: Tensor, name: str = "tensor") -> str:
-    """The backend that serves a tensor's device: "cpu" or "cuda".
+    """The backend that serves a parameter, gradient or state tensor.
+
+    Returns:
+        "cpu", "cuda" (hand-written kernels, where they were built; not for float64), or "aten":
+        torch's own operations, for all else.
 
     Raises:
-        ValueError: naming ``name``, where this build has none.
+        ValueError: naming ``name``, for a tensor without memory.
     """
     return _C.backend_of(tensor, name)
+
+
+@contextlib.contextmanager
+def aten_alone() -> Iterator[None]:
+    """Within it the backend "aten" serves all tensors, as with the environment DYKAF_BACKEND=aten.
+
+    For comparisons; a state is the same on every backend. The choice holds for all threads.
+    """
+    _C.use_aten_alone(True)
+    try:
+        yield
+    finally:
+        _C.use_aten_alone(_IS_ATEN_ASKED)
 
 
 def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

@@ -66,8 +66,8 @@ class DyKAF(Optimizer):
     Every option is an entry of the parameter group and is read at each step.
 
     Args:
-        params: parameters, named parameters, or groups of either; of dtype float32, bfloat16 or
-            float16, and on the CPU float64. :func:`dykaf.param_groups` makes sensible groups.
+        params: parameters, named parameters, or groups of either; of dtype float64, float32,
+            bfloat16 or float16, on any device. :func:`dykaf.param_groups` makes sensible groups.
         lr: learning rate, a number or a one-element tensor.
         betas: decay of exp_avg and of the second moment, two numbers.
         eps: added to the root of the second moment after bias correction.
@@ -244,6 +244,7 @@ class DyKAF(Optimizer):
             new.make(work)
             jobs, owners = self._jobs(work, maxima, skip, refresh=not captured)
             report = ops.step_all_(jobs, started)
+            new.drop(jobs, report.failed)
         if skip is not None:
             self._skips.count_on_gpu(skip, firsts, work, captured)
         self._waiting.note(jobs, report.waiting)
@@ -358,7 +359,7 @@ class DyKAF(Optimizer):
                     device = param.device
                     if device not in by_device:
                         by_device[device] = GroupWork(
-                            group, device, ops.backend_of(param) == "cuda", [], [], [], [], []
+                            group, device, ops.backend_of(param) != "cpu", [], [], [], [], []
                         )
                     item = by_device[device]
                     item.params.append(param)
@@ -399,24 +400,28 @@ class DyKAF(Optimizer):
     def skipped_steps(self, value: int) -> None:
         self._skips.reset(value)
 
-    def diagnostics(self) -> dict[str, dict[str, float]]:
+    def diagnostics(self) -> dict[str, dict[str, Any]]:
         """How each parameter with state fares, by name; a stack of matrices gives its worst.
 
         Returns:
-            per parameter ``step`` and ``update_rms`` (of the last update, before lr), and with
-            factors ``rho`` (the factor scale, in gradient units), ``condition_L``, ``condition_R``
-            (largest over smallest diagonal entry in the basis), ``staleness_L``, ``staleness_R``
-            (the off-diagonal share of the squared norm), ``orthogonality_L``,
-            ``orthogonality_R`` (``||Q^T Q x - x|| / ||x||`` for a fixed x), ``refreshes`` and
-            ``refresh_fallbacks``. Of a side kept at ``skinny_rank`` nothing is told.
+            per parameter ``backend`` (what serves it, see :func:`dykaf.ops.backend_of`), ``step``
+            and ``update_rms`` (of the last update, before lr), and with factors ``rho`` (the factor
+            scale, in gradient units), ``condition_L``, ``condition_R`` (largest over smallest
+            diagonal entry in the basis), ``staleness_L``, ``staleness_R`` (the off-diagonal share
+            of the squared norm), ``orthogonality_L``, ``orthogonality_R`` (``||Q^T Q x - x|| /
+            ||x||`` for a fixed x), ``refreshes`` and ``refresh_fallbacks``. Of a side kept at
+            ``skinny_rank`` nothing is told.
             The entry "optimizer" holds ``skipped_steps``.
         """
-        report: dict[str, dict[str, float]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
+        report: dict[str, dict[str, Any]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
         for group_idx, group in enumerate(self.param_groups):
             for idx, param in enumerate(group["params"]):
                 if self.state.get(param):
                     name = param_name(group, group_idx, idx)
-                    report[name] = parameter_diagnostics(host_entries_(self.state[param]))
+                    report[name] = {
+                        "backend": ops.backend_of(param),
+                        **parameter_diagnostics(host_entries_(self.state[param])),
+                    }
         return report
 
     def state_bytes(self) -> dict[str, int]:

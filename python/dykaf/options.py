@@ -81,8 +81,8 @@ def _is_lr(value: object) -> bool:
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             return False
-        if _C.backend_of(value, "lr") == "cuda":
-            return True  # its value is the GPU's to read
+        if _C.backend_of(value, "lr") != "cpu":
+            return True  # its value is the device's to read
         value = value.item()
     return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]  # a number
 
@@ -161,7 +161,7 @@ def check_new_options(group: Mapping[str, Any]) -> None:
     """
     check_options(group)
     lr = group["lr"]
-    is_readable = not isinstance(lr, torch.Tensor) or _C.backend_of(lr, "lr") != "cuda"
+    is_readable = not isinstance(lr, torch.Tensor) or _C.backend_of(lr, "lr") == "cpu"
     if is_readable and float(lr) < 0:
         raise ValueError(f"lr: expected {RULES['lr'].expected}, got {lr!r}")
 

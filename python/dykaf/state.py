@@ -35,6 +35,9 @@ SKINNY_RATIO = 16
 # Kept on the CPU for parameters anywhere: what decides which bases a step refreshes.
 HOST_KEYS = ("next_refresh", "refreshes", "schedule_step", "rows")
 
+# In float64 where the device has it.
+SCALE_KEYS = ("rho", "exp_avg_sq_scale")
+
 # state_bytes() by kind.
 KINDS = {
     "exp_avg": "exp_avg",
@@ -74,6 +77,7 @@ class Layout:
     right: bool
     dtype: torch.dtype
     factor_dtype: torch.dtype  # of factors and bases
+    scale_dtype: torch.dtype  # of the numbers in SCALE_KEYS
     second_moment: str
     master: bool
     skinny_rank: int = 0
@@ -107,6 +111,7 @@ class Layout:
             right=right and not (is_skinny and m < n),
             dtype=dtype,
             factor_dtype=torch.bfloat16 if group["state_dtype"] == "bfloat16" else dtype,
+            scale_dtype=torch.float32 if param.device.type == "mps" else torch.float64,
             second_moment=group["second_moment"] if factored and not is_skinny else "full",
             master=low_precision and group["low_precision"] == "master",
             skinny_rank=skinny_rank if is_skinny else 0,
@@ -155,13 +160,13 @@ class Layout:
             shapes["exp_avg_sq_row"] = ((*batch, m), dtype)
             shapes["exp_avg_sq_col"] = ((*batch, n), dtype)
         if self.second_moment == "rank_one":
-            shapes["exp_avg_sq_scale"] = (batch, torch.float64)
+            shapes["exp_avg_sq_scale"] = (batch, self.scale_dtype)
         if self.left:
             shapes["L"] = shapes["Q_L"] = ((*batch, m, m), self.factor_dtype)
         if self.right:
             shapes["R"] = shapes["Q_R"] = ((*batch, n, n), self.factor_dtype)
         if self.has_factors:
-            shapes["rho"] = ((*batch, 2), torch.float64)
+            shapes["rho"] = ((*batch, 2), self.scale_dtype)
             shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
             shapes["schedule_step"] = shapes["refresh_fallbacks"] = (batch, torch.int64)
         if self.master:

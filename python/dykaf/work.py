@@ -64,7 +64,7 @@ class GroupWork(NamedTuple):
 
     group: dict[str, Any]
     device: torch.device
-    on_gpu: bool
+    on_gpu: bool  # or any device, and what the backend "aten" serves: the host waits for nothing
     params: list[Tensor]
     grads: list[Tensor]  # contiguous
     layouts: list[Layout]
@@ -83,7 +83,7 @@ class GroupWork(NamedTuple):
         return {
             name: value.to(self.device, dtypes[name], non_blocking=True).reshape(1)
             for name, value in inputs.items()
-            if isinstance(value, Tensor) and ops.backend_of(value) == "cuda"
+            if isinstance(value, Tensor) and ops.backend_of(value) != "cpu"
         }
 
 
@@ -106,6 +106,13 @@ class NewStates:
                 if not self._states.get(param):
                     self._new.append(param)
                     self._states[param] = new_state(param, layout)
+
+    def drop(self, jobs: Sequence[ops.StepJob], failed: Sequence[Sequence[int]]) -> None:
+        """Takes those back that the step could not update, by their places in each job."""
+        gone = [job.params[idx] for job, places in zip(jobs, failed, strict=True) for idx in places]
+        for param in gone:
+            if any(param is made for made in self._new):
+                self._states.pop(param, None)
 
     def __enter__(self) -> NewStates:
         return self

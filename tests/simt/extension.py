@@ -17,7 +17,9 @@ from build import HOST_FLAGS, INCLUDES, KERNEL_SOURCES, OUT, ROOT, SIMT, Object,
 from torch.utils import cpp_extension
 
 PACKAGE = OUT / "package" / "dykaf"
-HOST_SOURCES = sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/bindings/*.cpp")])
+HOST_SOURCES = sorted(
+    source for folder in ("aten", "cpu", "bindings") for source in ROOT.glob(f"csrc/{folder}/*.cpp")
+)
 HOST_SOURCES.append(SIMT / "faulty_allocator.cpp")
 DEFINITIONS = {
     "DYKAF_WITH_CUDA": "1",

@@ -11,7 +11,16 @@
 
 #include "dykaf/types.h"
 
-namespace dykaf::cpu {
+namespace dykaf {
+
+// Places of matrices in the list of a step.
+struct StepReport {
+  std::vector<size_t> failed;   // could not be updated, and are as before
+  std::vector<size_t> stayed;   // their old basis stayed
+  std::vector<size_t> waiting;  // on a device: have seen zero gradients alone
+};
+
+namespace cpu {
 
 // maxima[i] = max|gradients[i]|, or NaN where an entry is not finite.
 void grad_max(std::span<const Gradient> gradients, double* maxima);
@@ -53,13 +62,6 @@ void refresh_basis_(std::span<const Problem<T>> problems, const Options& options
 template <typename T>
 void refresh_due_(std::span<const Problem<T>> problems, const Options& options);
 
-// Places of matrices in the list of a step.
-struct StepReport {
-  std::vector<size_t> failed;   // could not be updated, and are as before
-  std::vector<size_t> stayed;   // their old basis stayed
-  std::vector<size_t> waiting;  // on a device: have seen zero gradients alone
-};
-
 // The whole step: the above in their order. `initialize_` comes first, and with it everything that
 // can fail before anything has changed; `reset_` takes it back.
 template <typename T>
@@ -86,4 +88,6 @@ class Step {
   std::unique_ptr<Memory> memory_;
 };
 
-}  // namespace dykaf::cpu
+}  // namespace cpu
+
+}  // namespace dykaf

@@ -22,12 +22,18 @@ DYKAF_HOST_DEVICE inline uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+inline constexpr uint64_t kElementStride = 0x9e3779b97f4a7c15ull;
+
+DYKAF_HOST_DEVICE inline uint64_t stream_key(uint64_t seed, uint64_t stream) {
+  return mix64(mix64(seed + kElementStride) + stream);
+}
+
 DYKAF_HOST_DEVICE inline uint64_t rounding_key(uint64_t seed, uint64_t stream, uint64_t step) {
-  return mix64(mix64(mix64(seed + 0x9e3779b97f4a7c15ull) + stream) + step);
+  return mix64(stream_key(seed, stream) + step);
 }
 
 DYKAF_HOST_DEVICE inline uint32_t random_bits(uint64_t key, uint64_t element) {
-  return static_cast<uint32_t>(mix64(key + element * 0x9e3779b97f4a7c15ull) >> 32);
+  return static_cast<uint32_t>(mix64(key + element * kElementStride) >> 32);
 }
 
 // The bits of a bfloat16: the 16 dropped bits of x round up with a probability equal to their

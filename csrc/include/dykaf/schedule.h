@@ -1,4 +1,5 @@
-// When the factors of a matrix are updated, and when the basis of a side is refreshed next.
+// When the factors of a matrix are updated, and when the basis of a side is refreshed next. Matrix
+// is a Problem of types.h, or has its fields of these names.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,8 @@ namespace dykaf {
 
 // Whether the step that comes is one of those that update the factors of a matrix. Staggered,
 // matrices with different offsets take turns.
-template <typename T>
-bool updates_factors(const Problem<T>& p, const Options& options) {
+template <typename Matrix>
+bool updates_factors(const Matrix& p, const Options& options) {
   const int64_t t = *p.schedule_step + 1;
   const int64_t offset = options.refresh_stagger ? p.update_offset : 0;
   return (t + offset) % options.factor_update_every == 0;
@@ -43,18 +44,18 @@ inline int64_t next_refresh(int64_t t, const Options& options, int64_t offset) {
 // kSawZero, and -1 when the last one was not zero (python/dykaf/work.py).
 inline constexpr int64_t kSawZero = -2;
 
-template <typename T>
-bool awaits_first_gradient(const Problem<T>& p) {
+template <typename Matrix>
+bool awaits_first_gradient(const Matrix& p) {
   return !p.is_unsided() && p.next_refresh[0] <= 0 && p.next_refresh[1] <= 0;
 }
 
 // Counts a step of each matrix that has factors. Returns, per Side, those whose basis is due now,
 // among them skinny matrices that have no room for another gradient; their dates move on.
-template <typename T>
-std::array<std::vector<Problem<T>>, 2> take_due(std::span<const Problem<T>> problems,
-                                                const Options& options) {
-  std::array<std::vector<Problem<T>>, 2> due;
-  for (const Problem<T>& p : problems) {
+template <typename Matrix>
+std::array<std::vector<Matrix>, 2> take_due(std::span<const Matrix> matrices,
+                                            const Options& options) {
+  std::array<std::vector<Matrix>, 2> due;
+  for (const Matrix& p : matrices) {
     if (p.is_unsided() || awaits_first_gradient(p)) continue;
     const int64_t t = *p.schedule_step += 1;
     for (const Side side : {Side::kLeft, Side::kRight}) {

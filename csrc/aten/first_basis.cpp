@@ -1,10 +1,12 @@
-#include "cpu/first_basis.h"
+#include "aten/first_basis.h"
 
 #include <cmath>
 
-#include "cpu/linalg.h"
+#include "aten/bounds.h"
+#include "aten/decompositions.h"
+#include "aten/products.h"
 
-namespace dykaf::cpu {
+namespace dykaf::aten {
 
 namespace {
 
@@ -56,14 +58,13 @@ std::optional<at::Tensor> complete_basis(const at::Tensor& vectors) {
 std::optional<SingularTriple> top_singular_triple(const at::Tensor& H) {
   for (const auto dtype : {H.scalar_type(), at::kDouble}) {
     try {
-      const auto [U, S, Vh] = at::linalg_svd(H.to(dtype), /*full_matrices=*/false);
+      const auto [U, S, Vh] = at::linalg_svd(decomposable(H).to(dtype), /*full_matrices=*/false);
       const at::Tensor u = U.narrow(1, 0, 1);
       const at::Tensor v = Vh.narrow(0, 0, 1).t();
       const auto sigma = S[0].item<double>();
       if (std::isfinite(sigma) && is_orthonormal(u).item<bool>() &&
           is_orthonormal(v).item<bool>()) {
-        return SingularTriple{u.squeeze(1).to(H.scalar_type()), v.squeeze(1).to(H.scalar_type()),
-                              sigma};
+        return SingularTriple{u.squeeze(1).to(H.options()), v.squeeze(1).to(H.options()), sigma};
       }
     } catch (const c10::LinAlgError&) {
     }
@@ -78,4 +79,4 @@ std::optional<at::Tensor> rank_one_vector(const at::Tensor& F) {
   return unit;
 }
 
-}  // namespace dykaf::cpu
+}  // namespace dykaf::aten

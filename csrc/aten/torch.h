@@ -1,4 +1,4 @@
-// The parts of ATen that the CPU backend uses; ATen/ATen.h would multiply the time to compile.
+// The parts of ATen that are used everywhere; ATen/ATen.h would multiply the time to compile.
 #pragma once
 
 #include <ATen/core/Tensor.h>

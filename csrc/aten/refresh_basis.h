@@ -1,10 +1,10 @@
 // What the refreshes of all backends share, on any device.
 #pragma once
 
-#include "cpu/aten.h"
-#include "dykaf/types.h"
+#include "aten/matrix.h"
+#include "aten/orthonormalize.h"
 
-namespace dykaf::cpu {
+namespace dykaf::aten {
 
 // Q P drifts from orthogonality by a few units of rounding per refresh; one Newton-Schulz step in
 // this many refreshes removes the drift, whose square it leaves.
@@ -17,13 +17,14 @@ at::Tensor orthonormalized(const at::Tensor& Q);
 // gradients: those directions would turn at random.
 at::Tensor without_noise_rows(const at::Tensor& F);
 
-// momentum_floor (dykaf/bounds.h) of step counts, in float64 on their device.
-at::Tensor momentum_floors(const Options& options, const at::Tensor& steps);
-
 // By how much entries of exp_avg_sq grow along a side whose factor's sorted diagonal changes so:
 // clamp(new_i / old_i, 0.1, 10), or 1 without rescaling or where one of them is rounding of the
 // factor, whose norm (of a long side: trace) is 1.
 at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
                   const at::Tensor& new_diagonal);
 
-}  // namespace dykaf::cpu
+// One power iteration of the bases of `side`, none of them a skinny matrix's long one, as in
+// csrc/cpu/refresh_basis.cpp; changes the matrices at its end alone.
+void refresh_basis_(Batch& batch, const Inputs& inputs, Side side, Orthonormalizer orthonormalizer);
+
+}  // namespace dykaf::aten

@@ -3,9 +3,9 @@
 
 #include <optional>
 
-#include "cpu/aten.h"
+#include "aten/torch.h"
 
-namespace dykaf::cpu {
+namespace dykaf::aten {
 
 // Eigenvectors of the factor F [n, n] for the eigenvalues above the least one, descending. Those
 // that equal it, to rounding, are the identity prior's: H's part of F lives in the range of
@@ -32,4 +32,4 @@ std::optional<SingularTriple> top_singular_triple(const at::Tensor& H);
 // The vector u [n, 1] of a factor u u^T; nothing if it has no unit length.
 std::optional<at::Tensor> rank_one_vector(const at::Tensor& F);
 
-}  // namespace dykaf::cpu
+}  // namespace dykaf::aten

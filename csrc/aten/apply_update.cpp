@@ -1,0 +1,88 @@
+// W <- W (1 - lr weight_decay) - lr update, for every parameter dtype. dykaf/rounding.h has the
+// stochastic rounding; here it is in integer operations on tensors, to the same bits.
+#include <ATen/ops/bitwise_right_shift.h>
+#include <ATen/ops/copysign.h>
+#include <ATen/ops/floor.h>
+#include <ATen/ops/full_like.h>
+
+#include <bit>
+
+#include "aten/batch_ops.h"
+#include "dykaf/rounding.h"
+
+namespace dykaf::aten {
+namespace {
+
+int64_t as_signed(uint64_t bits) { return std::bit_cast<int64_t>(bits); }
+
+// x >> shift without copies of the sign.
+at::Tensor shifted(const at::Tensor& x, int64_t shift) {
+  return x.bitwise_right_shift(shift).bitwise_and_((int64_t{1} << (64 - shift)) - 1);
+}
+
+// mix64 of each entry; products of int64 wrap as those of uint64 do.
+at::Tensor mixed(at::Tensor x) {
+  x = x.bitwise_xor(shifted(x, 30)).mul_(as_signed(0xbf58476d1ce4e5b9ull));
+  x = x.bitwise_xor(shifted(x, 27)).mul_(as_signed(0x94d049bb133111ebull));
+  return x.bitwise_xor(shifted(x, 31));
+}
+
+// 32 random bits of each entry of the matrices, [b, m, n], at the batch's step.
+at::Tensor random_bits(const Batch& batch, uint64_t seed) {
+  const at::Tensor streams =
+      batch.numbers([&](const Matrix& w) { return as_signed(stream_key(seed, w.stream)); });
+  const at::Tensor keys = mixed(streams.add(batch.get(&Matrix::step).to(at::kLong)));
+  const Matrix& first = batch.first();
+  const at::Tensor elements = at::arange(first.size(), streams.options())
+                                  .mul_(as_signed(kElementStride))
+                                  .view({first.m, first.n});
+  return shifted(mixed(per_matrix(keys).add(elements)), 32);
+}
+
+// float32 numbers that the dtype holds exactly.
+at::Tensor rounded_to_bfloat16(const at::Tensor& x, const at::Tensor& random) {
+  constexpr int64_t kKeptBits = -65536;
+  const at::Tensor bits = x.view(at::kInt).add(random.bitwise_right_shift(16).to(at::kInt));
+  return bits.bitwise_and(kKeptBits).view(at::kFloat);
+}
+
+at::Tensor rounded_to_float16(const at::Tensor& x, const at::Tensor& random) {
+  constexpr int64_t kKeptBits = -8192;
+  const at::Tensor magnitude = x.abs();
+  const at::Tensor uniform = random.bitwise_right_shift(8).to(at::kFloat).mul_(0x1p-24);
+  const at::Tensor small = magnitude.mul(0x1p24).add_(uniform).floor_().mul_(0x1p-24);
+  const at::Tensor bits = magnitude.view(at::kInt).add(random.bitwise_right_shift(19).to(at::kInt));
+  const at::Tensor large = bits.bitwise_and(kKeptBits).view(at::kFloat);
+  const at::Tensor infinite = at::full_like(large, std::numeric_limits<double>::infinity());
+  const at::Tensor rounded =
+      at::where(magnitude.lt(0x1p-14), small, at::where(large.gt(65504), infinite, large));
+  return at::copysign(rounded, x);
+}
+
+}  // namespace
+
+void apply_update_(Batch& batch, const Inputs& inputs, const at::Tensor& updates) {
+  const Options& options = inputs.options;
+  const bool has_master = batch.first().master.defined();
+  const at::Tensor W = batch.get(has_master ? &Matrix::master : &Matrix::param).to(batch.dtype());
+  at::Tensor next;
+  if (inputs.lr) {
+    const at::Tensor lr = inputs.lr->to(batch.wide_dtype());
+    const at::Tensor keep = lr.mul(-options.weight_decay).add_(1);
+    next = W.mul(keep.to(batch.dtype())).sub_(updates.mul(lr.to(batch.dtype())));
+  } else {
+    next = W.mul(1 - options.lr * options.weight_decay).sub_(updates, options.lr);
+  }
+  const at::ScalarType dtype = batch.first().param.scalar_type();
+  if (has_master) {
+    batch.set(&Matrix::master, next);
+  } else if (dtype == at::kBFloat16 || dtype == at::kHalf) {
+    const at::Tensor random = random_bits(batch, options.seed);
+    const at::Tensor rounded =
+        dtype == at::kHalf ? rounded_to_float16(next, random) : rounded_to_bfloat16(next, random);
+    next = at::where(at::isfinite(next), rounded, next);
+  }
+  batch.set(&Matrix::param, next.to(dtype));
+}
+
+}  // namespace dykaf::aten

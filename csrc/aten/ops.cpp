@@ -1,0 +1,220 @@
+#include "aten/ops.h"
+
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <limits>
+
+#include "aten/batch_ops.h"
+#include "aten/refresh_basis.h"
+#include "aten/skinny.h"
+#include "dykaf/schedule.h"
+
+namespace dykaf::aten {
+namespace {
+
+std::vector<const Matrix*> pointers(const Matrices& matrices) {
+  std::vector<const Matrix*> result;
+  for (const Matrix& w : matrices) result.push_back(&w);
+  return result;
+}
+
+// For operations that take all matrices of a likeness.
+int64_t together(const Matrix&) { return 0; }
+
+std::optional<c10::Device> device_of(const Matrices& matrices) {
+  if (matrices.empty()) return std::nullopt;
+  return matrices[0].step.device();
+}
+
+std::vector<size_t> places_of(const Matrices& matrices, const std::vector<const Matrix*>& chosen) {
+  std::vector<size_t> places;
+  for (const Matrix* w : chosen) places.push_back(static_cast<size_t>(w - matrices.data()));
+  return places;
+}
+
+}  // namespace
+
+at::Tensor grad_max(const std::vector<at::Tensor>& gradients, at::ScalarType dtype) {
+  if (gradients.empty()) return at::empty({0}, at::TensorOptions().dtype(dtype));
+  const c10::DeviceGuard guard(gradients[0].device());
+  std::map<at::ScalarType, std::vector<size_t>> by_dtype;
+  std::vector<at::Tensor> maxima(gradients.size());
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (gradients[i].numel() == 0) {
+      maxima[i] = at::zeros({}, gradients[i].options().dtype(dtype));
+    } else {
+      by_dtype[gradients[i].scalar_type()].push_back(i);
+    }
+  }
+  for (const auto& [key, places] : by_dtype) {
+    std::vector<at::Tensor> list;
+    for (size_t i : places) list.push_back(gradients[i].detach());
+    const auto norms = at::_foreach_norm(list, std::numeric_limits<double>::infinity());
+    const at::Tensor stacked = at::stack(norms).to(dtype);
+    for (size_t k = 0; k < places.size(); ++k) {
+      maxima[places[k]] = stacked[static_cast<int64_t>(k)];
+    }
+  }
+  const at::Tensor all = at::stack(maxima);
+  return at::where(at::isfinite(all), all,
+                   at::full_like(all, std::numeric_limits<double>::quiet_NaN()));
+}
+
+void rotate(const Matrices& matrices, const Inputs& inputs, Rotation rotation) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+    batch.set(&Matrix::update,
+              rotated(batch, batch.get(&Matrix::grad), rotation, inputs.options.precision));
+    batch.commit();
+  });
+}
+
+void adam_update_(const Matrices& matrices, const Inputs& inputs) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+    batch.set(&Matrix::update, adam_update_(batch, inputs, scaled_gradients(batch, inputs)));
+    batch.commit(inputs.skip);
+  });
+}
+
+void apply_update_(const Matrices& matrices, const Inputs& inputs) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+    apply_update_(batch, inputs, batch.get(&Matrix::update));
+    batch.commit(inputs.skip);
+  });
+}
+
+void factor_update_(const Matrices& matrices, const Inputs& inputs) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+    factor_update_(batch, inputs, scaled_gradients(batch, inputs));
+    batch.commit(inputs.skip);
+  });
+}
+
+std::vector<size_t> refresh_basis_(const Matrices& matrices, const Inputs& inputs, Side side) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  std::vector<const Matrix*> chosen;
+  for (const Matrix& w : matrices) {
+    if (w.has_factor(side)) chosen.push_back(&w);
+  }
+  std::vector<const Matrix*> failed;
+  for_each_batch(chosen, together, [&](Batch batch) {
+    try {
+      if (batch.first().is_long(side)) {
+        refresh_long_(batch, inputs.options);
+      } else {
+        refresh_basis_(batch, inputs, side, cholesky_orthonormalize);
+      }
+    } catch (const std::exception&) {
+      // Without memory, say: a step can do without a refresh.
+      for (const Matrix* w : batch.matrices()) {
+        w->refresh_fallbacks.add_(1);
+        w->refreshes[static_cast<size_t>(side)] += 1;
+        if (w->is_full()) forget_gradients_(*w);
+        failed.push_back(w);
+      }
+    }
+  });
+  return places_of(matrices, failed);
+}
+
+std::vector<size_t> refresh_due_(const Matrices& matrices, const Inputs& inputs) {
+  const auto due = take_due(std::span<const Matrix>(matrices), inputs.options);
+  std::vector<size_t> failed;
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    const Matrices& list = due[static_cast<size_t>(side)];
+    for (const size_t place : refresh_basis_(list, inputs, side)) {
+      for (size_t i = 0; i < matrices.size(); ++i) {
+        if (matrices[i].refreshes == list[place].refreshes) failed.push_back(i);
+      }
+    }
+  }
+  return failed;
+}
+
+Step::Step(Matrices matrices, const Inputs& inputs, Refreshes refreshes)
+    : matrices_(std::move(matrices)), inputs_(inputs), refreshes_(refreshes) {
+  for (size_t i = 0; i < matrices_.size(); ++i) {
+    const Matrix& w = matrices_[i];
+    if (!w.is_unsided() && w.next_refresh[0] == kSawZero) {
+      waiting_.push_back(i);
+    } else {
+      (awaits_first_gradient(w) ? fresh_ : running_).push_back(i);
+    }
+  }
+}
+
+namespace {
+
+Matrices chosen(const Matrices& matrices, const std::vector<size_t>& places) {
+  Matrices result;
+  for (size_t i : places) result.push_back(matrices[i]);
+  return result;
+}
+
+void step_(Batch& batch, const Inputs& inputs, FactorUpdates factor_updates) {
+  const MatmulPrecision precision = inputs.options.precision;
+  ScaledGradients gradients = scaled_gradients(batch, inputs);
+  const bool has_factors = !batch.first().is_unsided();
+  at::Tensor update;
+  if (batch.first().is_skinny()) {
+    update = skinny_step_(batch, inputs, gradients, factor_updates);
+  } else {
+    if (has_factors) gradients.H = rotated(batch, gradients.H, Rotation::kIntoBasis, precision);
+    update = adam_update_(batch, inputs, gradients);
+    if (has_factors) update = rotated(batch, update, Rotation::kOutOfBasis, precision);
+    if (factor_updates == FactorUpdates::kThisStep) factor_update_(batch, inputs, gradients);
+  }
+  apply_update_(batch, inputs, update);
+  batch.commit(inputs.skip);
+  if (batch.first().is_skinny() && factor_updates == FactorUpdates::kThisStep) count_rows_(batch);
+}
+
+}  // namespace
+
+void Step::initialize_() { aten::initialize_(chosen(matrices_, fresh_), inputs_); }
+
+void Step::reset_() {
+  for (size_t i : fresh_) aten::reset_(matrices_[i]);
+}
+
+StepReport Step::run_() {
+  StepReport report;
+  report.waiting = waiting_;
+  for (size_t i : fresh_) {
+    if (matrices_[i].next_refresh[0] == kSawZero) report.waiting.push_back(i);
+  }
+  const Matrices running = chosen(matrices_, running_);
+  const c10::OptionalDeviceGuard guard(device_of(running));
+  const auto updates = [&](const Matrix& w) -> int64_t {
+    return !w.is_unsided() && updates_factors(w, inputs_.options) ? 1 : 0;
+  };
+  std::vector<const Matrix*> failed;
+  for_each_batch(pointers(running), updates, [&](Batch batch) {
+    try {
+      const bool is_due = updates(batch.first()) != 0;
+      step_(batch, inputs_, is_due ? FactorUpdates::kThisStep : FactorUpdates::kNone);
+    } catch (const std::exception&) {
+      failed.insert(failed.end(), batch.matrices().begin(), batch.matrices().end());
+    }
+  });
+  for (size_t i : places_of(running, failed)) report.failed.push_back(running_[i]);
+  if (refreshes_ == Refreshes::kApart) return report;
+
+  std::vector<size_t> done;
+  for (size_t i : running_) {
+    if (std::find(report.failed.begin(), report.failed.end(), i) == report.failed.end()) {
+      done.push_back(i);
+    }
+  }
+  for (size_t i : refresh_due_(chosen(matrices_, done), inputs_)) report.stayed.push_back(done[i]);
+  return report;
+}
+
+}  // namespace dykaf::aten
