@@ -86,9 +86,7 @@ def make_steps(device: str, arch: str) -> list[Step]:
         return Step(name, "bench", limit, python("-m", "bench", *arguments, *output), no_gpu)
 
     def tests(name: str, limit: float, backend: str) -> Step:
-        known = f'"{backend}"' in (ROOT / "tests" / "backends.py").read_text(encoding="utf-8")
-        missing = no_gpu or ("" if known else f"tests/backends.py has no {backend}")
-        return Step(name, "test", limit, [*pytest, "--backend", backend, *GPU_TESTS], missing)
+        return Step(name, "test", limit, [*pytest, "--backend", backend, *GPU_TESTS], no_gpu)
 
     def sanitize(tool: str) -> Step:
         command = [str(sanitizer), "--tool", tool, "--error-exitcode", "1", *sanitized]
