@@ -48,7 +48,7 @@ class Cost:
 
 
 def tiles(form: str, m: int, n: int) -> tuple[str, int, int, int]:
-    """choose_tile and num_tiles of csrc/cuda/gemm_plan.cu: name, number, rows, columns."""
+    """choose_tile and num_tiles of csrc/cuda: name, number, rows, columns."""
     symmetric = form.startswith("sym")
     if m >= 768 and n >= 768:
         name, rows, cols = "large", 128, 128
@@ -248,8 +248,8 @@ def soap_refresh(p: Matrix) -> Iterator[Cost]:
         yield Cost("refresh", floats=4 * p.m * p.n)
 
 
-# Launch sites of csrc/cuda/step.cu and factor_update.cu: products of general form, which may use
-# four block shapes, symmetric ones, which may use two, and single launches. Each step besides:
+# Launch sites of csrc/cuda/plan/step.cpp and factor_update.cpp: products of general form, which may
+# use four block shapes, symmetric ones, which may use two, and single launches. Each step besides:
 # grad_max in two stages, prepare, adamw, load, update_rms.
 ALWAYS = 6
 ROTATIONS = 4

@@ -31,7 +31,8 @@ CUDA = r"(cuda|cublas|cusolver)\w*\.h|mma\.h|vector_types\.h|cooperative_groups(
 INCLUDE_RULES = {
     "csrc/include/dykaf": [STD, OWN],
     "csrc/cpu": [STD, OWN, TORCH],
-    "csrc/cuda": [STD, OWN, CUDA],
+    "csrc/cuda/kernels": [STD, OWN, CUDA],
+    "csrc/cuda/plan": [STD, OWN, r"cuda/kernels/\w+\.h"],  # what a host compiler understands
     "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"cpu/.+"],  # it calls down, never up
 }
 
@@ -77,10 +78,16 @@ def test_include_rules(path):
         ("csrc/cpu/x.cpp", "#include <cuda_runtime.h>"),
         ("csrc/cpu/x.cpp", "#include <Python.h>"),
         ("csrc/cpu/x.cpp", '  #  include "bindings/module.h"'),
-        ("csrc/cuda/x.cu", "#include <torch/extension.h>"),
-        ("csrc/cuda/device/x.cuh", "#include <c10/util/Half.h>"),
-        ("csrc/cuda/device/x.cuh", "#include <pybind11/pybind11.h>"),
-        ("csrc/cuda/x.cuh", '#include "tests/simt/executor.h"'),
+        ("csrc/cuda/kernels/x.cu", "#include <torch/extension.h>"),
+        ("csrc/cuda/kernels/device/x.cuh", "#include <c10/util/Half.h>"),
+        ("csrc/cuda/kernels/device/x.cuh", "#include <pybind11/pybind11.h>"),
+        ("csrc/cuda/kernels/x.cuh", '#include "tests/simt/executor.h"'),
+        ("csrc/cuda/kernels/x.cu", '#include "cuda/plan/group_plan.h"'),
+        ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/gemm_tile.cuh"'),
+        ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/device/platform.cuh"'),
+        ("csrc/cuda/plan/x.h", "#include <cuda_runtime.h>"),
+        ("csrc/cuda/plan/x.h", "#include <ATen/core/Tensor.h>"),
+        ("csrc/cuda/x.cu", ""),
         ("csrc/bindings/x.cpp", '#include "../../tests/simt/executor.h"'),
         ("csrc/elsewhere/x.cpp", ""),
     ],
@@ -94,7 +101,8 @@ def test_include_rules_reject(path, line):
     [
         ("csrc/include/dykaf/x.h", '#include "dykaf/y.h"'),
         ("csrc/cpu/x.cpp", "#include <ATen/Parallel.h>"),
-        ("csrc/cuda/x.cu", "#include <cuda_bf16.h>"),
+        ("csrc/cuda/kernels/x.cu", "#include <cuda_bf16.h>"),
+        ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/gemm.h"'),
         ("csrc/bindings/x.cpp", "#include <c10/cuda/CUDAStream.h>"),
     ],
 )

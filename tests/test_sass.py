@@ -221,7 +221,7 @@ def test_tables_go_between_their_markers(tmp_path):
 def test_a_lowered_budget_is_found_in_a_compiled_kernel(tmp_path):
     """What --check does with all sources, with one small one."""
     csrc = Path(__file__).resolve().parent.parent / "csrc"
-    unit = toolchain.compile_unit(csrc, csrc / "cuda" / "prepare.cu", 90, tmp_path)
+    unit = toolchain.compile_unit(csrc, csrc / "cuda" / "kernels" / "prepare.cu", 90, tmp_path)
     functions = listing.parse(unit.listing)
     kernels = [analyse(functions[n], r, unit.arch) for n, r in unit.resources.items()]
     assert report.defects(kernels) == []

@@ -10,10 +10,10 @@ from bench.sass.listing import Block, Function, Instruction
 from bench.sass.machines import ALU_CYCLES, MACHINES, PARTITIONS, WARP_SIZE, occupancy
 from bench.sass.toolchain import Resources
 
-# enum ProductForm and enum MatmulPrecision of csrc/cuda/gemm.h and dykaf/cuda_ops.h
+# enum ProductForm and enum MatmulPrecision of csrc/cuda/kernels/gemm.h and dykaf/cuda_ops.h
 FORMS = ("NN", "TN", "NT", "sym NT", "sym TN")
 PRECISIONS = ("highest", "high", "medium")
-DEPTH_OF_SUM = 256  # kDepthOfSum of csrc/cuda/gemm.cuh
+DEPTH_OF_SUM = 256  # kDepthOfSum of csrc/cuda/kernels/gemm.cuh
 
 GEMM_NAME = re.compile(
     r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?ProductFormE(\d).*?MatmulPrecisionE(\d)E"
@@ -51,7 +51,7 @@ class GemmShape:
 
     @property
     def dynamic_shared_bytes(self) -> int:
-        """SharedLayout::kBytes of csrc/cuda/gemm_tile.cuh."""
+        """SharedLayout::kBytes of csrc/cuda/kernels/gemm_tile.cuh."""
 
         def tile(length: int, along_k: bool) -> int:
             return length * (self.k + 4) if along_k else self.k * (length + 8)

@@ -1,8 +1,8 @@
 // Products that end in Adam and in the parameter's update, in every block shape.
 #include "batch.h"
-#include "cuda/gemm.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/gemm.h"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 
 namespace kernel_check {
 namespace {

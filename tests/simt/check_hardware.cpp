@@ -1,6 +1,6 @@
 // Products as the hardware meets them: free of bank conflicts, and with sums that are truncated.
-#include "cuda/gemm.h"
-#include "cuda/grouped.h"
+#include "cuda/kernels/gemm.h"
+#include "cuda/kernels/grouped.h"
 #include "kernel_check.h"
 
 namespace kernel_check {

@@ -1,7 +1,7 @@
 // The operations between the products: rotations, Adam, the parameters' update.
 #include "batch.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 
 namespace kernel_check {
 namespace {

@@ -1,6 +1,6 @@
 // The grouped product kernel: every block shape, form, precision and epilogue sum on odd sizes.
-#include "cuda/gemm.h"
-#include "cuda/grouped.h"
+#include "cuda/kernels/gemm.h"
+#include "cuda/kernels/grouped.h"
 #include "kernel_check.h"
 
 namespace kernel_check {

@@ -23,7 +23,6 @@ from mutants import MUTANTS, Mutant
 
 NUM_JOBS = 2
 OUT = build.OUT / "mutants"
-CUDA = build.ROOT / "csrc" / "cuda"
 NUM_SEEDS = {"release": 6, "asan": 0, "tsan": 0}
 TIMEOUT = 240
 BUILDING = Lock()
@@ -41,7 +40,7 @@ class Result:
 
 
 def mutated_text(mutant: Mutant) -> str:
-    text = (CUDA / mutant.file).read_text()
+    text = (build.CUDA / mutant.file).read_text()
     num_found = text.count(mutant.old)
     if num_found != 1:
         sys.exit(
@@ -52,7 +51,7 @@ def mutated_text(mutant: Mutant) -> str:
 
 def products_source(mutant: Mutant) -> str:
     """launch_gemm_* with the kernels that the mutant's checks need, and no others."""
-    lines = ['#include "cuda/gemm.cuh"', "namespace dykaf::cuda {"]
+    lines = ['#include "cuda/kernels/gemm.cuh"', "namespace dykaf::cuda {"]
     for precision in ("Highest", "High", "Medium"):
         lines.append(
             f"int launch_gemm_{precision.lower()}(ProductForm form, TileClass tile_class, "
@@ -77,14 +76,14 @@ def objects_of(mutant: Mutant, folder: Path, mode: str) -> tuple[list[build.Obje
     slim_products = False
     for source in build.PROGRAMS["check_kernels"]:
         base = build.Object(source, mode, build.OUT / mode)
-        is_affected = CUDA / mutant.file in base.dependencies()
+        is_affected = build.CUDA / mutant.file in base.dependencies()
         is_products = re.fullmatch(r"gemm_(highest|high|medium)\.cu", source.name) is not None
         if not is_affected:
             old.append(base.path)
         elif is_products:
             slim_products = True
         else:
-            actual = mutated if source == CUDA / mutant.file else source
+            actual = mutated if source == build.CUDA / mutant.file else source
             new.append(build.Object(actual, mode, folder / mode, includes))
     if slim_products:
         slim = folder / "source" / "slim_products.cu"

@@ -7,7 +7,7 @@ FACTORS = ("factors", "skip factors")
 
 DEVICE = (
     faults(
-        "device/reduce.cuh",
+        "kernels/device/reduce.cuh",
         ("adam full", "product highest medium NN sums"),
         (
             "no barrier before the sum",
@@ -22,18 +22,18 @@ DEVICE = (
         ),
     )
     + faults(
-        "device/reduce.cuh",
+        "kernels/device/reduce.cuh",
         ("factors many tiles",),
         ("no barrier after the sum", "  }\n  __syncthreads();\n}", "  }\n}"),
     )
     + faults(
-        "device/lookup.cuh",
+        "kernels/device/lookup.cuh",
         ("product highest medium NN", "adam full"),
         ("first tile belongs to the problem before", ".tile_begin <= tile", ".tile_begin < tile"),
         ("last problem is not found", "hi = num_problems - 1", "hi = max(0, num_problems - 2)"),
     )
     + faults(
-        "device/vector.cuh",
+        "kernels/device/vector.cuh",
         ("adam", "apply", "grad_max", "epilogue parameter medium"),
         ("reads beyond a float unit", "i < count ? p[i] : 0.0f", "p[i]"),
         ("reads beyond a 16-bit unit", "i < count ? p[i] : uint16_t{0}", "p[i]"),
@@ -62,7 +62,7 @@ DEVICE = (
         ),
     )
     + faults(
-        "device/elements.cuh",
+        "kernels/device/elements.cuh",
         ("adam", "apply", "epilogue parameter medium"),
         (
             "eps is corrected too",
@@ -103,7 +103,7 @@ DEVICE = (
 
 ELEMENT_KERNELS = (
     faults(
-        "elements.cu",
+        "kernels/elements.cu",
         ELEMENTS,
         (
             "units cross rows",
@@ -155,7 +155,7 @@ ELEMENT_KERNELS = (
         ("update_rms of a row", "static_cast<double>(p.m * p.n)", "static_cast<double>(p.n)"),
     )
     + faults(
-        "elements.cu",
+        "kernels/elements.cu",
         ("epilogue adam medium", "step long sides"),
         (
             "update_rms adds every sum",
@@ -169,7 +169,7 @@ ELEMENT_KERNELS = (
         ),
     )
     + faults(
-        "elements.cu",
+        "kernels/elements.cu",
         FACTORS,
         ("columns weighed by a row's weight", "x[i] *= e.row[place.row];", "x[i] *= e.row[0];"),
         ("columns are not weighed", "x[i] *= weights[i];", "x[i] *= 1.0f;"),

@@ -7,7 +7,7 @@ SKIP_PRODUCTS = ("skip epilogue adam medium",)
 ALL_TILES = ("Medium", "Wide", "Tall")
 
 TILE_LOADER = faults(
-    "gemm_tile.cuh",
+    "kernels/gemm_tile.cuh",
     PRODUCTS,
     ("a row too many is loaded", "+ i * kRowStep < rows ? 1u", "+ i * kRowStep <= rows ? 1u"),
     (
@@ -24,7 +24,7 @@ TILE_LOADER = faults(
     ("one ring buffer too few", "= Tile::kStages * (TileA", "= (Tile::kStages - 1) * (TileA"),
     ("room for the finished tile only", "kLoopSize > kStagedSize ?", "kLoopSize < kStagedSize ?"),
 ) + faults(
-    "gemm_tile.cuh",
+    "kernels/gemm_tile.cuh",
     ("banks highest medium",),
     ("no padding along k", "(kAlongK ? 4 : 8)", "(kAlongK ? 0 : 8)"),
     ("no padding across k", "(kAlongK ? 4 : 8)", "(kAlongK ? 4 : 0)"),
@@ -33,7 +33,7 @@ TILE_LOADER = faults(
 
 FRAGMENTS = (
     faults(
-        "gemm_fragments.cuh",
+        "kernels/gemm_fragments.cuh",
         PRODUCTS,
         ("A: rows of ldmatrix", "+ k + lane / 16 * 4);", "+ k + lane / 8 % 2 * 4);"),
         (
@@ -59,13 +59,13 @@ FRAGMENTS = (
         ("second pair of B's columns", "col + 8 * j, k, lane", "col + 4 * j, k, lane"),
     )
     + faults(
-        "gemm_fragments.cuh",
+        "kernels/gemm_fragments.cuh",
         ("product high medium",),
         ("B is truncated", "      round_fragments(x.b);\n", ""),
         precision="High",
     )
     + faults(
-        "gemm_fragments.cuh",
+        "kernels/gemm_fragments.cuh",
         ("product medium medium",),
         (
             "first half of k packed twice",
@@ -79,7 +79,7 @@ FRAGMENTS = (
 
 MAIN_LOOP = (
     faults(
-        "gemm.cuh",
+        "kernels/gemm.cuh",
         PRODUCTS,
         (
             "no barrier in the loop",
@@ -151,7 +151,7 @@ MAIN_LOOP = (
         ),
     )
     + faults(
-        "gemm.cuh",
+        "kernels/gemm.cuh",
         ("truncated sums",),
         (
             "one accumulator for all of k",
@@ -161,7 +161,7 @@ MAIN_LOOP = (
         ("sums of half the depth again", "kDepthOfSum = 256", "kDepthOfSum = 512"),
     )
     + faults(
-        "gemm.cuh",
+        "kernels/gemm.cuh",
         SKIP_PRODUCTS,
         (
             "skip flag ignored",
@@ -172,7 +172,7 @@ MAIN_LOOP = (
 )
 
 EPILOGUES = faults(
-    "gemm_epilogue.cuh",
+    "kernels/gemm_epilogue.cuh",
     PRODUCTS,
     ("lower triangle and one more", "min(place_.cols, row + 1)", "min(place_.cols, row + 2)"),
     ("rows outside are stored", "if (row < place_.rows && count > 0)", "if (count > 0)"),
@@ -222,7 +222,7 @@ EPILOGUES = faults(
         "",
     ),
 ) + faults(
-    "gemm_epilogue.cuh",
+    "kernels/gemm_epilogue.cuh",
     ("step ksl",),
     (
         "Adam keeps the gradient for itself",

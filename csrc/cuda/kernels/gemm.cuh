@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "cuda/device/lookup.cuh"
-#include "cuda/gemm_epilogue.cuh"
-#include "cuda/gemm_fragments.cuh"
+#include "cuda/kernels/device/lookup.cuh"
+#include "cuda/kernels/gemm_epilogue.cuh"
+#include "cuda/kernels/gemm_fragments.cuh"
 
 namespace dykaf::cuda {
 
@@ -14,9 +14,6 @@ inline constexpr bool transposes_a(ProductForm form) {
 }
 inline constexpr bool transposes_b(ProductForm form) {
   return form == ProductForm::kNT || form == ProductForm::kSymmetricNT;
-}
-inline constexpr bool is_symmetric(ProductForm form) {
-  return form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
 }
 
 // Sums in the tensor cores are truncated, with a bias that grows with their number: beyond this

@@ -1,7 +1,7 @@
 // Which problem of a grouped launch a block works on.
 #pragma once
 
-#include "cuda/device/platform.cuh"
+#include "cuda/kernels/device/platform.cuh"
 
 namespace dykaf::cuda {
 

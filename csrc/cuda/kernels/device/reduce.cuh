@@ -1,7 +1,7 @@
 // Sums over a block in a fixed order: the same bits for any schedule.
 #pragma once
 
-#include "cuda/device/platform.cuh"
+#include "cuda/kernels/device/platform.cuh"
 
 namespace dykaf::cuda {
 

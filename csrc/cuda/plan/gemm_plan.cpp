@@ -1,6 +1,6 @@
-#include "cuda/gemm_plan.h"
-#include "cuda/gemm_tile.cuh"
-#include "cuda/grouped.h"
+#include "cuda/plan/gemm_plan.h"
+
+#include "cuda/kernels/grouped.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -10,13 +10,6 @@ constexpr int64_t kNarrowSide = 32;
 // Large blocks are worth it from this on; below, medium ones keep more multiprocessors busy.
 constexpr int64_t kLargeSide = 768;
 
-template <class Tile>
-int64_t tiles_of(ProductForm form, int64_t m, int64_t n) {
-  const int64_t tiles_m = ceil_div(m, Tile::kM);
-  const bool symmetric = form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
-  return symmetric ? tiles_m * (tiles_m + 1) / 2 : tiles_m * ceil_div(n, Tile::kN);
-}
-
 bool leaves_sums(Epilogue epilogue) {
   return epilogue == Epilogue::kAdam || epilogue == Epilogue::kSums || epilogue == Epilogue::kInner;
 }
@@ -24,25 +17,11 @@ bool leaves_sums(Epilogue epilogue) {
 }  // namespace
 
 TileClass choose_tile(ProductForm form, int64_t m, int64_t n) {
-  const bool symmetric = form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
+  const bool symmetric = is_symmetric(form);
   if (m >= kLargeSide && n >= kLargeSide) return TileClass::kLarge;
   if (!symmetric && m <= kNarrowSide) return TileClass::kWide;
   if (!symmetric && n <= kNarrowSide) return TileClass::kTall;
   return TileClass::kMedium;
-}
-
-int64_t num_tiles(TileClass tile_class, ProductForm form, int64_t m, int64_t n) {
-  switch (tile_class) {
-    case TileClass::kLarge:
-      return tiles_of<LargeTile>(form, m, n);
-    case TileClass::kMedium:
-      return tiles_of<MediumTile>(form, m, n);
-    case TileClass::kWide:
-      return tiles_of<WideTile>(form, m, n);
-    case TileClass::kTall:
-      return tiles_of<TallTile>(form, m, n);
-  }
-  return 0;
 }
 
 int32_t Products::num_partials(const GemmProblem& problem) const {
@@ -77,19 +56,6 @@ void Products::launch(PlanBuilder& builder, size_t matrices_offset, const Matrix
       return launch_gemm(precision, form, tile_class, launch, stream);
     });
   }
-}
-
-int launch_gemm(MatmulPrecision precision, ProductForm form, TileClass tile_class,
-                const GemmLaunch& launch, Stream stream) {
-  switch (precision) {
-    case MatmulPrecision::kHighest:
-      return launch_gemm_highest(form, tile_class, launch, stream);
-    case MatmulPrecision::kHigh:
-      return launch_gemm_high(form, tile_class, launch, stream);
-    case MatmulPrecision::kMedium:
-      return launch_gemm_medium(form, tile_class, launch, stream);
-  }
-  return static_cast<int>(cudaErrorInvalidValue);
 }
 
 }  // namespace dykaf::cuda

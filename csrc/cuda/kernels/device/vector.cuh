@@ -1,7 +1,7 @@
 // Rows of eight elements: 16 bytes of 16-bit numbers, or twice 16 bytes of floats.
 #pragma once
 
-#include "cuda/device/ptx.cuh"
+#include "cuda/kernels/device/ptx.cuh"
 #include "dykaf/rounding.h"
 #include "dykaf/types.h"
 

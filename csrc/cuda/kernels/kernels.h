@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/scalars.h"
+#include "cuda/kernels/scalars.h"
 #include "dykaf/cuda_ops.h"
 
 namespace dykaf::cuda {

@@ -1,10 +1,10 @@
 // The compact second moments (see csrc/cpu/second_moment.cpp for the formulas). rank_one: a
 // splitting step of scale^2 l r^T towards beta2 of itself and 1 - beta2 of G o G (Yudin et al.,
 // arXiv 2511.06477). factored: row and column means (Shazeer & Stern 2018).
-#include "cuda/device/lookup.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/device/lookup.cuh"
+#include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 
 namespace dykaf::cuda {
 namespace {

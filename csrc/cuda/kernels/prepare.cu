@@ -1,7 +1,7 @@
 // The scalars of each matrix's step.
-#include "cuda/device/platform.cuh"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/device/platform.cuh"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 #include "dykaf/bounds.h"
 #include "dykaf/rounding.h"
 

@@ -1,9 +1,9 @@
 // Element-wise work: loading gradients, Adam, the parameters' update, blending factors.
-#include "cuda/device/elements.cuh"
-#include "cuda/device/lookup.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/device/elements.cuh"
+#include "cuda/kernels/device/lookup.cuh"
+#include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 
 namespace dykaf::cuda {
 namespace {

@@ -3,7 +3,7 @@
 // and "for mma.m16n8k16".
 #pragma once
 
-#include "cuda/device/platform.cuh"
+#include "cuda/kernels/device/platform.cuh"
 
 #if defined(__CUDACC__)
 

@@ -3,10 +3,10 @@
 
 #include <utility>
 
-#include "cuda/gemm_plan.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
-#include "cuda/plan_builder.h"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
+#include "cuda/plan/gemm_plan.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace dykaf::cuda {
 

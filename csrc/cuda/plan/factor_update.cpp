@@ -1,7 +1,7 @@
 // Planning of the integrator step: products, then scalars, then the factors' new values.
 #include <cmath>
 
-#include "cuda/group_plan.h"
+#include "cuda/plan/group_plan.h"
 
 namespace dykaf::cuda {
 namespace {

@@ -2,10 +2,10 @@
 // rows in order, so that global memory is met in whole 16-byte pieces.
 #pragma once
 
-#include "cuda/device/elements.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/gemm.h"
-#include "cuda/gemm_tile.cuh"
+#include "cuda/kernels/device/elements.cuh"
+#include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/gemm.h"
+#include "cuda/kernels/gemm_tile.cuh"
 
 namespace dykaf::cuda {
 

@@ -1,5 +1,5 @@
 // Planning of the rotations and of the whole step, and running of plans.
-#include "cuda/group_plan.h"
+#include "cuda/plan/group_plan.h"
 #include "dykaf/schedule.h"
 
 namespace dykaf::cuda {

@@ -3,10 +3,13 @@
 
 #include <array>
 
-#include "cuda/gemm.h"
-#include "cuda/plan_builder.h"
+#include "cuda/kernels/gemm.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace dykaf::cuda {
+
+// The block shape that serves a product.
+TileClass choose_tile(ProductForm form, int64_t m, int64_t n);
 
 // The products of one launch site: one grid per block shape that occurs.
 class Products {

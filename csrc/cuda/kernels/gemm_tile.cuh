@@ -1,7 +1,7 @@
 // The shared-memory side of a product: block shapes, padded tiles, asynchronous loads.
 #pragma once
 
-#include "cuda/device/ptx.cuh"
+#include "cuda/kernels/device/ptx.cuh"
 
 namespace dykaf::cuda {
 

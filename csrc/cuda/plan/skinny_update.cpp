@@ -1,6 +1,6 @@
 // Planning of what skinny matrices have of their own (see dykaf/types.h; docs/algorithm.md has the
 // mathematics).
-#include "cuda/group_plan.h"
+#include "cuda/plan/group_plan.h"
 #include "dykaf/schedule.h"
 
 namespace dykaf::cuda {

@@ -1,5 +1,5 @@
 // Planning of Adam and of the parameters' update on their own.
-#include "cuda/group_plan.h"
+#include "cuda/plan/group_plan.h"
 
 namespace dykaf::cuda {
 

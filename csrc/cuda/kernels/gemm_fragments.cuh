@@ -1,7 +1,7 @@
 // From shared memory through the tensor cores: the products of one warp.
 #pragma once
 
-#include "cuda/gemm_tile.cuh"
+#include "cuda/kernels/gemm_tile.cuh"
 #include "dykaf/cuda_ops.h"
 
 namespace dykaf::cuda {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/scalars.h"
+#include "cuda/kernels/scalars.h"
 #include "dykaf/cuda_ops.h"
 
 namespace dykaf::cuda {
@@ -21,6 +21,10 @@ enum class Epilogue : int32_t {
 // Which operands are read transposed, and whether D = D^T is known.
 enum class ProductForm : int32_t { kNN, kTN, kNT, kSymmetricNT, kSymmetricTN };
 inline constexpr int kNumForms = 5;
+
+inline constexpr bool is_symmetric(ProductForm form) {
+  return form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
+}
 
 // Block shapes, by output: 128 x 128, 64 x 64, 16 x 64 (few rows), 64 x 16 (few columns).
 enum class TileClass : int32_t { kLarge, kMedium, kWide, kTall };
@@ -44,9 +48,7 @@ struct GemmProblem {
   Epilogue epilogue;
 };
 
-// The block shape that serves a product.
-TileClass choose_tile(ProductForm form, int64_t m, int64_t n);
-
+// Blocks of a launch that one product takes.
 int64_t num_tiles(TileClass tile_class, ProductForm form, int64_t m, int64_t n);
 
 // What a launch needs on the device.

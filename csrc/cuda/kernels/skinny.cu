@@ -1,9 +1,9 @@
 // What skinny matrices have of their own: csrc/cpu/skinny.cpp has the same in tensors.
-#include "cuda/device/elements.cuh"
-#include "cuda/device/lookup.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/device/elements.cuh"
+#include "cuda/kernels/device/lookup.cuh"
+#include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 #include "dykaf/bounds.h"
 
 namespace dykaf::cuda {

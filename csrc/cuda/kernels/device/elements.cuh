@@ -1,8 +1,8 @@
 // What happens to one element: Adam, and the parameter's update in its dtype.
 #pragma once
 
-#include "cuda/device/vector.cuh"
-#include "cuda/scalars.h"
+#include "cuda/kernels/device/vector.cuh"
+#include "cuda/kernels/scalars.h"
 
 namespace dykaf::cuda {
 

@@ -2,10 +2,10 @@
 // a = beta (rho / tau)^2 and b = 1 - beta (docs/algorithm.md; Yudin et al., arXiv 2511.06477).
 #include <limits>
 
-#include "cuda/device/reduce.cuh"
-#include "cuda/gemm.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/gemm.h"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 
 namespace dykaf::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // The products at matmul precision "highest"; one file per precision, so that they compile side by
 // side.
-#include "cuda/gemm.cuh"
+#include "cuda/kernels/gemm.cuh"
 
 namespace dykaf::cuda {
 

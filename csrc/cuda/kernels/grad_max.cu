@@ -1,9 +1,9 @@
 // max|G| of each gradient, NaN where an entry is not finite.
-#include "cuda/device/lookup.cuh"
-#include "cuda/device/reduce.cuh"
-#include "cuda/device/vector.cuh"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/device/lookup.cuh"
+#include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/device/vector.cuh"
+#include "cuda/kernels/grouped.h"
+#include "cuda/kernels/kernels.h"
 
 namespace dykaf::cuda {
 namespace {
