@@ -54,17 +54,17 @@ def forbidden_includes(path: str, text: str) -> list[str]:
     return bad
 
 
-def product_sources() -> list[str]:
+def package_sources() -> list[str]:
     files = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCE_SUFFIXES)
     return sorted(p.relative_to(ROOT).as_posix() for p in files)
 
 
 def test_there_are_sources():
-    areas = {a for a in INCLUDE_RULES for p in product_sources() if p.startswith(a + "/")}
+    areas = {a for a in INCLUDE_RULES for p in package_sources() if p.startswith(a + "/")}
     assert areas >= {"csrc/include/dykaf", "csrc/cpu", "csrc/bindings"}
 
 
-@pytest.mark.parametrize("path", product_sources())
+@pytest.mark.parametrize("path", package_sources())
 def test_include_rules(path):
     assert forbidden_includes(path, (ROOT / path).read_text()) == []
 

@@ -10,13 +10,13 @@ from bench.sass.listing import Block, Function, Instruction
 from bench.sass.machines import ALU_CYCLES, MACHINES, PARTITIONS, WARP_SIZE, occupancy
 from bench.sass.toolchain import Resources
 
-# enum ProductForm and enum MatmulPrecision of csrc/cuda/kernels/gemm.h and dykaf/cuda_ops.h
+# enum GemmForm and enum MatmulPrecision of csrc/cuda/kernels/gemm.h and dykaf/cuda_ops.h
 FORMS = ("NN", "TN", "NT", "sym NT", "sym TN")
 PRECISIONS = ("highest", "high", "medium")
 DEPTH_OF_SUM = 256  # kDepthOfSum of csrc/cuda/kernels/gemm.cuh
 
 GEMM_NAME = re.compile(
-    r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?ProductFormE(\d).*?MatmulPrecisionE(\d)E"
+    r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?GemmFormE(\d).*?MatmulPrecisionE(\d)E"
 )
 KERNEL_NAME = re.compile(r"\d([a-z][a-z_]*)_kernel")  # the digit ends its length
 ELEMENT_OPS = ("load", "adam", "compact", "apply", "adamw", "weigh", "beyond")
@@ -184,7 +184,7 @@ class Kernel:
     threads: int
     blocks: int
     limit: str
-    loop: MainLoop | None  # of a product
+    loop: MainLoop | None  # of a matrix multiplication
     wide: int  # global accesses of 16 bytes per thread
     narrow: int
     local: int

@@ -55,7 +55,7 @@ PROGRAMS = {
 
 # Under the sanitizers fewer schedules are run: what they look for hardly hangs on the schedule.
 NUM_SEEDS = {"release": 3, "asan": 0, "tsan": 0}
-QUICK_CHECKS = ["product highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"]
+QUICK_CHECKS = ["gemm highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"]
 
 
 @dataclass
@@ -124,7 +124,7 @@ def build(mode: str, program: str) -> Path:
 def make(objects: Sequence[Object], binary: Path, link_flags: Sequence[str]) -> None:
     """Compiles the objects that are not up to date and links all; exits on an error."""
     old = [obj for obj in objects if not obj.is_up_to_date()]
-    # The slowest first: the products.
+    # The slowest first.
     old.sort(key=lambda obj: not obj.source.name.startswith("gemm_"))
     with ThreadPoolExecutor(NUM_JOBS) as pool:
         for obj, errors in zip(old, pool.map(Object.compile, old), strict=True):

@@ -1,4 +1,4 @@
-// The operations between the products: rotations, Adam, the parameters' update.
+// The operations on their own: rotations, Adam, the parameters' update.
 #include "batch.h"
 #include "cuda/kernels/grouped.h"
 #include "cuda/kernels/kernels.h"

@@ -1,4 +1,4 @@
-// The coefficients of the factor update from the sums that the products left. In units of tau,
+// The coefficients of the factor update from inner products. In units of tau,
 // a = beta (rho / tau)^2 and b = 1 - beta (docs/algorithm.md; Yudin et al., arXiv 2511.06477).
 #include <limits>
 
@@ -16,8 +16,8 @@ constexpr double kLargest = std::numeric_limits<float>::max();
 constexpr int kThreads = 128;
 constexpr double kLeastWeight = 1e-4;
 
-// Inner products of a factor F and its increment A. All terms of the norms are non-negative.
-struct Products {
+// Of a factor F and its increment A. All terms of the norms are non-negative.
+struct InnerProducts {
   double FF;
   double FA;
   double AA;
@@ -29,7 +29,7 @@ struct Products {
 };
 
 // Sums the partials of all tiles in a fixed order; every thread gets the result.
-DYKAF_DEVICE Products sum_partials(const double* partials, int num_tiles, double* scratch) {
+DYKAF_DEVICE InnerProducts sum_partials(const double* partials, int num_tiles, double* scratch) {
   double sums[kNumSums] = {};
   for (int tile = static_cast<int>(threadIdx.x); tile < num_tiles; tile += kThreads) {
 #pragma unroll
@@ -55,14 +55,14 @@ DYKAF_DEVICE void set_rho(double* rho, double value) {
 }
 
 // Lubich-Oseledets: the K-step, whose S-step number c the other side needs.
-DYKAF_DEVICE void ksl_left(MatrixScalars& s, const Products& K, double a, double b) {
+DYKAF_DEVICE void ksl_left(MatrixScalars& s, const InnerProducts& K, double a, double b) {
   const double norm = K.norm(a, b);
   s.stopped = norm > 0 ? 0 : 1;
   s.c = a * K.with_factor(a, b) / norm;
   set_blend(s, Side::kLeft, a, b, norm);
 }
 
-DYKAF_DEVICE void ksl_right(MatrixScalars& s, double* rho, const Products& B, double b) {
+DYKAF_DEVICE void ksl_right(MatrixScalars& s, double* rho, const InnerProducts& B, double b) {
   if (s.stopped != 0) return;
   const double norm = B.norm(s.c, b);
   s.stopped = norm > 0 ? 0 : 1;
@@ -72,7 +72,7 @@ DYKAF_DEVICE void ksl_right(MatrixScalars& s, double* rho, const Products& B, do
 }
 
 // Ceruti-Lubich: both factors from the old ones, then the Galerkin step.
-DYKAF_DEVICE void bug(MatrixScalars& s, double* rho, const Products& K, const Products& J,
+DYKAF_DEVICE void bug(MatrixScalars& s, double* rho, const InnerProducts& K, const InnerProducts& J,
                       double coupling, double a, double b) {
   const double norm_K = K.norm(a, b);
   const double norm_J = J.norm(a, b);
@@ -88,8 +88,8 @@ DYKAF_DEVICE void bug(MatrixScalars& s, double* rho, const Products& K, const Pr
 }
 
 // F <- beta rho^2 F + (1 - beta) tau^2 increment / size, in unit norm with rho to match.
-DYKAF_DEVICE void average(MatrixScalars& s, const Problem<float>& p, Side side, const Products& F,
-                          double a, double b) {
+DYKAF_DEVICE void average(MatrixScalars& s, const Problem<float>& p, Side side,
+                          const InnerProducts& F, double a, double b) {
   const double norm = F.norm(a, b);
   const auto i = static_cast<int>(side);
   if (!(norm > 0)) {
@@ -115,9 +115,9 @@ __global__ void __launch_bounds__(kThreads)
   const Problem<float>& p = matrices.problems[f.matrix_idx];
   MatrixScalars& s = matrices.scalars[f.matrix_idx];
   if (s.active == 0) return;
-  const Products left = sum_partials(f.left, f.left_tiles, scratch);
-  const Products right = sum_partials(f.right, f.right_tiles, scratch);
-  const Products inner = sum_partials(f.inner, f.inner_tiles, scratch);
+  const InnerProducts left = sum_partials(f.left, f.left_tiles, scratch);
+  const InnerProducts right = sum_partials(f.right, f.right_tiles, scratch);
+  const InnerProducts coupling = sum_partials(f.coupling, f.coupling_tiles, scratch);
   if (threadIdx.x != 0) return;
 
   const bool is_left = f.stage == FactorStage::kKslLeft || f.stage == FactorStage::kAverageLeft;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
     case FactorStage::kKslRight:
       return ksl_right(s, p.rho, right, b);
     case FactorStage::kBug:
-      return bug(s, p.rho, left, right, inner.FA, a, b);
+      return bug(s, p.rho, left, right, coupling.FA, a, b);
     case FactorStage::kAverageLeft:
       return average(s, p, side, left, a, b / f.size);
     case FactorStage::kAverageRight:

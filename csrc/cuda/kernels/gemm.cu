@@ -1,4 +1,4 @@
-// The grid of a grouped product, and the choice of the kernel's precision.
+// The grid of a grouped multiplication, and the choice of the kernel's precision.
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/gemm_tile.cuh"
 #include "cuda/kernels/grouped.h"
@@ -7,14 +7,14 @@ namespace dykaf::cuda {
 namespace {
 
 template <class Tile>
-int64_t tiles_of(ProductForm form, int64_t m, int64_t n) {
+int64_t tiles_of(GemmForm form, int64_t m, int64_t n) {
   const int64_t tiles_m = ceil_div(m, Tile::kM);
   return is_symmetric(form) ? tiles_m * (tiles_m + 1) / 2 : tiles_m * ceil_div(n, Tile::kN);
 }
 
 }  // namespace
 
-int64_t num_tiles(TileClass tile_class, ProductForm form, int64_t m, int64_t n) {
+int64_t num_tiles(TileClass tile_class, GemmForm form, int64_t m, int64_t n) {
   switch (tile_class) {
     case TileClass::kLarge:
       return tiles_of<LargeTile>(form, m, n);
@@ -28,7 +28,7 @@ int64_t num_tiles(TileClass tile_class, ProductForm form, int64_t m, int64_t n) 
   return 0;
 }
 
-int launch_gemm(MatmulPrecision precision, ProductForm form, TileClass tile_class,
+int launch_gemm(MatmulPrecision precision, GemmForm form, TileClass tile_class,
                 const GemmLaunch& launch, Stream stream) {
   switch (precision) {
     case MatmulPrecision::kHighest:

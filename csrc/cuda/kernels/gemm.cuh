@@ -1,4 +1,4 @@
-// The grouped product kernel: D = op(A) op(B), float32 in and out, on the tensor cores.
+// The grouped matrix multiplication: D = op(A) op(B), float32 in and out, on the tensor cores.
 #pragma once
 
 #include <type_traits>
@@ -9,18 +9,18 @@
 
 namespace dykaf::cuda {
 
-inline constexpr bool transposes_a(ProductForm form) {
-  return form == ProductForm::kTN || form == ProductForm::kSymmetricTN;
+inline constexpr bool transposes_a(GemmForm form) {
+  return form == GemmForm::kTN || form == GemmForm::kSymmetricTN;
 }
-inline constexpr bool transposes_b(ProductForm form) {
-  return form == ProductForm::kNT || form == ProductForm::kSymmetricNT;
+inline constexpr bool transposes_b(GemmForm form) {
+  return form == GemmForm::kNT || form == GemmForm::kSymmetricNT;
 }
 
 // Sums in the tensor cores are truncated, with a bias that grows with their number: beyond this
 // much of k they move to a second accumulator, which rounds to nearest.
 inline constexpr int kDepthOfSum = 256;
 
-// The tile of D that `tile` (from 0) stands for; symmetric products have those on and below the
+// The tile of D that `tile` (from 0) stands for; symmetric results have those on and below the
 // diagonal alone, row by row.
 template <class Tile, bool kSymmetric>
 DYKAF_DEVICE TilePlace locate_tile(const GemmProblem& p, int tile) {
@@ -85,7 +85,7 @@ DYKAF_DEVICE void stage_results(const float (&acc)[kTilesM][kTilesN][4], float* 
 // stage is read after this thread's copies of it have landed (wait) and those of all others
 // (barrier), and refilled only after the barrier that ends its reading. Dynamic shared memory:
 // SharedLayout::kBytes, first the ring, then the finished tile.
-template <class Tile, ProductForm kForm, MatmulPrecision kPrecision>
+template <class Tile, GemmForm kForm, MatmulPrecision kPrecision>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     gemm_kernel(const __grid_constant__ GemmLaunch launch) {
   constexpr bool kTransposeA = transposes_a(kForm);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   }
 }
 
-template <class Tile, ProductForm kForm, MatmulPrecision kPrecision>
+template <class Tile, GemmForm kForm, MatmulPrecision kPrecision>
 int launch_gemm_form(const GemmLaunch& launch, Stream stream) {
   using Layout = SharedLayout<Tile, transposes_a(kForm), transposes_b(kForm)>;
   return DYKAF_LAUNCH((gemm_kernel<Tile, kForm, kPrecision>),
@@ -182,22 +182,22 @@ int launch_gemm_form(const GemmLaunch& launch, Stream stream) {
 }
 
 template <class Tile, MatmulPrecision kPrecision>
-int launch_gemm_tile(ProductForm form, const GemmLaunch& launch, Stream stream) {
+int launch_gemm_tile(GemmForm form, const GemmLaunch& launch, Stream stream) {
   switch (form) {
-    case ProductForm::kNN:
-      return launch_gemm_form<Tile, ProductForm::kNN, kPrecision>(launch, stream);
-    case ProductForm::kTN:
-      return launch_gemm_form<Tile, ProductForm::kTN, kPrecision>(launch, stream);
-    case ProductForm::kNT:
-      return launch_gemm_form<Tile, ProductForm::kNT, kPrecision>(launch, stream);
-    case ProductForm::kSymmetricNT:
-    case ProductForm::kSymmetricTN:
+    case GemmForm::kNN:
+      return launch_gemm_form<Tile, GemmForm::kNN, kPrecision>(launch, stream);
+    case GemmForm::kTN:
+      return launch_gemm_form<Tile, GemmForm::kTN, kPrecision>(launch, stream);
+    case GemmForm::kNT:
+      return launch_gemm_form<Tile, GemmForm::kNT, kPrecision>(launch, stream);
+    case GemmForm::kSymmetricNT:
+    case GemmForm::kSymmetricTN:
       break;
   }
   if constexpr (Tile::kM == Tile::kN) {
-    return form == ProductForm::kSymmetricNT
-               ? launch_gemm_form<Tile, ProductForm::kSymmetricNT, kPrecision>(launch, stream)
-               : launch_gemm_form<Tile, ProductForm::kSymmetricTN, kPrecision>(launch, stream);
+    return form == GemmForm::kSymmetricNT
+               ? launch_gemm_form<Tile, GemmForm::kSymmetricNT, kPrecision>(launch, stream)
+               : launch_gemm_form<Tile, GemmForm::kSymmetricTN, kPrecision>(launch, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }
@@ -208,7 +208,7 @@ using LargeTileOf =
     std::conditional_t<kPrecision == MatmulPrecision::kHighest, LargeTile, LargeWarpTile>;
 
 template <MatmulPrecision kPrecision>
-int launch_gemm_precision(ProductForm form, TileClass tile_class, const GemmLaunch& launch,
+int launch_gemm_precision(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
                           Stream stream) {
   switch (tile_class) {
     case TileClass::kLarge:

@@ -1,5 +1,5 @@
-// The grouped matrix products of a step: D = op(A) op(B) with an epilogue, for many matrices at
-// once.
+// The grouped matrix multiplications of a step: D = op(A) op(B) with an epilogue, for many matrices
+// at once.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ enum class Epilogue : int32_t {
 };
 
 // Which operands are read transposed, and whether D = D^T is known.
-enum class ProductForm : int32_t { kNN, kTN, kNT, kSymmetricNT, kSymmetricTN };
+enum class GemmForm : int32_t { kNN, kTN, kNT, kSymmetricNT, kSymmetricTN };
 inline constexpr int kNumForms = 5;
 
-inline constexpr bool is_symmetric(ProductForm form) {
-  return form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
+inline constexpr bool is_symmetric(GemmForm form) {
+  return form == GemmForm::kSymmetricNT || form == GemmForm::kSymmetricTN;
 }
 
 // Block shapes, by output: 128 x 128, 64 x 64, 16 x 64 (few rows), 64 x 16 (few columns).
@@ -48,8 +48,8 @@ struct GemmProblem {
   Epilogue epilogue;
 };
 
-// Blocks of a launch that one product takes.
-int64_t num_tiles(TileClass tile_class, ProductForm form, int64_t m, int64_t n);
+// Blocks of a launch that one multiplication takes.
+int64_t num_tiles(TileClass tile_class, GemmForm form, int64_t m, int64_t n);
 
 // What a launch needs on the device.
 struct GemmLaunch {
@@ -61,13 +61,12 @@ struct GemmLaunch {
 };
 
 // Launches one grid; returns a cudaError_t.
-int launch_gemm(MatmulPrecision precision, ProductForm form, TileClass tile_class,
+int launch_gemm(MatmulPrecision precision, GemmForm form, TileClass tile_class,
                 const GemmLaunch& launch, Stream stream);
-int launch_gemm_highest(ProductForm form, TileClass tile_class, const GemmLaunch& launch,
+int launch_gemm_highest(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
                         Stream stream);
-int launch_gemm_high(ProductForm form, TileClass tile_class, const GemmLaunch& launch,
-                     Stream stream);
-int launch_gemm_medium(ProductForm form, TileClass tile_class, const GemmLaunch& launch,
+int launch_gemm_high(GemmForm form, TileClass tile_class, const GemmLaunch& launch, Stream stream);
+int launch_gemm_medium(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
                        Stream stream);
 
 }  // namespace dykaf::cuda

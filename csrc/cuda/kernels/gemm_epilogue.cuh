@@ -15,7 +15,7 @@ struct TilePlace {
   int col0;
   int rows;  // inside the matrix
   int cols;
-  // Of a symmetric product: a tile on the diagonal, of which the lower triangle counts.
+  // Of a symmetric result: a tile on the diagonal, of which the lower triangle counts.
   bool diagonal;
 };
 
@@ -53,7 +53,7 @@ class TileEpilogue {
     }
   }
 
-  // The sums of this thread's entries; those of a symmetric product count for both places.
+  // The sums of this thread's entries; those of a symmetric result count for both places.
   float sums[kNumSums] = {};
 
  private:

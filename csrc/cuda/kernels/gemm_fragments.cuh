@@ -1,4 +1,4 @@
-// From shared memory through the tensor cores: the products of one warp.
+// From shared memory through the tensor cores: the multiplications of one warp.
 #pragma once
 
 #include "cuda/kernels/gemm_tile.cuh"

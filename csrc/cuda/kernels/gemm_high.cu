@@ -1,11 +1,10 @@
-// The products at matmul precision "high"; one file per precision, so that they compile side by
-// side.
+// The multiplications at matmul precision "high"; one file per precision, so that they compile side
+// by side.
 #include "cuda/kernels/gemm.cuh"
 
 namespace dykaf::cuda {
 
-int launch_gemm_high(ProductForm form, TileClass tile_class, const GemmLaunch& launch,
-                     Stream stream) {
+int launch_gemm_high(GemmForm form, TileClass tile_class, const GemmLaunch& launch, Stream stream) {
   return launch_gemm_precision<MatmulPrecision::kHigh>(form, tile_class, launch, stream);
 }
 

@@ -1,4 +1,4 @@
-// The shared-memory side of a product: block shapes, padded tiles, asynchronous loads.
+// The shared-memory side of a multiplication: block shapes, padded tiles, asynchronous loads.
 #pragma once
 
 #include "cuda/kernels/device/ptx.cuh"

@@ -1,4 +1,4 @@
-// The grouped kernels beside the products: what each works on, and its launcher. Launchers take the
+// The grouped kernels beside gemm: what each works on, and its launcher. Launchers take the
 // problem array on the device and return a cudaError_t.
 #pragma once
 
@@ -44,7 +44,7 @@ int launch_prepare(const Matrices& matrices, const Options& options, const Devic
 // Element-wise work on flat arrays.
 struct ElementProblem {
   const float* in;   // load: unused. adam: H. apply: the update. weigh: H. beyond: the part within
-  float* out;        // load: H. adam, beyond: the update. weigh: the product
+  float* out;        // load: H. adam, beyond: the update. weigh: H weighed
   const float* row;  // adam: sqrt of the compact second moment; weigh, beyond: weights; or null
   const float* col;
   double* partials;  // adam, beyond: [num_tiles], sums of update^2
@@ -76,16 +76,16 @@ struct RmsProblem {
 };
 int launch_update_rms(const Grouped<RmsProblem>& launch, const Matrices& matrices, Stream stream);
 
-// The coefficients of the factors' new values, and rho, from the sums that products left; one block
+// The coefficients of the factors' new values, and rho, from inner products; one block
 // per matrix.
 enum class FactorStage : int32_t { kKslLeft, kKslRight, kBug, kAverageLeft, kAverageRight };
 struct FactorProblem {
-  const double* left;   // [left_tiles, 3]: <L,L>, <L,A>, <A,A>, A the increment of L
-  const double* right;  // the same of R
-  const double* inner;  // [inner_tiles, 3], the second counts: <A H, H B>
+  const double* left;      // [left_tiles, 3]: <L,L>, <L,A>, <A,A>, A the increment of L
+  const double* right;     // the same of R
+  const double* coupling;  // [coupling_tiles, 3], the second counts: <A H, H B>
   int32_t left_tiles;
   int32_t right_tiles;
-  int32_t inner_tiles;
+  int32_t coupling_tiles;
   int32_t matrix_idx;
   double size;  // average: increments are divided by it
   FactorStage stage;

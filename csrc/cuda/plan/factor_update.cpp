@@ -1,4 +1,4 @@
-// Planning of the integrator step: products, then scalars, then the factors' new values.
+// Planning of the integrator step: increments, then scalars, then the factors' new values.
 #include <cmath>
 
 #include "cuda/plan/group_plan.h"
@@ -12,7 +12,7 @@ class FactorUpdatePlan {
   FactorUpdatePlan(GroupPlan& plan, const Options& options, MatmulPrecision precision)
       : plan_(plan), options_(options), precision_(precision) {}
 
-  void add(int32_t i, const float* H, float* product_buffer) {
+  void add(int32_t i, const float* H, float* scratch) {
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.L != nullptr && p.R != nullptr;
     FactorProblem left{};
@@ -27,18 +27,18 @@ class FactorUpdatePlan {
     }
     switch (options_.integrator) {
       case Integrator::kKsl:
-        first_.add(product(H, p.R, product_buffer, p.m, p.n, p.n, i), plan_.builder());
-        increment_left(i, product_buffer, H, left);
+        first_.add(gemm_problem(H, p.R, scratch, p.m, p.n, p.n, i), plan_.builder());
+        increment_left(i, scratch, H, left);
         finish_left(FactorStage::kKslLeft, left);
-        second_.add(product(p.L, H, product_buffer, p.m, p.n, p.m, i), plan_.builder());
-        increment_right(i, H, product_buffer, right);
+        second_.add(gemm_problem(p.L, H, scratch, p.m, p.n, p.m, i), plan_.builder());
+        increment_right(i, H, scratch, right);
         finish_right(FactorStage::kKslRight, right);
         break;
       case Integrator::kBug:
-        bug(i, H, product_buffer, right);
+        bug(i, H, scratch, right);
         break;
       case Integrator::kDiagonal:
-        diagonal(i, H, product_buffer, left, right);
+        diagonal(i, H, scratch, left, right);
         break;
     }
   }
@@ -46,15 +46,15 @@ class FactorUpdatePlan {
   void launch() {
     metric_weights();
     plan_.elements(ElementOp::kWeigh, weigh_left_);
-    plan_.products(first_, precision_);
-    plan_.products(left_, precision_);
+    plan_.gemms(first_, precision_);
+    plan_.gemms(left_, precision_);
     scalars(left_scalars_);
     blend(left_blends_);
     plan_.elements(ElementOp::kWeigh, weigh_right_);
-    plan_.products(second_, precision_);
-    plan_.products(right_, precision_);
-    plan_.products(coupling_first_, precision_);
-    plan_.products(coupling_, precision_);
+    plan_.gemms(second_, precision_);
+    plan_.gemms(right_, precision_);
+    plan_.gemms(coupling_first_, precision_);
+    plan_.gemms(coupling_, precision_);
     scalars(right_scalars_);
     blend(right_blends_);
   }
@@ -64,7 +64,7 @@ class FactorUpdatePlan {
   void increment_left(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
     float* increment = plan_.builder().take<float>(p.m * p.m);
-    GemmProblem sums = product(A, B, increment, p.m, p.m, p.n, i);
+    GemmProblem sums = gemm_problem(A, B, increment, p.m, p.m, p.n, i);
     sums.C = p.L;
     sums.epilogue = Epilogue::kSums;
     scalars_of.left = left_.add(sums, plan_.builder()).partials;
@@ -76,7 +76,7 @@ class FactorUpdatePlan {
   void increment_right(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
     float* increment = plan_.builder().take<float>(p.n * p.n);
-    GemmProblem sums = product(A, B, increment, p.n, p.n, p.m, i);
+    GemmProblem sums = gemm_problem(A, B, increment, p.n, p.n, p.m, i);
     sums.C = p.R;
     sums.epilogue = Epilogue::kSums;
     scalars_of.right = right_.add(sums, plan_.builder()).partials;
@@ -109,36 +109,36 @@ class FactorUpdatePlan {
   }
 
   // Both increments from the old factors, then <A H, H B> with A and B the increments.
-  void bug(int32_t i, const float* H, float* product_buffer, FactorProblem& both) {
+  void bug(int32_t i, const float* H, float* scratch, FactorProblem& both) {
     const Problem<float>& p = plan_.problem(i);
-    first_.add(product(H, p.R, product_buffer, p.m, p.n, p.n, i), plan_.builder());
-    increment_left(i, product_buffer, H, both);
-    second_.add(product(p.L, H, product_buffer, p.m, p.n, p.m, i), plan_.builder());
-    increment_right(i, H, product_buffer, both);
-    coupling_first_.add(product(left_increment_, H, product_buffer, p.m, p.n, p.m, i),
+    first_.add(gemm_problem(H, p.R, scratch, p.m, p.n, p.n, i), plan_.builder());
+    increment_left(i, scratch, H, both);
+    second_.add(gemm_problem(p.L, H, scratch, p.m, p.n, p.m, i), plan_.builder());
+    increment_right(i, H, scratch, both);
+    coupling_first_.add(gemm_problem(left_increment_, H, scratch, p.m, p.n, p.m, i),
                         plan_.builder());
-    GemmProblem inner = product(H, right_increment_, nullptr, p.m, p.n, p.n, i);
-    inner.C = product_buffer;
+    GemmProblem inner = gemm_problem(H, right_increment_, nullptr, p.m, p.n, p.n, i);
+    inner.C = scratch;
     inner.epilogue = Epilogue::kInner;
-    both.inner = coupling_.add(inner, plan_.builder()).partials;
-    both.inner_tiles = coupling_.num_partials(inner);
+    both.coupling = coupling_.add(inner, plan_.builder()).partials;
+    both.coupling_tiles = coupling_.num_partials(inner);
     blend_of(Side::kLeft, i, left_increment_, right_blends_);
     finish_right(FactorStage::kBug, both);
   }
 
   // A metric of power 0 is the identity.
-  void diagonal(int32_t i, const float* H, float* product_buffer, FactorProblem& left,
+  void diagonal(int32_t i, const float* H, float* scratch, FactorProblem& left,
                 FactorProblem& right) {
     const Problem<float>& p = plan_.problem(i);
     const bool is_weighed = options_.metric_power != 0;
-    if (is_weighed) weigh(i, H, product_buffer);
-    const float* weighed = is_weighed ? product_buffer : H;
+    if (is_weighed) weigh(i, H, scratch);
+    const float* weighed = is_weighed ? scratch : H;
     average_left(i, weighed, H, static_cast<double>(p.n), left);
     average_right(i, H, weighed, static_cast<double>(p.m), right);
   }
 
-  // product = H diag(w_R) for L's increment, diag(w_L) H for R's.
-  void weigh(int32_t i, const float* H, float* product_buffer) {
+  // scratch = H diag(w_R) for L's increment, diag(w_L) H for R's.
+  void weigh(int32_t i, const float* H, float* scratch) {
     const Problem<float>& p = plan_.problem(i);
     float* w_L = plan_.builder().take<float>(p.m);
     float* w_R = plan_.builder().take<float>(p.n);
@@ -146,7 +146,7 @@ class FactorUpdatePlan {
     metrics_.push_back({p.R, w_R, static_cast<int32_t>(p.n), i});
     ElementProblem weighed = element_problem(p.m, p.n, i);
     weighed.in = H;
-    weighed.out = product_buffer;
+    weighed.out = scratch;
     weigh_left_.push_back(weighed);
     weigh_left_.back().col = w_R;
     weigh_right_.push_back(weighed);
@@ -190,12 +190,12 @@ class FactorUpdatePlan {
   std::vector<MetricProblem> metrics_;
   std::vector<ElementProblem> weigh_left_;
   std::vector<ElementProblem> weigh_right_;
-  Products first_{ProductForm::kNN};           // H R
-  Products left_{ProductForm::kSymmetricNT};   // (.) H^T
-  Products second_{ProductForm::kNN};          // L H
-  Products right_{ProductForm::kSymmetricTN};  // H^T (.)
-  Products coupling_first_{ProductForm::kNN};  // A H
-  Products coupling_{ProductForm::kNN};        // H B
+  GemmSite first_{GemmForm::kNN};           // H R
+  GemmSite left_{GemmForm::kSymmetricNT};   // (.) H^T
+  GemmSite second_{GemmForm::kNN};          // L H
+  GemmSite right_{GemmForm::kSymmetricTN};  // H^T (.)
+  GemmSite coupling_first_{GemmForm::kNN};  // A H
+  GemmSite coupling_{GemmForm::kNN};        // H B
   std::vector<FactorProblem> left_scalars_;
   std::vector<FactorProblem> right_scalars_;
   std::vector<BlendProblem> left_blends_;
@@ -207,11 +207,11 @@ class FactorUpdatePlan {
 }  // namespace
 
 void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
-                       const std::vector<const float*>& H, const std::vector<float*>& product) {
+                       const std::vector<const float*>& H, const std::vector<float*>& scratch) {
   FactorUpdatePlan update(plan, options, precision);
   for (int32_t i = 0; i < plan.num(); ++i) {
     const auto idx = static_cast<size_t>(i);
-    if (H[idx] != nullptr) update.add(i, H[idx], product[idx]);
+    if (H[idx] != nullptr) update.add(i, H[idx], scratch[idx]);
   }
   update.launch();
 }
@@ -221,17 +221,17 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
   GroupPlan plan(problems, workspace);
   std::vector<ElementProblem> loads;
   std::vector<const float*> H;
-  std::vector<float*> products;
+  std::vector<float*> scratch;
   for (int32_t i = 0; i < plan.num(); ++i) {
     const int64_t size = plan.problem(i).size();
     loads.push_back(element_problem(1, size, i));
     loads.back().out = plan.builder().take<float>(size);
     H.push_back(loads.back().out);
-    products.push_back(plan.builder().take<float>(size));
+    scratch.push_back(plan.builder().take<float>(size));
   }
   plan.prepare(options, inputs, StepCount::kKeep);
   plan.elements(ElementOp::kLoad, loads);
-  add_factor_update(plan, options, precision, H, products);
+  add_factor_update(plan, options, precision, H, scratch);
   return plan.finish();
 }
 

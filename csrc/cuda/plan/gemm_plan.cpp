@@ -16,7 +16,7 @@ bool leaves_sums(Epilogue epilogue) {
 
 }  // namespace
 
-TileClass choose_tile(ProductForm form, int64_t m, int64_t n) {
+TileClass choose_tile(GemmForm form, int64_t m, int64_t n) {
   const bool symmetric = is_symmetric(form);
   if (m >= kLargeSide && n >= kLargeSide) return TileClass::kLarge;
   if (!symmetric && m <= kNarrowSide) return TileClass::kWide;
@@ -24,12 +24,12 @@ TileClass choose_tile(ProductForm form, int64_t m, int64_t n) {
   return TileClass::kMedium;
 }
 
-int32_t Products::num_partials(const GemmProblem& problem) const {
+int32_t GemmSite::num_partials(const GemmProblem& problem) const {
   const TileClass tile_class = choose_tile(form_, problem.m, problem.n);
   return static_cast<int32_t>(num_tiles(tile_class, form_, problem.m, problem.n));
 }
 
-GemmProblem Products::add(GemmProblem problem, PlanBuilder& builder) {
+GemmProblem GemmSite::add(GemmProblem problem, PlanBuilder& builder) {
   if (leaves_sums(problem.epilogue)) {
     problem.partials = builder.take<double>(int64_t{num_partials(problem)} * kNumSums);
   }
@@ -38,12 +38,12 @@ GemmProblem Products::add(GemmProblem problem, PlanBuilder& builder) {
   return problem;
 }
 
-void Products::launch(PlanBuilder& builder, size_t matrices_offset, const MatrixScalars* scalars,
+void GemmSite::launch(PlanBuilder& builder, size_t matrices_offset, const MatrixScalars* scalars,
                       MatmulPrecision precision) const {
   for (int i = 0; i < kNumTileClasses; ++i) {
     std::vector<GemmProblem> problems = problems_[static_cast<size_t>(i)];
     const auto tile_class = static_cast<TileClass>(i);
-    const ProductForm form = form_;
+    const GemmForm form = form_;
     const int64_t grid = assign_tiles(problems, [&](const GemmProblem& problem) {
       return num_tiles(tile_class, form, problem.m, problem.n);
     });

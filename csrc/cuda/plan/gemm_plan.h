@@ -1,4 +1,4 @@
-// Planning of the grouped products.
+// Planning of the grouped matrix multiplications.
 #pragma once
 
 #include <array>
@@ -8,15 +8,16 @@
 
 namespace dykaf::cuda {
 
-// The block shape that serves a product.
-TileClass choose_tile(ProductForm form, int64_t m, int64_t n);
+// The block shape that serves a multiplication.
+TileClass choose_tile(GemmForm form, int64_t m, int64_t n);
 
-// The products of one launch site: one grid per block shape that occurs.
-class Products {
+// The matrix multiplications of one launch site: one grid per block shape that occurs.
+class GemmSite {
  public:
-  explicit Products(ProductForm form) : form_(form) {}
+  explicit GemmSite(GemmForm form) : form_(form) {}
 
-  // Adds a product; gives it `partials` if its epilogue leaves sums. Returns it as it will run.
+  // Adds a multiplication; gives it `partials` if its epilogue leaves sums. Returns it as it will
+  // run.
   GemmProblem add(GemmProblem problem, PlanBuilder& builder);
 
   // matrices and scalars: on the device when the plan runs; scalars may be null.
@@ -27,7 +28,7 @@ class Products {
   int32_t num_partials(const GemmProblem& problem) const;
 
  private:
-  ProductForm form_;
+  GemmForm form_;
   std::array<std::vector<GemmProblem>, kNumTileClasses> problems_;
 };
 

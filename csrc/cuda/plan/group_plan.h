@@ -62,13 +62,13 @@ class GroupPlan {
     });
   }
 
-  void products(const Products& products, MatmulPrecision precision) {
-    products.launch(builder_, matrices_offset_, scalars_, precision);
+  void gemms(const GemmSite& site, MatmulPrecision precision) {
+    site.launch(builder_, matrices_offset_, scalars_, precision);
   }
 
-  // Products that need no scalars, with no `prepare` before them.
-  void plain_products(const Products& products, MatmulPrecision precision) {
-    products.launch(builder_, matrices_offset_, nullptr, precision);
+  // Multiplications that need no scalars, with no `prepare` before them.
+  void gemms_without_scalars(const GemmSite& site, MatmulPrecision precision) {
+    site.launch(builder_, matrices_offset_, nullptr, precision);
   }
 
  private:
@@ -93,8 +93,8 @@ class GroupPlan {
 };
 
 // D = op(A) op(B), D [m, n], of the matrix `matrix_idx`.
-inline GemmProblem product(const float* A, const float* B, float* D, int64_t m, int64_t n,
-                           int64_t k, int32_t matrix_idx) {
+inline GemmProblem gemm_problem(const float* A, const float* B, float* D, int64_t m, int64_t n,
+                                int64_t k, int32_t matrix_idx) {
   GemmProblem p{};
   p.A = A;
   p.B = B;
@@ -116,51 +116,51 @@ inline ElementProblem element_problem(int64_t m, int64_t n, int32_t matrix_idx) 
   return e;
 }
 
-// The two products that rotate matrices, for Products of the given forms.
-class RotationProducts {
+// The two multiplications that rotate a matrix.
+class RotationGemms {
  public:
-  explicit RotationProducts(Rotation rotation)
+  explicit RotationGemms(Rotation rotation)
       : into_(rotation == Rotation::kIntoBasis),
-        left_(into_ ? ProductForm::kTN : ProductForm::kNN),
-        right_(into_ ? ProductForm::kNN : ProductForm::kNT) {}
+        left_(into_ ? GemmForm::kTN : GemmForm::kNN),
+        right_(into_ ? GemmForm::kNN : GemmForm::kNT) {}
 
   // Q_L^T in Q_R or Q_L in Q_R^T to `out`, through `scratch` where there are two bases; `finish`
-  // completes the last product's description. One basis at least; `in` and `out` do not overlap.
-  // Returns the last product as it runs and the number of its partials.
+  // completes the last multiplication's description. One basis at least; `in` and `out` do not
+  // overlap. Returns the last multiplication as it runs and the number of its partials.
   template <typename Finish>
   std::pair<GemmProblem, int32_t> add(GroupPlan& plan, int32_t matrix_idx, const float* in,
                                       float* scratch, float* out, const Finish& finish) {
     const Problem<float>& p = plan.problem(matrix_idx);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
     if (p.Q_L != nullptr) {
-      GemmProblem left = product(p.Q_L, in, both ? scratch : out, p.m, p.n, p.m, matrix_idx);
+      GemmProblem left = gemm_problem(p.Q_L, in, both ? scratch : out, p.m, p.n, p.m, matrix_idx);
       if (!both) return add_last(left_, plan, left, finish);
       left_.add(left, plan.builder());
       in = scratch;
     }
-    return add_last(right_, plan, product(in, p.Q_R, out, p.m, p.n, p.n, matrix_idx), finish);
+    return add_last(right_, plan, gemm_problem(in, p.Q_R, out, p.m, p.n, p.n, matrix_idx), finish);
   }
 
-  const Products& left() const { return left_; }
-  const Products& right() const { return right_; }
+  const GemmSite& left() const { return left_; }
+  const GemmSite& right() const { return right_; }
 
  private:
   template <typename Finish>
-  static std::pair<GemmProblem, int32_t> add_last(Products& products, GroupPlan& plan,
-                                                  GemmProblem last, const Finish& finish) {
+  static std::pair<GemmProblem, int32_t> add_last(GemmSite& site, GroupPlan& plan, GemmProblem last,
+                                                  const Finish& finish) {
     finish(last);
-    return {products.add(last, plan.builder()), products.num_partials(last)};
+    return {site.add(last, plan.builder()), site.num_partials(last)};
   }
 
   bool into_;
-  Products left_;
-  Products right_;
+  GemmSite left_;
+  GemmSite right_;
 };
 
-// Adds the launches of the factor update; H[i] [m, n] is the rotated gradient over tau, product[i]
-// [m, n] scratch, for each matrix of the plan; null H: not this one.
+// Adds the launches of the factor update; H[i] [m, n] is the rotated gradient over tau, scratch[i]
+// [m, n], for each matrix of the plan; null H: not this one.
 void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
-                       const std::vector<const float*>& H, const std::vector<float*>& product);
+                       const std::vector<const float*>& H, const std::vector<float*>& scratch);
 
 // Adds the launches of Adam with a compact second moment from H to `update`.
 void add_compact_adam(GroupPlan& plan, const Options& options,

@@ -38,12 +38,12 @@ class SkinnyPlan {
 
   void launch() {
     stage(SkinnyStage::kGradient);
-    // What lies outside of V is a difference, which rounding of the products would drown.
-    plan_.products(wide_projections_, MatmulPrecision::kHighest);
-    plan_.products(tall_projections_, MatmulPrecision::kHighest);
+    // What lies outside of V is a difference, which rounding of the projections would drown.
+    plan_.gemms(wide_projections_, MatmulPrecision::kHighest);
+    plan_.gemms(tall_projections_, MatmulPrecision::kHighest);
     stage(SkinnyStage::kMoments);
-    plan_.products(wide_expansions_, MatmulPrecision::kHighest);
-    plan_.products(tall_expansions_, MatmulPrecision::kHighest);
+    plan_.gemms(wide_expansions_, MatmulPrecision::kHighest);
+    plan_.gemms(tall_expansions_, MatmulPrecision::kHighest);
     plan_.elements(ElementOp::kBeyond, beyond_);
     stage(SkinnyStage::kLongFactor);
   }
@@ -52,10 +52,10 @@ class SkinnyPlan {
   // out = x V^T [s, inner], of a tall matrix V x [inner, s].
   void project(const Problem<float>& p, const float* x, float* out, const SkinnyProblem& q) {
     if (p.is_wide()) {
-      wide_projections_.add(product(x, p.basis, out, p.m, q.inner, p.n, q.matrix_idx),
+      wide_projections_.add(gemm_problem(x, p.basis, out, p.m, q.inner, p.n, q.matrix_idx),
                             plan_.builder());
     } else {
-      tall_projections_.add(product(p.basis, x, out, q.inner, p.n, p.m, q.matrix_idx),
+      tall_projections_.add(gemm_problem(p.basis, x, out, q.inner, p.n, p.m, q.matrix_idx),
                             plan_.builder());
     }
   }
@@ -63,10 +63,10 @@ class SkinnyPlan {
   // out = MV V, of a tall matrix V^T MV; [m, n].
   void expand(const Problem<float>& p, float* out, const SkinnyProblem& q) {
     if (p.is_wide()) {
-      wide_expansions_.add(product(q.MV, p.basis, out, p.m, p.n, q.inner, q.matrix_idx),
+      wide_expansions_.add(gemm_problem(q.MV, p.basis, out, p.m, p.n, q.inner, q.matrix_idx),
                            plan_.builder());
     } else {
-      tall_expansions_.add(product(p.basis, q.MV, out, p.m, p.n, q.inner, q.matrix_idx),
+      tall_expansions_.add(gemm_problem(p.basis, q.MV, out, p.m, p.n, q.inner, q.matrix_idx),
                            plan_.builder());
     }
   }
@@ -90,10 +90,10 @@ class SkinnyPlan {
   const Options& options_;
   std::vector<SkinnyProblem> problems_;
   std::vector<ElementProblem> beyond_;
-  Products wide_projections_{ProductForm::kNT};
-  Products tall_projections_{ProductForm::kNN};
-  Products wide_expansions_{ProductForm::kNN};
-  Products tall_expansions_{ProductForm::kTN};
+  GemmSite wide_projections_{GemmForm::kNT};
+  GemmSite tall_projections_{GemmForm::kNN};
+  GemmSite wide_expansions_{GemmForm::kNN};
+  GemmSite tall_expansions_{GemmForm::kTN};
 };
 
 }  // namespace

@@ -23,14 +23,14 @@ class StepPlan {
     plan_.prepare(options_, inputs_, StepCount::kAdvance);
     plan_.elements(ElementOp::kAdamW, adamws_);
     plan_.elements(ElementOp::kLoad, loads_);
-    plan_.products(into_.left(), precision_);
-    plan_.products(into_.right(), precision_);
+    plan_.gemms(into_.left(), precision_);
+    plan_.gemms(into_.right(), precision_);
     if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
     if (!skinny_.empty()) add_skinny_update(plan_, options_, skinny_);
     plan_.update_rms(sums_);
-    plan_.products(out_of_.left(), precision_);
-    plan_.products(out_of_.right(), precision_);
-    add_factor_update(plan_, options_, precision_, H_, products_);
+    plan_.gemms(out_of_.left(), precision_);
+    plan_.gemms(out_of_.right(), precision_);
+    add_factor_update(plan_, options_, precision_, H_, scratch_);
     return plan_.finish();
   }
 
@@ -42,34 +42,34 @@ class StepPlan {
     adamws_.push_back(e);
     sums_.push_back({e.partials, num_tiles, /*stride=*/1, i});
     H_.push_back(nullptr);
-    products_.push_back(nullptr);
+    scratch_.push_back(nullptr);
   }
 
   void add_matrix(int32_t i) {
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
     auto* H = plan_.builder().take<float>(p.size());
-    auto* product = plan_.builder().take<float>(p.size());
+    auto* scratch = plan_.builder().take<float>(p.size());
     auto* update = plan_.builder().take<float>(p.size());
     H_.push_back(updates_factors(p, options_) ? H : nullptr);
-    products_.push_back(product);
+    scratch_.push_back(scratch);
 
-    // With one basis the update must not land where the product still reads the gradient.
-    float* loaded = both ? update : product;
+    // With one basis the update must not land where the multiplication still reads the gradient.
+    float* loaded = both ? update : scratch;
     loads_.push_back(element_problem(1, p.size(), i));
     loads_.back().out = loaded;
     if (p.exp_avg_sq != nullptr && !p.is_skinny()) {
       const auto [adam, num_partials] =
-          into_.add(plan_, i, loaded, product, H, [&](GemmProblem& last) {
+          into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
             last.epilogue = Epilogue::kAdam;
             last.update = update;
           });
       sums_.push_back({adam.partials, num_partials, kNumSums, i});
     } else {
-      into_.add(plan_, i, loaded, product, H, [](GemmProblem&) {});
+      into_.add(plan_, i, loaded, scratch, H, [](GemmProblem&) {});
       add_adam(i, H, update, p.is_skinny() ? skinny_ : compact_);
     }
-    out_of_.add(plan_, i, update, product, nullptr,
+    out_of_.add(plan_, i, update, scratch, nullptr,
                 [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
   }
 
@@ -88,15 +88,15 @@ class StepPlan {
   const Options& options_;
   const DeviceInputs& inputs_;
   MatmulPrecision precision_;
-  RotationProducts into_{Rotation::kIntoBasis};
-  RotationProducts out_of_{Rotation::kOutOfBasis};
+  RotationGemms into_{Rotation::kIntoBasis};
+  RotationGemms out_of_{Rotation::kOutOfBasis};
   std::vector<ElementProblem> adamws_;
   std::vector<ElementProblem> loads_;
   std::vector<ElementProblem> compact_;
   std::vector<ElementProblem> skinny_;
   std::vector<RmsProblem> sums_;
   std::vector<const float*> H_;
-  std::vector<float*> products_;
+  std::vector<float*> scratch_;
 };
 
 }  // namespace
@@ -113,15 +113,15 @@ Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
                  const float* const* inputs, float* const* outputs, MatmulPrecision precision,
                  void* workspace) {
   GroupPlan plan(problems, workspace);
-  RotationProducts products(rotation);
+  RotationGemms gemms(rotation);
   for (int32_t i = 0; i < plan.num(); ++i) {
     const Problem<float>& p = plan.problem(i);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
     float* scratch = both ? plan.builder().take<float>(p.size()) : nullptr;
-    products.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
+    gemms.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
   }
-  plan.plain_products(products.left(), precision);
-  plan.plain_products(products.right(), precision);
+  plan.gemms_without_scalars(gemms.left(), precision);
+  plan.gemms_without_scalars(gemms.right(), precision);
   return plan.finish();
 }
 

@@ -8,7 +8,7 @@ FACTORS = ("factors", "skip factors")
 DEVICE = (
     faults(
         "kernels/device/reduce.cuh",
-        ("adam full", "product highest medium NN sums"),
+        ("adam full", "gemm highest medium NN sums"),
         (
             "no barrier before the sum",
             "  }\n  __syncthreads();\n#pragma unroll\n",
@@ -28,7 +28,7 @@ DEVICE = (
     )
     + faults(
         "kernels/device/lookup.cuh",
-        ("product highest medium NN", "adam full"),
+        ("gemm highest medium NN", "adam full"),
         ("first tile belongs to the problem before", ".tile_begin <= tile", ".tile_begin < tile"),
         ("last problem is not found", "hi = num_problems - 1", "hi = max(0, num_problems - 2)"),
     )

@@ -220,7 +220,7 @@ PLANS = (
         "kernels/gemm.cu",
         ("plan", "step ksl"),
         (
-            "a symmetric product's grid is full",
+            "a symmetric result's grid is full",
             "is_symmetric(form) ? tiles_m * (tiles_m + 1) / 2",
             "is_symmetric(form) ? tiles_m * tiles_m",
         ),
@@ -233,8 +233,8 @@ PLANS = (
     + faults(
         "plan/step.cpp",
         ("step ksl", "step rank_one"),
-        ("gradient overwritten, two bases", "both ? update : product", "product"),
-        ("gradient overwritten, one basis", "both ? update : product", "update"),
+        ("gradient overwritten, two bases", "both ? update : scratch", "scratch"),
+        ("gradient overwritten, one basis", "both ? update : scratch", "update"),
         ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
     )
     + faults(

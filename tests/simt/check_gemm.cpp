@@ -1,4 +1,5 @@
-// The grouped product kernel: every block shape, form, precision and epilogue sum on odd sizes.
+// The grouped matrix multiplication: every block shape, form, precision and epilogue sum on odd
+// sizes.
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/grouped.h"
 #include "kernel_check.h"
@@ -16,10 +17,6 @@ struct Shape {
   int d_shift = 0;
 };
 
-bool is_symmetric_form(ProductForm form) {
-  return form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
-}
-
 // An operand as the tensor cores see it.
 double rounded(float x, MatmulPrecision precision) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -32,7 +29,7 @@ double rounded(float x, MatmulPrecision precision) {
   return x;
 }
 
-struct Product {
+struct GemmCase {
   Shape shape;
   Array<float> A, B, C, D;
   Array<double> partials;
@@ -40,13 +37,13 @@ struct Product {
 
 // Of a symmetric form with the increment H M H^T: A = P, B = H with P = H M, M symmetric; here
 // M = I, so that A = B.
-Product random_product(const Shape& s, ProductForm form, int64_t tiles, Rng& rng) {
-  Product p;
+GemmCase random_case(const Shape& s, GemmForm form, int64_t tiles, Rng& rng) {
+  GemmCase p;
   p.shape = s;
   p.A = randn(int64_t{s.m} * s.k, rng, s.offset);
-  p.B = is_symmetric_form(form) ? p.A : randn(int64_t{s.k} * s.n, rng, s.offset);
+  p.B = is_symmetric(form) ? p.A : randn(int64_t{s.k} * s.n, rng, s.offset);
   p.C = randn(int64_t{s.m} * s.n, rng, s.offset + s.c_shift);
-  if (is_symmetric_form(form)) {  // so is the factor that C stands for
+  if (is_symmetric(form)) {  // so is the factor that C stands for
     for (int i = 0; i < s.m; ++i) {
       for (int j = 0; j < i; ++j) p.C[int64_t{j} * s.n + i] = p.C[int64_t{i} * s.n + j];
     }
@@ -56,13 +53,12 @@ Product random_product(const Shape& s, ProductForm form, int64_t tiles, Rng& rng
   return p;
 }
 
-void require_right(const Product& p, ProductForm form, MatmulPrecision precision,
-                   Epilogue epilogue) {
+void require_right(const GemmCase& p, GemmForm form, MatmulPrecision precision, Epilogue epilogue) {
   const int m = p.shape.m;
   const int n = p.shape.n;
   const int k = p.shape.k;
-  const bool transpose_a = form == ProductForm::kTN || form == ProductForm::kSymmetricTN;
-  const bool transpose_b = form == ProductForm::kNT || form == ProductForm::kSymmetricNT;
+  const bool transpose_a = form == GemmForm::kTN || form == GemmForm::kSymmetricTN;
+  const bool transpose_b = form == GemmForm::kNT || form == GemmForm::kSymmetricNT;
   std::vector<double> expected(static_cast<size_t>(m) * n);
   std::vector<double> bound(expected.size());
   double sums[kNumSums] = {};
@@ -92,7 +88,7 @@ void require_right(const Product& p, ProductForm form, MatmulPrecision precision
     }
   }
   if (epilogue != Epilogue::kInner) require_close("D", p.D, expected, bound);
-  if (is_symmetric_form(form)) {
+  if (is_symmetric(form)) {
     for (int i = 0; i < m; ++i) {
       for (int j = 0; j < i; ++j) {
         require("D is symmetric", p.D[int64_t{i} * n + j] == p.D[int64_t{j} * n + i]);
@@ -108,14 +104,13 @@ void require_right(const Product& p, ProductForm form, MatmulPrecision precision
 }
 
 // All shapes in one launch.
-std::vector<std::byte> run_products(const std::vector<Shape>& shapes, TileClass tile_class,
-                                    ProductForm form, MatmulPrecision precision,
-                                    Epilogue epilogue) {
+std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass tile_class,
+                                 GemmForm form, MatmulPrecision precision, Epilogue epilogue) {
   Rng rng(7);
-  std::vector<Product> products;
+  std::vector<GemmCase> cases;
   std::vector<GemmProblem> problems;
   for (const Shape& s : shapes) {
-    const Product p = random_product(s, form, num_tiles(tile_class, form, s.m, s.n), rng);
+    const GemmCase p = random_case(s, form, num_tiles(tile_class, form, s.m, s.n), rng);
     GemmProblem problem{};
     problem.A = p.A.get();
     problem.B = p.B.get();
@@ -126,7 +121,7 @@ std::vector<std::byte> run_products(const std::vector<Shape>& shapes, TileClass 
     problem.n = s.n;
     problem.k = s.k;
     problem.epilogue = epilogue;
-    products.push_back(p);
+    cases.push_back(p);
     problems.push_back(problem);
   }
   const int64_t grid = assign_tiles(
@@ -136,7 +131,7 @@ std::vector<std::byte> run_products(const std::vector<Shape>& shapes, TileClass 
                           static_cast<int32_t>(problems.size()), grid};
   require("launch", launch_gemm(precision, form, tile_class, launch, nullptr) == 0);
   std::vector<std::byte> outputs;
-  for (const Product& p : products) {
+  for (const GemmCase& p : cases) {
     require_right(p, form, precision, epilogue);
     append_bytes(outputs, p.D);
     append_bytes(outputs, p.partials);
@@ -144,13 +139,13 @@ std::vector<std::byte> run_products(const std::vector<Shape>& shapes, TileClass 
   return outputs;
 }
 
-std::vector<Shape> shapes_of(ProductForm form, TileClass tile_class) {
+std::vector<Shape> shapes_of(GemmForm form, TileClass tile_class) {
   // Aligned and whole tiles; odd sizes; odd bases; several stages of k; one row, one column.
   std::vector<Shape> shapes = {{64, 64, 64},          {33, 70, 19, 1},      {1, 1, 1},
                                {80, 20, 300},         {20, 76, 8},          {5, 3, 64, 4},
                                {20, 16, 12, 0, 1, 0}, {20, 16, 12, 0, 0, 1}};
   if (tile_class == TileClass::kLarge) shapes.push_back({132, 140, 36});
-  if (is_symmetric_form(form)) {
+  if (is_symmetric(form)) {
     for (Shape& s : shapes) s.n = s.m;
     shapes.push_back({150, 150, 40});
     shapes.push_back({150, 150, 41, 3});
@@ -164,23 +159,23 @@ const char* const kPrecisionNames[] = {"highest", "high", "medium"};
 
 }  // namespace
 
-void check_products() {
+void check_gemms() {
   for (int precision = 0; precision < 3; ++precision) {
     for (int tile = 0; tile < kNumTileClasses; ++tile) {
       for (int form = 0; form < kNumForms; ++form) {
-        const auto product_form = static_cast<ProductForm>(form);
+        const auto gemm_form = static_cast<GemmForm>(form);
         const auto tile_class = static_cast<TileClass>(tile);
         const bool square = tile_class == TileClass::kLarge || tile_class == TileClass::kMedium;
-        if (is_symmetric_form(product_form) && !square) continue;
+        if (is_symmetric(gemm_form) && !square) continue;
         for (const Epilogue epilogue : {Epilogue::kStore, Epilogue::kSums, Epilogue::kInner}) {
-          if (epilogue == Epilogue::kInner && product_form != ProductForm::kNN) continue;
+          if (epilogue == Epilogue::kInner && gemm_form != GemmForm::kNN) continue;
           const char* const epilogues[] = {"store", "", "", "sums", "inner"};
           check_schedules(
-              std::string("product ") + kPrecisionNames[precision] + " " + kTileNames[tile] + " " +
+              std::string("gemm ") + kPrecisionNames[precision] + " " + kTileNames[tile] + " " +
                   kFormNames[form] + " " + epilogues[static_cast<int>(epilogue)],
               [&] {
-                return run_products(shapes_of(product_form, tile_class), tile_class, product_form,
-                                    static_cast<MatmulPrecision>(precision), epilogue);
+                return run_gemms(shapes_of(gemm_form, tile_class), tile_class, gemm_form,
+                                 static_cast<MatmulPrecision>(precision), epilogue);
               });
         }
       }

@@ -1,14 +1,14 @@
-"""Faults in the product kernel."""
+"""Faults in the matrix multiplication."""
 
 from .fault import faults
 
-PRODUCTS = ("product highest medium", "epilogue adam medium", "epilogue parameter medium")
-SKIP_PRODUCTS = ("skip epilogue adam medium",)
+GEMM = ("gemm highest medium", "epilogue adam medium", "epilogue parameter medium")
+SKIP_GEMM = ("skip epilogue adam medium",)
 ALL_TILES = ("Medium", "Wide", "Tall")
 
 TILE_LOADER = faults(
     "kernels/gemm_tile.cuh",
-    PRODUCTS,
+    GEMM,
     ("a row too many is loaded", "+ i * kRowStep < rows ? 1u", "+ i * kRowStep <= rows ? 1u"),
     (
         "a column too many is loaded",
@@ -34,7 +34,7 @@ TILE_LOADER = faults(
 FRAGMENTS = (
     faults(
         "kernels/gemm_fragments.cuh",
-        PRODUCTS,
+        GEMM,
         ("A: rows of ldmatrix", "+ k + lane / 16 * 4);", "+ k + lane / 8 % 2 * 4);"),
         (
             "A: registers 1 and 2 swapped",
@@ -60,13 +60,13 @@ FRAGMENTS = (
     )
     + faults(
         "kernels/gemm_fragments.cuh",
-        ("product high medium",),
+        ("gemm high medium",),
         ("B is truncated", "      round_fragments(x.b);\n", ""),
         precision="High",
     )
     + faults(
         "kernels/gemm_fragments.cuh",
-        ("product medium medium",),
+        ("gemm medium medium",),
         (
             "first half of k packed twice",
             "__uint_as_float(hi[i][r + kHalf])",
@@ -80,7 +80,7 @@ FRAGMENTS = (
 MAIN_LOOP = (
     faults(
         "kernels/gemm.cuh",
-        PRODUCTS,
+        GEMM,
         (
             "no barrier in the loop",
             "kStages - 2>();\n    __syncthreads();\n",
@@ -162,7 +162,7 @@ MAIN_LOOP = (
     )
     + faults(
         "kernels/gemm.cuh",
-        SKIP_PRODUCTS,
+        SKIP_GEMM,
         (
             "skip flag ignored",
             "scalars[p.matrix_idx].active == 0) return;",
@@ -173,7 +173,7 @@ MAIN_LOOP = (
 
 EPILOGUES = faults(
     "kernels/gemm_epilogue.cuh",
-    PRODUCTS,
+    GEMM,
     ("lower triangle and one more", "min(place_.cols, row + 1)", "min(place_.cols, row + 2)"),
     ("rows outside are stored", "if (row < place_.rows && count > 0)", "if (count > 0)"),
     (
