@@ -65,8 +65,10 @@ def test_names():
     assert short_name(gemm_name(form=3, precision=0)) == "gemm 64x64 sym NT highest"
     unnamed = "_ZN5dykaf4cuda52_GLOBAL__N__d57cebf7_11_elements_cu_cd2184182"
     assert short_name(f"{unnamed}12blend_kernelENS0_7GroupedE") == "blend"
-    adam = f"{unnamed}15elements_kernelILNS0_9ElementOpE1EEEvNS0_7GroupedE"
+    adam = f"{unnamed}15elements_kernelINS0_11AdamProblemEEEvNS0_7GroupedE"
     assert short_name(adam) == "elements adam"
+    compact = adam.replace("11AdamProblem", "18CompactAdamProblem")
+    assert short_name(compact) == "elements compact adam"
 
 
 def test_shape_of_a_product():

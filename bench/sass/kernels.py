@@ -19,7 +19,7 @@ GEMM_NAME = re.compile(
     r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?GemmFormE(\d).*?MatmulPrecisionE(\d)E"
 )
 KERNEL_NAME = re.compile(r"\d([a-z][a-z_]*)_kernel")  # the digit ends its length
-ELEMENT_OPS = ("load", "adam", "compact", "apply", "adamw", "weigh", "beyond")
+ELEMENT_NAME = re.compile(r"elements_kernelINS\w*?_\d+([A-Z]\w*?)ProblemE")
 THREADS = {"factor_scalars": 128, "metric_weights": 128, "prepare": 128, "update_rms": 32}
 DEFAULT_THREADS = 256
 
@@ -77,8 +77,8 @@ def short_name(name: str) -> str:
         return f"gemm {gemm.m}x{gemm.n} {gemm.form} {gemm.precision}"
     match = KERNEL_NAME.search(name)
     kernel = match[1] if match else name
-    op = re.search(r"ElementOpE(\d)", name)
-    return f"{kernel} {ELEMENT_OPS[int(op[1])]}" if op else kernel
+    op = ELEMENT_NAME.search(name)
+    return f"{kernel} {re.sub('(?<=[a-z])(?=[A-Z])', ' ', op[1]).lower()}" if op else kernel
 
 
 def unit_of(op: str) -> str:

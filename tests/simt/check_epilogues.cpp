@@ -1,8 +1,9 @@
 // Matrix multiplications that end in Adam and in the parameter's update, in every block shape.
 #include "batch.h"
+#include "cuda/kernels/elements.h"
 #include "cuda/kernels/gemm.h"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/prepare.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
 namespace {

@@ -1,7 +1,7 @@
 // The integrator step of the factors, and what keeps them from harm.
 #include "batch.h"
+#include "cuda/kernels/factor_scalars.h"
 #include "cuda/kernels/gemm.h"
-#include "cuda/kernels/kernels.h"
 
 namespace kernel_check {
 namespace {

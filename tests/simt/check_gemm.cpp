@@ -1,7 +1,7 @@
 // The grouped matrix multiplication: every block shape, form, precision and epilogue sum on odd
 // sizes.
 #include "cuda/kernels/gemm.h"
-#include "cuda/kernels/grouped.h"
+#include "cuda/plan/plan_builder.h"
 #include "kernel_check.h"
 
 namespace kernel_check {

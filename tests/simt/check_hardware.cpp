@@ -1,7 +1,7 @@
 // Matrix multiplications as the hardware meets them: free of bank conflicts, and with sums that are
 // truncated.
 #include "cuda/kernels/gemm.h"
-#include "cuda/kernels/grouped.h"
+#include "cuda/plan/plan_builder.h"
 #include "kernel_check.h"
 
 namespace kernel_check {

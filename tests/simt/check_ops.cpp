@@ -1,7 +1,7 @@
 // The operations on their own: rotations, Adam, the parameters' update.
 #include "batch.h"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/second_moment.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
 namespace {

@@ -2,8 +2,7 @@
 #include "cuda/kernels/device/elements.cuh"
 #include "cuda/kernels/device/lookup.cuh"
 #include "cuda/kernels/device/reduce.cuh"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/elements.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -30,6 +29,14 @@ DYKAF_DEVICE UnitPlace locate_unit(int64_t unit, int64_t n) {
   return place;
 }
 
+DYKAF_DEVICE void load_place(const float* array, const UnitPlace& place, float (&x)[kUnit]) {
+  load_unit(array + place.start, place.count, is_aligned(array, place.start, 4), x);
+}
+
+DYKAF_DEVICE void store_place(float* array, const UnitPlace& place, const float (&x)[kUnit]) {
+  store_unit(array + place.start, place.count, is_aligned(array, place.start, 4), x);
+}
+
 DYKAF_DEVICE void load_gradient_unit(const Problem<float>& p, const MatrixScalars& s,
                                      const UnitPlace& place, float (&x)[kUnit]) {
   load_unit(p.grad, p.dtype, place.start, place.count,
@@ -46,9 +53,9 @@ DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s,
 }
 
 // Adam on a unit with the gradient of h; returns the update.
-DYKAF_DEVICE void full_adam_unit_(const Problem<float>& p, const MatrixScalars& s,
-                                  const UnitPlace& place, const float (&h)[kUnit],
-                                  float (&update)[kUnit]) {
+DYKAF_DEVICE void adam_unit_(const Problem<float>& p, const MatrixScalars& s,
+                             const UnitPlace& place, const float (&h)[kUnit],
+                             float (&update)[kUnit]) {
   const bool aligned =
       is_aligned(p.exp_avg, place.start, 4) && is_aligned(p.exp_avg_sq, place.start, 4);
   float exp_avg[kUnit];
@@ -60,17 +67,57 @@ DYKAF_DEVICE void full_adam_unit_(const Problem<float>& p, const MatrixScalars& 
   store_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
 }
 
-// The same with row_root col_root^T in place of the root of exp_avg_sq.
-DYKAF_DEVICE void compact_adam_unit_(const Problem<float>& p, const MatrixScalars& s,
-                                     const UnitPlace& place, const float* row_root,
-                                     const float* col_root, const float (&h)[kUnit],
-                                     float (&update)[kUnit]) {
+// x diag(row) diag(col); null: the identity.
+DYKAF_DEVICE void weigh_unit(const float* row, const float* col, const UnitPlace& place,
+                             float (&x)[kUnit]) {
+  if (row != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) x[i] *= row[place.row];
+  }
+  if (col != nullptr) {
+    float weights[kUnit];
+    load_unit(col + place.col, place.count, true, weights);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) x[i] *= weights[i];
+  }
+}
+
+DYKAF_DEVICE float sum_of_squares(const UnitPlace& place, const float (&update)[kUnit]) {
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) squares += i < place.count ? update[i] * update[i] : 0.0f;
+  return squares;
+}
+
+// run_unit_ is an operation on one unit. Those with partial sums return the unit's.
+DYKAF_DEVICE void run_unit_(const LoadProblem& e, const Problem<float>& p, const MatrixScalars& s,
+                            const UnitPlace& place) {
+  float h[kUnit];
+  load_gradient_unit(p, s, place, h);
+  store_place(e.H, place, h);
+}
+
+DYKAF_DEVICE float run_unit_(const AdamProblem& e, const Problem<float>& p, const MatrixScalars& s,
+                             const UnitPlace& place) {
+  float h[kUnit];
+  float update[kUnit];
+  load_place(e.H, place, h);
+  adam_unit_(p, s, place, h, update);
+  store_place(e.update, place, update);
+  return sum_of_squares(place, update);
+}
+
+DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const Problem<float>& p,
+                             const MatrixScalars& s, const UnitPlace& place) {
   const bool aligned = is_aligned(p.exp_avg, place.start, 4);
+  float h[kUnit];
   float exp_avg[kUnit];
   float root[kUnit];
+  float update[kUnit];
+  load_place(e.H, place, h);
   load_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
-  load_unit(col_root + place.col, place.count, true, root);
-  const float row = row_root[place.row] * s.correction2;
+  load_unit(e.col_root + place.col, place.count, true, root);
+  const float row = e.row_root[place.row] * s.correction2;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
     exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), s);
@@ -79,41 +126,56 @@ DYKAF_DEVICE void compact_adam_unit_(const Problem<float>& p, const MatrixScalar
     update[i] = fminf(fmaxf(ratio, -s.update_bound), s.update_bound);
   }
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
+  store_place(e.update, place, update);
+  return sum_of_squares(place, update);
 }
 
-DYKAF_DEVICE void weigh_unit(const ElementProblem& e, const UnitPlace& place, float (&x)[kUnit]) {
-  if (e.row != nullptr) {
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) x[i] *= e.row[place.row];
-  }
-  if (e.col != nullptr) {
-    float weights[kUnit];
-    load_unit(e.col + place.col, place.count, true, weights);
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) x[i] *= weights[i];
-  }
+DYKAF_DEVICE void run_unit_(const ApplyProblem& e, const Problem<float>& p, const MatrixScalars& s,
+                            const UnitPlace& place) {
+  float update[kUnit];
+  load_place(e.update, place, update);
+  apply_unit_(p, s, place, update);
 }
 
-// One of row and col is null. The weights hold what there is of exp_avg_sq.
-DYKAF_DEVICE void beyond_unit(const Problem<float>& p, const MatrixScalars& s,
-                              const ElementProblem& e, const UnitPlace& place,
-                              const float (&within)[kUnit], float (&update)[kUnit]) {
-  load_unit(p.exp_avg + place.start, place.count, is_aligned(p.exp_avg, place.start, 4), update);
-  weigh_unit(e, place, update);
+DYKAF_DEVICE float run_unit_(const AdamWProblem&, const Problem<float>& p, const MatrixScalars& s,
+                             const UnitPlace& place) {
+  float g[kUnit];
+  float update[kUnit];
+  load_gradient_unit(p, s, place, g);
+  adam_unit_(p, s, place, g, update);
+  apply_unit_(p, s, place, update);
+  return sum_of_squares(place, update);
+}
+
+DYKAF_DEVICE void run_unit_(const WeighProblem& e, const Problem<float>&, const MatrixScalars&,
+                            const UnitPlace& place) {
+  float h[kUnit];
+  load_place(e.H, place, h);
+  weigh_unit(e.row, e.col, place, h);
+  store_place(e.weighed, place, h);
+}
+
+// The weights hold what there is of exp_avg_sq.
+DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const Problem<float>& p,
+                             const MatrixScalars& s, const UnitPlace& place) {
+  float within[kUnit];
+  float update[kUnit];
+  load_place(e.update, place, within);
+  load_place(p.exp_avg, place, update);
+  weigh_unit(e.row, e.col, place, update);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) update[i] = (within[i] + update[i]) * s.correction1;
+  store_place(e.update, place, update);
+  return sum_of_squares(place, update);
 }
 
 // One block per kUnitsPerBlock units, in the order of the problems; each thread takes every
 // kThreads-th unit. Weights and roots start at multiples of 256 bytes.
-template <ElementOp kOp>
+template <typename ElementProblem>
 __global__ void __launch_bounds__(kThreads)
     elements_kernel(const __grid_constant__ Grouped<ElementProblem> launch,
                     const __grid_constant__ Matrices matrices) {
-  constexpr bool kReadsIn = kOp != ElementOp::kLoad && kOp != ElementOp::kAdamW;
-  constexpr bool kWritesOut = kOp != ElementOp::kApply && kOp != ElementOp::kAdamW;
-  constexpr bool kSums = kOp == ElementOp::kAdam || kOp == ElementOp::kCompact ||
-                         kOp == ElementOp::kAdamW || kOp == ElementOp::kBeyond;
+  constexpr bool kSums = requires(const ElementProblem& e) { e.partials; };
   DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
   const int block = static_cast<int>(blockIdx.x);
   const ElementProblem e = launch.problems[find_problem(launch.problems, launch.num, block)];
@@ -129,33 +191,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t unit = first + u * kThreads + static_cast<int>(threadIdx.x);
     if (unit >= num_units) break;
     const UnitPlace place = locate_unit(unit, e.n);
-    float x[kUnit];
-    float update[kUnit];
-    if constexpr (kReadsIn) {
-      load_unit(e.in + place.start, place.count, is_aligned(e.in, place.start, 4), x);
-    } else {
-      load_gradient_unit(p, s, place, x);
-    }
-    if constexpr (kOp == ElementOp::kAdam) full_adam_unit_(p, s, place, x, update);
-    if constexpr (kOp == ElementOp::kCompact) {
-      compact_adam_unit_(p, s, place, e.row, e.col, x, update);
-    }
-    if constexpr (kOp == ElementOp::kApply) apply_unit_(p, s, place, x);
-    if constexpr (kOp == ElementOp::kAdamW) {
-      full_adam_unit_(p, s, place, x, update);
-      apply_unit_(p, s, place, update);
-    }
-    if constexpr (kOp == ElementOp::kWeigh) weigh_unit(e, place, x);
-    if constexpr (kOp == ElementOp::kBeyond) beyond_unit(p, s, e, place, x, update);
     if constexpr (kSums) {
-      float squares = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) squares += i < place.count ? update[i] * update[i] : 0.0f;
-      sum[0] += squares;
-    }
-    if constexpr (kWritesOut) {
-      store_unit(e.out + place.start, place.count, is_aligned(e.out, place.start, 4),
-                 kSums ? update : x);
+      sum[0] += run_unit_(e, p, s, place);
+    } else {
+      run_unit_(e, p, s, place);
     }
   }
   if constexpr (kSums) {
@@ -210,38 +249,26 @@ __global__ void __launch_bounds__(kWarpSize)
   }
 }
 
-template <ElementOp kOp>
-int launch_op(const Grouped<ElementProblem>& launch, const Matrices& matrices, Stream stream) {
-  return DYKAF_LAUNCH(elements_kernel<kOp>, dim3(static_cast<unsigned>(launch.grid)),
-                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, matrices);
-}
-
 }  // namespace
 
 int64_t element_tiles(int64_t m, int64_t n) {
   return ceil_div(m * ceil_div(n, kUnit), kUnitsPerBlock);
 }
 
-int launch_elements(ElementOp op, const Grouped<ElementProblem>& launch, const Matrices& matrices,
+template <typename ElementProblem>
+int launch_elements(const Grouped<ElementProblem>& launch, const Matrices& matrices,
                     Stream stream) {
-  switch (op) {
-    case ElementOp::kLoad:
-      return launch_op<ElementOp::kLoad>(launch, matrices, stream);
-    case ElementOp::kAdam:
-      return launch_op<ElementOp::kAdam>(launch, matrices, stream);
-    case ElementOp::kCompact:
-      return launch_op<ElementOp::kCompact>(launch, matrices, stream);
-    case ElementOp::kApply:
-      return launch_op<ElementOp::kApply>(launch, matrices, stream);
-    case ElementOp::kAdamW:
-      return launch_op<ElementOp::kAdamW>(launch, matrices, stream);
-    case ElementOp::kWeigh:
-      return launch_op<ElementOp::kWeigh>(launch, matrices, stream);
-    case ElementOp::kBeyond:
-      return launch_op<ElementOp::kBeyond>(launch, matrices, stream);
-  }
-  return static_cast<int>(cudaErrorInvalidValue);
+  return DYKAF_LAUNCH(elements_kernel<ElementProblem>, dim3(static_cast<unsigned>(launch.grid)),
+                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, matrices);
 }
+
+template int launch_elements(const Grouped<LoadProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<AdamProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<CompactAdamProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<ApplyProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<AdamWProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<WeighProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<BeyondProblem>&, const Matrices&, Stream);
 
 int launch_blend(const Grouped<BlendProblem>& launch, const Matrices& matrices, Stream stream) {
   return DYKAF_LAUNCH(blend_kernel, dim3(static_cast<unsigned>(launch.grid)), dim3(kThreads), 0,

@@ -3,9 +3,8 @@
 #include <limits>
 
 #include "cuda/kernels/device/reduce.cuh"
+#include "cuda/kernels/factor_scalars.h"
 #include "cuda/kernels/gemm.h"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
 
 namespace dykaf::cuda {
 namespace {

@@ -1,7 +1,6 @@
 // The grid of a grouped multiplication, and the choice of the kernel's precision.
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/gemm_tile.cuh"
-#include "cuda/kernels/grouped.h"
 
 namespace dykaf::cuda {
 namespace {

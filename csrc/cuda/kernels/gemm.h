@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/kernels/scalars.h"
-#include "dykaf/cuda_ops.h"
+#include "cuda/kernels/matrices.h"
 
 namespace dykaf::cuda {
 

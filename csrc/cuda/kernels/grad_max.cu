@@ -2,8 +2,7 @@
 #include "cuda/kernels/device/lookup.cuh"
 #include "cuda/kernels/device/reduce.cuh"
 #include "cuda/kernels/device/vector.cuh"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/grad_max.h"
 
 namespace dykaf::cuda {
 namespace {

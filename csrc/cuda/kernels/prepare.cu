@@ -1,7 +1,6 @@
 // The scalars of each matrix's step.
 #include "cuda/kernels/device/platform.cuh"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/prepare.h"
 #include "dykaf/bounds.h"
 #include "dykaf/rounding.h"
 

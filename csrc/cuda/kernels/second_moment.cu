@@ -3,8 +3,7 @@
 // arXiv 2511.06477). factored: row and column means (Shazeer & Stern 2018).
 #include "cuda/kernels/device/lookup.cuh"
 #include "cuda/kernels/device/reduce.cuh"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/second_moment.h"
 
 namespace dykaf::cuda {
 namespace {

@@ -2,8 +2,7 @@
 #include "cuda/kernels/device/elements.cuh"
 #include "cuda/kernels/device/lookup.cuh"
 #include "cuda/kernels/device/reduce.cuh"
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/skinny.h"
 #include "dykaf/bounds.h"
 
 namespace dykaf::cuda {

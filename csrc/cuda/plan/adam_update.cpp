@@ -1,29 +1,29 @@
 // Planning of Adam and of the parameters' update on their own.
+#include "cuda/kernels/second_moment.h"
 #include "cuda/plan/group_plan.h"
 
 namespace dykaf::cuda {
 
 void add_compact_adam(GroupPlan& plan, const Options& options,
-                      const std::vector<ElementProblem>& problems) {
+                      const std::vector<AdamArrays>& adams) {
   std::vector<MomentProblem> moments;
-  std::vector<ElementProblem> adams;
-  for (ElementProblem e : problems) {
-    const Problem<float>& p = plan.problem(e.matrix_idx);
+  std::vector<CompactAdamProblem> problems;
+  for (const AdamArrays& adam : adams) {
+    const Problem<float>& p = plan.problem(adam.matrix_idx);
     const bool rank_one = options.second_moment == SecondMoment::kRankOne;
     PlanBuilder& builder = plan.builder();
     MomentProblem q{};
-    q.H = e.in;
+    q.H = adam.H;
     q.row_sums = builder.take<double>(p.m);
     q.col_sums = builder.take<double>(p.n);
     q.u = rank_one ? builder.take<double>(p.m) : nullptr;
     q.scratch = rank_one ? builder.take<double>(2) : nullptr;
     q.row_root = builder.take<float>(p.m);
     q.col_root = builder.take<float>(p.n);
-    q.matrix_idx = e.matrix_idx;
+    q.matrix_idx = adam.matrix_idx;
     moments.push_back(q);
-    e.row = q.row_root;
-    e.col = q.col_root;
-    adams.push_back(e);
+    problems.push_back({matrix_array(p, adam.matrix_idx), adam.H, q.row_root, q.col_root,
+                        adam.update, adam.partials});
   }
   for (const MomentStage stage : {MomentStage::kRowSums, MomentStage::kRowVector,
                                   MomentStage::kColSums, MomentStage::kVectors}) {
@@ -43,32 +43,33 @@ void add_compact_adam(GroupPlan& plan, const Options& options,
       plan.one_block_each(moments, launch);
     }
   }
-  plan.elements(ElementOp::kCompact, adams);
+  plan.elements(problems);
 }
 
 Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& options,
                       const DeviceInputs& inputs, float* const* updates, void* workspace) {
   GroupPlan plan(problems, workspace);
-  std::vector<ElementProblem> loads;
-  std::vector<ElementProblem> full;
-  std::vector<ElementProblem> compact;
+  std::vector<LoadProblem> loads;
+  std::vector<AdamProblem> full;
+  std::vector<AdamArrays> compact;
   std::vector<RmsProblem> sums;
   for (int32_t i = 0; i < plan.num(); ++i) {
     const Problem<float>& p = plan.problem(i);
-    loads.push_back(element_problem(1, p.size(), i));
-    loads.back().out = plan.builder().take<float>(p.size());
+    auto* H = plan.builder().take<float>(p.size());
+    loads.push_back({flat_array(p, i), H});
     const bool is_full = p.exp_avg_sq != nullptr;
-    ElementProblem adam = is_full ? element_problem(1, p.size(), i) : element_problem(p.m, p.n, i);
-    const auto num_tiles = static_cast<int32_t>(element_tiles(adam.m, adam.n));
-    adam.in = loads.back().out;
-    adam.out = updates[i];
-    adam.partials = plan.builder().take<double>(num_tiles);
-    (is_full ? full : compact).push_back(adam);
-    sums.push_back({adam.partials, num_tiles, /*stride=*/1, i});
+    const ElementArray array = is_full ? flat_array(p, i) : matrix_array(p, i);
+    auto* partials = plan.builder().take<double>(num_blocks(array));
+    if (is_full) {
+      full.push_back({array, H, updates[i], partials});
+    } else {
+      compact.push_back({i, H, updates[i], partials});
+    }
+    sums.push_back({partials, num_blocks(array), /*stride=*/1, i});
   }
   plan.prepare(options, inputs, StepCount::kAdvance);
-  plan.elements(ElementOp::kLoad, loads);
-  plan.elements(ElementOp::kAdam, full);
+  plan.elements(loads);
+  plan.elements(full);
   if (!compact.empty()) add_compact_adam(plan, options, compact);
   plan.update_rms(sums);
   return plan.finish();
@@ -77,13 +78,12 @@ Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& o
 Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& options,
                        const DeviceInputs& inputs, const float* const* updates, void* workspace) {
   GroupPlan plan(problems, workspace);
-  std::vector<ElementProblem> applies;
+  std::vector<ApplyProblem> applies;
   for (int32_t i = 0; i < plan.num(); ++i) {
-    applies.push_back(element_problem(1, plan.problem(i).size(), i));
-    applies.back().in = updates[i];
+    applies.push_back({flat_array(plan.problem(i), i), updates[i]});
   }
   plan.prepare(options, inputs, StepCount::kKeep);
-  plan.elements(ElementOp::kApply, applies);
+  plan.elements(applies);
   return plan.finish();
 }
 

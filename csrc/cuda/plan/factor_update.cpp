@@ -1,6 +1,7 @@
 // Planning of the integrator step: increments, then scalars, then the factors' new values.
 #include <cmath>
 
+#include "cuda/kernels/factor_scalars.h"
 #include "cuda/plan/group_plan.h"
 
 namespace dykaf::cuda {
@@ -45,12 +46,12 @@ class FactorUpdatePlan {
 
   void launch() {
     metric_weights();
-    plan_.elements(ElementOp::kWeigh, weigh_left_);
+    plan_.elements(weigh_left_);
     plan_.gemms(first_, precision_);
     plan_.gemms(left_, precision_);
     scalars(left_scalars_);
     blend(left_blends_);
-    plan_.elements(ElementOp::kWeigh, weigh_right_);
+    plan_.elements(weigh_right_);
     plan_.gemms(second_, precision_);
     plan_.gemms(right_, precision_);
     plan_.gemms(coupling_first_, precision_);
@@ -144,13 +145,8 @@ class FactorUpdatePlan {
     float* w_R = plan_.builder().take<float>(p.n);
     metrics_.push_back({p.L, w_L, static_cast<int32_t>(p.m), i});
     metrics_.push_back({p.R, w_R, static_cast<int32_t>(p.n), i});
-    ElementProblem weighed = element_problem(p.m, p.n, i);
-    weighed.in = H;
-    weighed.out = scratch;
-    weigh_left_.push_back(weighed);
-    weigh_left_.back().col = w_R;
-    weigh_right_.push_back(weighed);
-    weigh_right_.back().row = w_L;
+    weigh_left_.push_back({matrix_array(p, i), H, /*row=*/nullptr, /*col=*/w_R, scratch});
+    weigh_right_.push_back({matrix_array(p, i), H, /*row=*/w_L, /*col=*/nullptr, scratch});
   }
 
   void blend_of(Side side, int32_t i, const float* increment, std::vector<BlendProblem>& blends) {
@@ -188,8 +184,8 @@ class FactorUpdatePlan {
   const Options& options_;
   MatmulPrecision precision_;
   std::vector<MetricProblem> metrics_;
-  std::vector<ElementProblem> weigh_left_;
-  std::vector<ElementProblem> weigh_right_;
+  std::vector<WeighProblem> weigh_left_;
+  std::vector<WeighProblem> weigh_right_;
   GemmSite first_{GemmForm::kNN};           // H R
   GemmSite left_{GemmForm::kSymmetricNT};   // (.) H^T
   GemmSite second_{GemmForm::kNN};          // L H
@@ -219,18 +215,18 @@ void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
                         const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
   GroupPlan plan(problems, workspace);
-  std::vector<ElementProblem> loads;
+  std::vector<LoadProblem> loads;
   std::vector<const float*> H;
   std::vector<float*> scratch;
   for (int32_t i = 0; i < plan.num(); ++i) {
-    const int64_t size = plan.problem(i).size();
-    loads.push_back(element_problem(1, size, i));
-    loads.back().out = plan.builder().take<float>(size);
-    H.push_back(loads.back().out);
-    scratch.push_back(plan.builder().take<float>(size));
+    const Problem<float>& p = plan.problem(i);
+    auto* gradient = plan.builder().take<float>(p.size());
+    loads.push_back({flat_array(p, i), gradient});
+    H.push_back(gradient);
+    scratch.push_back(plan.builder().take<float>(p.size()));
   }
   plan.prepare(options, inputs, StepCount::kKeep);
-  plan.elements(ElementOp::kLoad, loads);
+  plan.elements(loads);
   add_factor_update(plan, options, precision, H, scratch);
   return plan.finish();
 }

@@ -1,7 +1,5 @@
 #include "cuda/plan/gemm_plan.h"
 
-#include "cuda/kernels/grouped.h"
-
 namespace dykaf::cuda {
 namespace {
 

@@ -3,8 +3,8 @@
 
 #include <utility>
 
-#include "cuda/kernels/grouped.h"
-#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/elements.h"
+#include "cuda/kernels/prepare.h"
 #include "cuda/plan/gemm_plan.h"
 #include "cuda/plan/plan_builder.h"
 
@@ -48,11 +48,12 @@ class GroupPlan {
     launch(problems, static_cast<int64_t>(problems.size()), launch_grouped);
   }
 
-  void elements(ElementOp op, std::vector<ElementProblem> problems) {
+  template <typename ElementProblem>
+  void elements(std::vector<ElementProblem> problems) {
     tiled(
         std::move(problems), [](const ElementProblem& e) { return element_tiles(e.m, e.n); },
-        [op](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_elements(op, launch, matrices, stream);
+        [](const auto& launch, const Matrices& matrices, Stream stream) {
+          return launch_elements(launch, matrices, stream);
         });
   }
 
@@ -107,14 +108,26 @@ inline GemmProblem gemm_problem(const float* A, const float* B, float* D, int64_
   return p;
 }
 
-// Element-wise work on an m x n matrix; flat work takes a matrix of one row.
-inline ElementProblem element_problem(int64_t m, int64_t n, int32_t matrix_idx) {
-  ElementProblem e{};
-  e.m = m;
-  e.n = n;
-  e.matrix_idx = matrix_idx;
-  return e;
+// An array of a matrix, and the same as one row.
+inline ElementArray matrix_array(const Problem<float>& p, int32_t matrix_idx) {
+  return {p.m, p.n, matrix_idx, /*tile_begin=*/0};
 }
+inline ElementArray flat_array(const Problem<float>& p, int32_t matrix_idx) {
+  return {1, p.size(), matrix_idx, /*tile_begin=*/0};
+}
+
+// The blocks of a launch over the array.
+inline int32_t num_blocks(const ElementArray& array) {
+  return static_cast<int32_t>(element_tiles(array.m, array.n));
+}
+
+// What Adam of one matrix takes and leaves where it is not part of a multiplication.
+struct AdamArrays {
+  int32_t matrix_idx;
+  const float* H;    // [m, n], the gradient over tau
+  float* update;     // [m, n]
+  double* partials;  // one for each block of the launch over [m, n]
+};
 
 // The two multiplications that rotate a matrix.
 class RotationGemms {
@@ -162,12 +175,12 @@ class RotationGemms {
 void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
                        const std::vector<const float*>& H, const std::vector<float*>& scratch);
 
-// Adds the launches of Adam with a compact second moment from H to `update`.
+// Adds the launches of Adam with a compact second moment.
 void add_compact_adam(GroupPlan& plan, const Options& options,
-                      const std::vector<ElementProblem>& problems);
+                      const std::vector<AdamArrays>& adams);
 
 // The same of skinny matrices, H being rotated on the short side, with the long side's factor.
 void add_skinny_update(GroupPlan& plan, const Options& options,
-                       const std::vector<ElementProblem>& problems);
+                       const std::vector<AdamArrays>& adams);
 
 }  // namespace dykaf::cuda

@@ -42,6 +42,17 @@ class PlanBuilder {
   Plan plan_;
 };
 
+// Fills in tile_begin of each problem; num_tiles(problem) gives its tiles. Returns the grid's size.
+template <typename ProblemArray, typename NumTiles>
+int64_t assign_tiles(ProblemArray& problems, const NumTiles& num_tiles) {
+  int64_t total = 0;
+  for (auto& problem : problems) {
+    problem.tile_begin = static_cast<int32_t>(total);
+    total += num_tiles(problem);
+  }
+  return total;
+}
+
 // A place in the image, as T.
 template <typename T>
 const T* as(const std::byte* place) {

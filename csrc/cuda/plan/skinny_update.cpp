@@ -1,5 +1,6 @@
 // Planning of what skinny matrices have of their own (see dykaf/types.h; docs/algorithm.md has the
 // mathematics).
+#include "cuda/kernels/skinny.h"
 #include "cuda/plan/group_plan.h"
 #include "dykaf/schedule.h"
 
@@ -10,14 +11,14 @@ class SkinnyPlan {
  public:
   SkinnyPlan(GroupPlan& plan, const Options& options) : plan_(plan), options_(options) {}
 
-  void add(ElementProblem e) {
-    const Problem<float>& p = plan_.problem(e.matrix_idx);
+  void add(const AdamArrays& adam) {
+    const Problem<float>& p = plan_.problem(adam.matrix_idx);
     const int64_t s = p.short_side();
     const int64_t inner = p.rows[0];
     PlanBuilder& builder = plan_.builder();
     auto* XV = builder.take<float>(s * inner);
     SkinnyProblem q{};
-    q.X = e.in;
+    q.X = adam.H;
     q.sums = builder.take<double>(skinny_pieces(p.long_side()) * s);
     q.momentum_sums = builder.take<double>(skinny_pieces(p.long_side()) * s);
     q.XV = XV;
@@ -26,14 +27,15 @@ class SkinnyPlan {
     q.inner = static_cast<int32_t>(inner);
     q.used = static_cast<int32_t>(p.rows[1]);
     q.updates_factor = updates_factors(p, options_);
-    q.matrix_idx = e.matrix_idx;
+    q.matrix_idx = adam.matrix_idx;
     problems_.push_back(q);
     project(p, q.X, XV, q);
     project(p, p.exp_avg, q.MV, q);
-    expand(p, e.out, q);
-    (p.is_wide() ? e.row : e.col) = q.beyond;
-    e.in = e.out;
-    beyond_.push_back(e);
+    expand(p, adam.update, q);
+    BeyondProblem beyond{matrix_array(p, adam.matrix_idx), adam.update, nullptr, nullptr,
+                         adam.partials};
+    (p.is_wide() ? beyond.row : beyond.col) = q.beyond;
+    beyond_.push_back(beyond);
   }
 
   void launch() {
@@ -44,7 +46,7 @@ class SkinnyPlan {
     stage(SkinnyStage::kMoments);
     plan_.gemms(wide_expansions_, MatmulPrecision::kHighest);
     plan_.gemms(tall_expansions_, MatmulPrecision::kHighest);
-    plan_.elements(ElementOp::kBeyond, beyond_);
+    plan_.elements(beyond_);
     stage(SkinnyStage::kLongFactor);
   }
 
@@ -89,7 +91,7 @@ class SkinnyPlan {
   GroupPlan& plan_;
   const Options& options_;
   std::vector<SkinnyProblem> problems_;
-  std::vector<ElementProblem> beyond_;
+  std::vector<BeyondProblem> beyond_;
   GemmSite wide_projections_{GemmForm::kNT};
   GemmSite tall_projections_{GemmForm::kNN};
   GemmSite wide_expansions_{GemmForm::kNN};
@@ -99,9 +101,9 @@ class SkinnyPlan {
 }  // namespace
 
 void add_skinny_update(GroupPlan& plan, const Options& options,
-                       const std::vector<ElementProblem>& problems) {
+                       const std::vector<AdamArrays>& adams) {
   SkinnyPlan skinny(plan, options);
-  for (const ElementProblem& e : problems) skinny.add(e);
+  for (const AdamArrays& adam : adams) skinny.add(adam);
   skinny.launch();
 }
 

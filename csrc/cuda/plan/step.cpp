@@ -1,4 +1,5 @@
 // Planning of the rotations and of the whole step, and running of plans.
+#include "cuda/kernels/grad_max.h"
 #include "cuda/plan/group_plan.h"
 #include "dykaf/schedule.h"
 
@@ -21,8 +22,8 @@ class StepPlan {
       }
     }
     plan_.prepare(options_, inputs_, StepCount::kAdvance);
-    plan_.elements(ElementOp::kAdamW, adamws_);
-    plan_.elements(ElementOp::kLoad, loads_);
+    plan_.elements(adamws_);
+    plan_.elements(loads_);
     plan_.gemms(into_.left(), precision_);
     plan_.gemms(into_.right(), precision_);
     if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
@@ -36,11 +37,10 @@ class StepPlan {
 
  private:
   void add_adamw(int32_t i) {
-    ElementProblem e = element_problem(1, plan_.problem(i).size(), i);
-    const auto num_tiles = static_cast<int32_t>(element_tiles(e.m, e.n));
-    e.partials = plan_.builder().take<double>(num_tiles);
-    adamws_.push_back(e);
-    sums_.push_back({e.partials, num_tiles, /*stride=*/1, i});
+    const ElementArray array = flat_array(plan_.problem(i), i);
+    auto* partials = plan_.builder().take<double>(num_blocks(array));
+    adamws_.push_back({array, partials});
+    sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
     H_.push_back(nullptr);
     scratch_.push_back(nullptr);
   }
@@ -56,8 +56,7 @@ class StepPlan {
 
     // With one basis the update must not land where the multiplication still reads the gradient.
     float* loaded = both ? update : scratch;
-    loads_.push_back(element_problem(1, p.size(), i));
-    loads_.back().out = loaded;
+    loads_.push_back({flat_array(p, i), loaded});
     if (p.exp_avg_sq != nullptr && !p.is_skinny()) {
       const auto [adam, num_partials] =
           into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
@@ -73,15 +72,11 @@ class StepPlan {
                 [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
   }
 
-  void add_adam(int32_t i, const float* H, float* update, std::vector<ElementProblem>& adams) {
-    const Problem<float>& p = plan_.problem(i);
-    ElementProblem adam = element_problem(p.m, p.n, i);
-    const auto num_tiles = static_cast<int32_t>(element_tiles(p.m, p.n));
-    adam.in = H;
-    adam.out = update;
-    adam.partials = plan_.builder().take<double>(num_tiles);
-    adams.push_back(adam);
-    sums_.push_back({adam.partials, num_tiles, /*stride=*/1, i});
+  void add_adam(int32_t i, const float* H, float* update, std::vector<AdamArrays>& adams) {
+    const int32_t num_partials = num_blocks(matrix_array(plan_.problem(i), i));
+    auto* partials = plan_.builder().take<double>(num_partials);
+    adams.push_back({i, H, update, partials});
+    sums_.push_back({partials, num_partials, /*stride=*/1, i});
   }
 
   GroupPlan plan_;
@@ -90,10 +85,10 @@ class StepPlan {
   MatmulPrecision precision_;
   RotationGemms into_{Rotation::kIntoBasis};
   RotationGemms out_of_{Rotation::kOutOfBasis};
-  std::vector<ElementProblem> adamws_;
-  std::vector<ElementProblem> loads_;
-  std::vector<ElementProblem> compact_;
-  std::vector<ElementProblem> skinny_;
+  std::vector<AdamWProblem> adamws_;
+  std::vector<LoadProblem> loads_;
+  std::vector<AdamArrays> compact_;
+  std::vector<AdamArrays> skinny_;
   std::vector<RmsProblem> sums_;
   std::vector<const float*> H_;
   std::vector<float*> scratch_;

@@ -117,8 +117,16 @@ ELEMENT_KERNELS = (
             "ratio",
         ),
         ("gradient is not scaled", "x[i] *= s.load_scale;", "x[i] *= 1.0f / s.tau;"),
-        ("input taken for aligned", "is_aligned(e.in, place.start, 4), x);", "true, x);"),
-        ("output taken for aligned", "is_aligned(e.out, place.start, 4),", "true,"),
+        (
+            "input taken for aligned",
+            "load_unit(array + place.start, place.count, is_aligned(array, place.start, 4)",
+            "load_unit(array + place.start, place.count, true",
+        ),
+        (
+            "output taken for aligned",
+            "store_unit(array + place.start, place.count, is_aligned(array, place.start, 4)",
+            "store_unit(array + place.start, place.count, true",
+        ),
         (
             "gradient taken for aligned",
             "is_aligned(p.grad, place.start, element_size(p.dtype))",
@@ -171,7 +179,7 @@ ELEMENT_KERNELS = (
     + faults(
         "kernels/elements.cu",
         FACTORS,
-        ("columns weighed by a row's weight", "x[i] *= e.row[place.row];", "x[i] *= e.row[0];"),
+        ("columns weighed by a row's weight", "x[i] *= row[place.row];", "x[i] *= row[0];"),
         ("columns are not weighed", "x[i] *= weights[i];", "x[i] *= 1.0f;"),
         ("increment of NaN is added", "if (keep == 1.0f && gain == 0.0f) return;", ""),
         ("zero gradient blends", "s.zero_gradient != 0 || ", ""),

@@ -247,8 +247,8 @@ PLANS = (
         ),
         (
             "weights of the other side",
-            "weigh_left_.back().col = w_R",
-            "weigh_left_.back().row = w_L",
+            "/*row=*/nullptr, /*col=*/w_R",
+            "/*row=*/w_L, /*col=*/nullptr",
         ),
     )
     + faults(
@@ -256,8 +256,8 @@ PLANS = (
         ("adam",),
         (
             "roots swapped",
-            "e.row = q.row_root;\n    e.col = q.col_root;",
-            "e.row = q.col_root;\n    e.col = q.row_root;",
+            "q.row_root, q.col_root,",
+            "q.col_root, q.row_root,",
         ),
     )
 )

@@ -97,8 +97,8 @@ SKINNY = (
         ),
         (
             "beyond along the wrong side",
-            "(p.is_wide() ? e.row : e.col)",
-            "(p.m > p.n ? e.row : e.col)",
+            "(p.is_wide() ? beyond.row : beyond.col)",
+            "(p.m > p.n ? beyond.row : beyond.col)",
         ),
         (
             "long factor before the moments",

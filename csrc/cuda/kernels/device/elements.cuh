@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/device/vector.cuh"
-#include "cuda/kernels/scalars.h"
+#include "cuda/kernels/matrices.h"
 
 namespace dykaf::cuda {
 

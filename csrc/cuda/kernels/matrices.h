@@ -1,10 +1,14 @@
-// The numbers that one matrix's step hangs on, computed on the device once per step.
+// What every grouped kernel reads: the matrices of a launch, their scalars, the work on them.
+// Launchers take arrays on the device and return a cudaError_t.
 #pragma once
 
 #include <cstdint>
 
+#include "dykaf/cuda_ops.h"
+
 namespace dykaf::cuda {
 
+// The numbers that one matrix's step hangs on, computed on the device once per step.
 struct MatrixScalars {
   int32_t active;         // 0: the step leaves this matrix as it is
   int32_t zero_gradient;  // only rho decays
@@ -36,5 +40,22 @@ struct MatrixScalars {
   float keep_factor[2];
   float gain[2];
 };
+
+// The matrices of a launch, and their scalars; on the device.
+struct Matrices {
+  const Problem<float>* problems;  // [num]
+  MatrixScalars* scalars;          // [num]
+  int32_t num;
+};
+
+// A grouped launch over `problems`, with `grid` blocks.
+template <typename GroupedProblem>
+struct Grouped {
+  const GroupedProblem* problems;
+  int32_t num;
+  int64_t grid;
+};
+
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace dykaf::cuda
