@@ -90,7 +90,7 @@ def decide_cuda(
         mode: The value of DYKAF_CUDA.
         torch_version: torch.__version__.
         torch_cuda: torch.version.cuda.
-        num_sources: How many files csrc/cuda/*.cu there are.
+        num_sources: How many files csrc/cuda/kernels/*.cu there are.
         nvcc: The release of nvcc, or None if there is none.
 
     Returns:
@@ -104,7 +104,7 @@ def decide_cuda(
     if torch_cuda is None:
         problem = f"torch {torch_version} is not a CUDA build"
     elif num_sources == 0:
-        problem = "this version has no CUDA sources (csrc/cuda/*.cu)"
+        problem = "this version has no CUDA sources (csrc/cuda/kernels/*.cu)"
     elif nvcc is None:
         problem = "nvcc was not found (CUDACXX, PATH, CUDA_HOME)"
     elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
@@ -140,7 +140,7 @@ def build_module(version: str, target_dir: Path) -> None:
         os.environ.get("DYKAF_CUDA", "auto"),
         torch.__version__,
         torch.version.cuda,
-        len(list(ROOT.glob("csrc/cuda/*.cu"))),
+        len(list(ROOT.glob("csrc/cuda/kernels/*.cu"))),
         nvcc and nvcc_version(nvcc),
     )
     print(f"dykaf: building against torch {torch.__version__}; {decision}", flush=True)

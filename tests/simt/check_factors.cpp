@@ -1,7 +1,7 @@
 // The integrator step of the factors, and what keeps them from harm.
 #include "batch.h"
-#include "cuda/gemm.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/factor_scalars.h"
+#include "cuda/kernels/gemm.h"
 
 namespace kernel_check {
 namespace {
@@ -193,8 +193,8 @@ std::vector<std::byte> many_tiles() {
   FactorProblem f{};
   f.left = partials[0].get();
   f.right = partials[1].get();
-  f.inner = partials[2].get();
-  f.left_tiles = f.right_tiles = f.inner_tiles = kTiles;
+  f.coupling = partials[2].get();
+  f.left_tiles = f.right_tiles = f.coupling_tiles = kTiles;
   f.stage = FactorStage::kBug;
   const Array<FactorProblem> problems(std::vector<FactorProblem>{f});
   const Array<Problem<float>> matrices(batch.problems);
@@ -207,12 +207,13 @@ std::vector<std::byte> many_tiles() {
   const double b = 1 - beta;
   require("launch", launch_factor_scalars({problems.get(), 1, 1},
                                           {matrices.get(), scalars.get(), 1}, beta, nullptr) == 0);
-  const auto& [left, right, inner] = sums;
+  const auto& [left, right, coupling] = sums;
   const auto norm = [&](const double (&x)[kNumSums]) {
     return std::sqrt(a * a * x[0] + 2 * a * b * x[1] + b * b * x[2]);
   };
-  const double galerkin = a * (a * left[0] + b * left[1]) * (a * right[0] + b * right[1]) +
-                          b * (a * a * left[1] + a * b * (left[2] + right[2]) + b * b * inner[1]);
+  const double galerkin =
+      a * (a * left[0] + b * left[1]) * (a * right[0] + b * right[1]) +
+      b * (a * a * left[1] + a * b * (left[2] + right[2]) + b * b * coupling[1]);
   const double rho = 2 * std::sqrt(galerkin / (norm(left) * norm(right)));
   require_close("rho", batch.cases[0].rho[0], rho, rho * 1e-12);  // doubles, a few hundred of them
   require_close("keep of L", double{s.keep_factor[0]}, a / norm(left), kRoundoff);

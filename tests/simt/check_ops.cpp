@@ -1,7 +1,7 @@
-// The operations between the products: rotations, Adam, the parameters' update.
+// The operations on their own: rotations, Adam, the parameters' update.
 #include "batch.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/second_moment.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
 namespace {

@@ -5,7 +5,7 @@ from .fault import faults
 FACTORS = ("factors", "skip factors")
 
 FACTOR_SCALARS = faults(
-    "factor_scalars.cu",
+    "kernels/factor_scalars.cu",
     FACTORS,
     (
         "ksl: c without a",
@@ -71,7 +71,7 @@ FACTOR_SCALARS = faults(
 )
 
 PREPARE = faults(
-    "prepare.cu",
+    "kernels/prepare.cu",
     ("adam", "apply", "factors", "skip", "step amp", "step many"),
     ("amp_scale ignored", "if (inputs.amp_scale != nullptr) scale", "if (false) scale"),
     ("lr on the device ignored", "inputs.lr == nullptr ?", "true ?"),
@@ -112,7 +112,7 @@ PREPARE = faults(
 )
 
 SECOND_MOMENT = faults(
-    "second_moment.cu",
+    "kernels/second_moment.cu",
     ("adam rank_one", "adam factored", "skip adam"),
     ("a row too many", "if (row >= p.m) return;", "if (row > p.m) return;"),
     (
@@ -174,7 +174,7 @@ SECOND_MOMENT = faults(
 )
 
 GRAD_MAX = faults(
-    "grad_max.cu",
+    "kernels/grad_max.cu",
     ("grad_max",),
     ("NaN lost between lanes", "a > b || a != a ? a : b", "a > b ? a : b"),
     (
@@ -217,12 +217,12 @@ GRAD_MAX = faults(
 
 PLANS = (
     faults(
-        "gemm_plan.cu",
+        "kernels/gemm.cu",
         ("plan", "step ksl"),
         (
-            "a symmetric product's grid is full",
-            "symmetric ? tiles_m * (tiles_m + 1) / 2",
-            "symmetric ? tiles_m * tiles_m",
+            "a symmetric result's grid is full",
+            "is_symmetric(form) ? tiles_m * (tiles_m + 1) / 2",
+            "is_symmetric(form) ? tiles_m * tiles_m",
         ),
         (
             "tiles rounded down",
@@ -231,14 +231,14 @@ PLANS = (
         ),
     )
     + faults(
-        "step.cu",
+        "plan/step.cpp",
         ("step ksl", "step rank_one"),
-        ("gradient overwritten, two bases", "both ? update : product", "product"),
-        ("gradient overwritten, one basis", "both ? update : product", "update"),
+        ("gradient overwritten, two bases", "both ? update : scratch", "scratch"),
+        ("gradient overwritten, one basis", "both ? update : scratch", "update"),
         ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
     )
     + faults(
-        "factor_update.cu",
+        "plan/factor_update.cpp",
         ("factors bug", "factors ksl", "factors diagonal"),
         (
             "bug: the left factor moves too early",
@@ -247,17 +247,17 @@ PLANS = (
         ),
         (
             "weights of the other side",
-            "weigh_left_.back().col = w_R",
-            "weigh_left_.back().row = w_L",
+            "/*row=*/nullptr, /*col=*/w_R",
+            "/*row=*/w_L, /*col=*/nullptr",
         ),
     )
     + faults(
-        "adam_update.cu",
+        "plan/adam_update.cpp",
         ("adam",),
         (
             "roots swapped",
-            "e.row = q.row_root;\n    e.col = q.col_root;",
-            "e.row = q.col_root;\n    e.col = q.row_root;",
+            "q.row_root, q.col_root,",
+            "q.col_root, q.row_root,",
         ),
     )
 )

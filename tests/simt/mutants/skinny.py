@@ -6,7 +6,7 @@ CHECKS = ("skinny step", "skip skinny")
 
 SKINNY = (
     faults(
-        "skinny.cu",
+        "kernels/skinny.cu",
         CHECKS,
         (
             "no barrier before the rows",
@@ -88,7 +88,7 @@ SKINNY = (
         ("skipped steps move on", "if (s.active == 0) return;\n  const Part", "const Part"),
     )
     + faults(
-        "skinny_update.cu",
+        "plan/skinny_update.cpp",
         CHECKS,
         (
             "V has all rows in use",
@@ -97,8 +97,8 @@ SKINNY = (
         ),
         (
             "beyond along the wrong side",
-            "(p.is_wide() ? e.row : e.col)",
-            "(p.m > p.n ? e.row : e.col)",
+            "(p.is_wide() ? beyond.row : beyond.col)",
+            "(p.m > p.n ? beyond.row : beyond.col)",
         ),
         (
             "long factor before the moments",
@@ -107,7 +107,7 @@ SKINNY = (
         ),
     )
     + faults(
-        "elements.cu",
+        "kernels/elements.cu",
         CHECKS,
         (
             "the rest without bias correction",
@@ -117,7 +117,7 @@ SKINNY = (
         ("what V sees is lost", "(within[i] + update[i])", "update[i]"),
     )
     + faults(
-        "factor_scalars.cu",
+        "kernels/factor_scalars.cu",
         CHECKS,
         ("both sides take the short one's rho", " || p.is_skinny()", ""),
     )

@@ -1,0 +1,61 @@
+// What every grouped kernel reads: the matrices of a launch, their scalars, the work on them.
+// Launchers take arrays on the device and return a cudaError_t.
+#pragma once
+
+#include <cstdint>
+
+#include "dykaf/cuda_ops.h"
+
+namespace dykaf::cuda {
+
+// The numbers that one matrix's step hangs on, computed on the device once per step.
+struct MatrixScalars {
+  int32_t active;         // 0: the step leaves this matrix as it is
+  int32_t zero_gradient;  // only rho decays
+  int32_t stopped;        // a norm vanished: the factors and rho keep their values
+
+  float tau;         // H = gradient / tau, a power of two
+  float load_scale;  // grad_scale / tau
+
+  // Adam
+  float beta1;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float correction1;  // of exp_avg
+  float correction2;  // of the root of exp_avg_sq
+  float eps;
+  float adam_tau;       // the gradient is adam_tau H
+  float noise;          // |H| below it is rounding
+  float update_bound;   // of the update's entries, after bias correction
+  float least_outside;  // share of a row's squares that a skinny basis may miss by rounding
+
+  // Parameter
+  float keep;  // 1 - lr weight_decay
+  float lr;
+  uint64_t rounding_key;
+
+  // Factors: factor <- keep factor + gain increment, per Side; c: the integrator's S-step
+  double c;
+  float keep_factor[2];
+  float gain[2];
+};
+
+// The matrices of a launch, and their scalars; on the device.
+struct Matrices {
+  const Problem<float>* problems;  // [num]
+  MatrixScalars* scalars;          // [num]
+  int32_t num;
+};
+
+// A grouped launch over `problems`, with `grid` blocks.
+template <typename GroupedProblem>
+struct Grouped {
+  const GroupedProblem* problems;
+  int32_t num;
+  int64_t grid;
+};
+
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace dykaf::cuda

@@ -1,0 +1,155 @@
+// Planning of the rotations and of the whole step, and running of plans.
+#include "cuda/kernels/grad_max.h"
+#include "cuda/plan/group_plan.h"
+#include "dykaf/schedule.h"
+
+namespace dykaf::cuda {
+namespace {
+
+// One step over all matrices: with factors, and without.
+class StepPlan {
+ public:
+  StepPlan(std::span<const Problem<float>> problems, const Options& options,
+           const DeviceInputs& inputs, MatmulPrecision precision, void* workspace)
+      : plan_(problems, workspace), options_(options), inputs_(inputs), precision_(precision) {}
+
+  Plan build() {
+    for (int32_t i = 0; i < plan_.num(); ++i) {
+      if (plan_.problem(i).is_unsided()) {
+        add_adamw(i);
+      } else {
+        add_matrix(i);
+      }
+    }
+    plan_.prepare(options_, inputs_, StepCount::kAdvance);
+    plan_.elements(adamws_);
+    plan_.elements(loads_);
+    plan_.gemms(into_.left(), precision_);
+    plan_.gemms(into_.right(), precision_);
+    if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
+    if (!skinny_.empty()) add_skinny_update(plan_, options_, skinny_);
+    plan_.update_rms(sums_);
+    plan_.gemms(out_of_.left(), precision_);
+    plan_.gemms(out_of_.right(), precision_);
+    add_factor_update(plan_, options_, precision_, H_, scratch_);
+    return plan_.finish();
+  }
+
+ private:
+  void add_adamw(int32_t i) {
+    const ElementArray array = flat_array(plan_.problem(i), i);
+    auto* partials = plan_.builder().take<double>(num_blocks(array));
+    adamws_.push_back({array, partials});
+    sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
+    H_.push_back(nullptr);
+    scratch_.push_back(nullptr);
+  }
+
+  void add_matrix(int32_t i) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
+    auto* H = plan_.builder().take<float>(p.size());
+    auto* scratch = plan_.builder().take<float>(p.size());
+    auto* update = plan_.builder().take<float>(p.size());
+    H_.push_back(updates_factors(p, options_) ? H : nullptr);
+    scratch_.push_back(scratch);
+
+    // With one basis the update must not land where the multiplication still reads the gradient.
+    float* loaded = both ? update : scratch;
+    loads_.push_back({flat_array(p, i), loaded});
+    if (p.exp_avg_sq != nullptr && !p.is_skinny()) {
+      const auto [adam, num_partials] =
+          into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
+            last.epilogue = Epilogue::kAdam;
+            last.update = update;
+          });
+      sums_.push_back({adam.partials, num_partials, kNumSums, i});
+    } else {
+      into_.add(plan_, i, loaded, scratch, H, [](GemmProblem&) {});
+      add_adam(i, H, update, p.is_skinny() ? skinny_ : compact_);
+    }
+    out_of_.add(plan_, i, update, scratch, nullptr,
+                [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
+  }
+
+  void add_adam(int32_t i, const float* H, float* update, std::vector<AdamArrays>& adams) {
+    const int32_t num_partials = num_blocks(matrix_array(plan_.problem(i), i));
+    auto* partials = plan_.builder().take<double>(num_partials);
+    adams.push_back({i, H, update, partials});
+    sums_.push_back({partials, num_partials, /*stride=*/1, i});
+  }
+
+  GroupPlan plan_;
+  const Options& options_;
+  const DeviceInputs& inputs_;
+  MatmulPrecision precision_;
+  RotationGemms into_{Rotation::kIntoBasis};
+  RotationGemms out_of_{Rotation::kOutOfBasis};
+  std::vector<AdamWProblem> adamws_;
+  std::vector<LoadProblem> loads_;
+  std::vector<AdamArrays> compact_;
+  std::vector<AdamArrays> skinny_;
+  std::vector<RmsProblem> sums_;
+  std::vector<const float*> H_;
+  std::vector<float*> scratch_;
+};
+
+}  // namespace
+
+int Plan::run(const void* device_image, Stream stream) const {
+  for (const Launch& launch : launches) {
+    const int error = launch(static_cast<const std::byte*>(device_image), stream);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
+                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
+                 void* workspace) {
+  GroupPlan plan(problems, workspace);
+  RotationGemms gemms(rotation);
+  for (int32_t i = 0; i < plan.num(); ++i) {
+    const Problem<float>& p = plan.problem(i);
+    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
+    float* scratch = both ? plan.builder().take<float>(p.size()) : nullptr;
+    gemms.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
+  }
+  plan.gemms_without_scalars(gemms.left(), precision);
+  plan.gemms_without_scalars(gemms.right(), precision);
+  return plan.finish();
+}
+
+Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
+               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
+  return StepPlan(problems, options, inputs, precision, workspace).build();
+}
+
+Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace) {
+  PlanBuilder builder(workspace);
+  std::vector<GradMaxProblem> problems;
+  for (const Gradient& gradient : gradients) {
+    GradMaxProblem p{};
+    p.gradient = gradient;
+    p.num_tiles = static_cast<int32_t>(grad_max_tiles(gradient.size));
+    p.partials = builder.take<float>(p.num_tiles);
+    p.maximum = maxima + problems.size();
+    problems.push_back(p);
+  }
+  const int64_t grid =
+      assign_tiles(problems, [](const GradMaxProblem& p) { return int64_t{p.num_tiles}; });
+  if (problems.empty()) return builder.finish();
+  const size_t offset = builder.add(problems);
+  const auto num = static_cast<int32_t>(problems.size());
+  const auto launch = [&](auto launch_stage) {
+    builder.launch([=](const std::byte* image, Stream stream) {
+      return launch_stage(Grouped<GradMaxProblem>{as<GradMaxProblem>(image + offset), num, grid},
+                          stream);
+    });
+  };
+  launch(launch_grad_max);
+  launch(launch_grad_max_finish);
+  return builder.finish();
+}
+
+}  // namespace dykaf::cuda
