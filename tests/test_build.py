@@ -30,17 +30,11 @@ CUDA = r"(cuda|cublas|cusolver)\w*\.h|mma\.h|vector_types\.h|cooperative_groups(
 # directory.
 INCLUDE_RULES = {
     "csrc/include/dykaf": [STD, OWN],
-<<<<<<< HEAD
     "csrc/aten": [STD, OWN, TORCH],
     "csrc/cpu": [STD, OWN, TORCH, r"aten/.+"],
-    "csrc/cuda": [STD, OWN, CUDA],
-    "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"aten/.+"],  # it calls down, never up
-=======
-    "csrc/cpu": [STD, OWN, TORCH],
     "csrc/cuda/kernels": [STD, OWN, CUDA],
     "csrc/cuda/plan": [STD, OWN, r"cuda/kernels/\w+\.h"],  # what a host compiler understands
-    "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"cpu/.+"],  # it calls down, never up
->>>>>>> 535d1644856a7a217f039bd619904caae88d7e11
+    "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"aten/.+"],  # it calls down, never up
 }
 
 
@@ -67,13 +61,8 @@ def package_sources() -> list[str]:
 
 
 def test_there_are_sources():
-<<<<<<< HEAD
-    areas = {a for a in INCLUDE_RULES for p in product_sources() if p.startswith(a + "/")}
-    assert areas >= {"csrc/include/dykaf", "csrc/aten", "csrc/cpu", "csrc/bindings"}
-=======
     areas = {a for a in INCLUDE_RULES for p in package_sources() if p.startswith(a + "/")}
-    assert areas >= {"csrc/include/dykaf", "csrc/cpu", "csrc/bindings"}
->>>>>>> 535d1644856a7a217f039bd619904caae88d7e11
+    assert areas >= {"csrc/include/dykaf", "csrc/aten", "csrc/cpu", "csrc/bindings"}
 
 
 @pytest.mark.parametrize("path", package_sources())
@@ -115,13 +104,10 @@ def test_include_rules_reject(path, line):
     [
         ("csrc/include/dykaf/x.h", '#include "dykaf/y.h"'),
         ("csrc/cpu/x.cpp", "#include <ATen/Parallel.h>"),
-<<<<<<< HEAD
         ("csrc/cpu/x.cpp", '#include "aten/products.h"'),
         ("csrc/cuda/x.cu", "#include <cuda_bf16.h>"),
-=======
         ("csrc/cuda/kernels/x.cu", "#include <cuda_bf16.h>"),
         ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/gemm.h"'),
->>>>>>> 535d1644856a7a217f039bd619904caae88d7e11
         ("csrc/bindings/x.cpp", "#include <c10/cuda/CUDAStream.h>"),
     ],
 )
