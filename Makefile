@@ -1,32 +1,30 @@
-# `make setup` makes everything the other targets need in .venv, from a bare machine with Python 3.11
+# `make setup` makes everything the other targets need in .venv, from a bare machine with Python 3.10
 # or later (with venv and its headers: python3-venv, python3-dev) and g++ with C++20. Each target does it
 # first; done once, it costs nothing.
 #
-# TORCH chooses the version of torch: 2.13.0 (the default; small where it is a CPU build) and 2.14.1
-# are tested. Whether pip gets a CPU or a CUDA build of it depends on where pip looks.
-#   make test TORCH=2.14.1
+# TORCH chooses the version of torch, PYTHON the interpreter; docs/install.md has what is tested. Whether
+# pip gets a CPU or a CUDA build of torch depends on where pip looks.
+#   make test TORCH=2.14.1 PYTHON=python3.12
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-sanitize test-simt test-gpu bench-gpu sass mutate lint format demo clean
+.PHONY: setup test test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 DYKAF_CUDA ?= auto
 export DYKAF_CUDA
 
-GPU_TESTS := tests/test_ops.py tests/test_hard_refresh.py tests/test_gpu.py tests/test_cuda_graph.py \
-  tests/test_skinny.py tests/test_factor_update_every.py tests/test_state_dtype.py \
-  tests/test_bounded.py tests/test_spikes.py tests/test_resting_weights.py tests/test_isolation.py \
-  tests/test_out_of_memory.py tests/test_skip_warnings.py
+GPU_TESTS := $(shell cat tests/gpu_tests.txt)
 
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 # What is done is stamped with the choices it was done with: another choice does it again.
-DEPS := $(VENV)/.deps-$(TORCH)
-BUILT := $(VENV)/.built-$(TORCH)-$(DYKAF_CUDA)
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+DEPS := $(VENV)/.deps-$(TORCH)-$(PYTHON_VERSION)
+BUILT := $(VENV)/.built-$(TORCH)-$(PYTHON_VERSION)-$(DYKAF_CUDA)
 
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc -type f)
@@ -37,8 +35,8 @@ setup: $(BUILT)
 
 $(DEPS): requirements-dev.txt
 	@rm -f $(VENV)/.deps-* $(VENV)/.built-*
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, got " + sys.version.split()[0] + "; name one by make PYTHON=...")'
-	@$(PY) -c 'import pip, sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed, got " + sys.version.split()[0] + "; name one by make PYTHON=...")'
+	@$(PY) -c 'import pip, sys; assert "%d.%d" % sys.version_info[:2] == "$(PYTHON_VERSION)"' 2>/dev/null || \
 	  { echo "==> creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "==> installing torch $(TORCH) and the tools of requirements-dev.txt (a minute or more)"
 	@$(PY) -m pip install --quiet "torch==$(TORCH)" -r requirements-dev.txt
@@ -79,25 +77,21 @@ test-simt: $(BUILT)
 	@echo "==> running $(GPU_TESTS) with it"
 	@PYTHONPATH=build/simt/package $(PY) -m pytest -q --backend simt $(GPU_TESTS)
 
-# Both say so in one line where torch sees no GPU.
-HAS_GPU := $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+# On a machine with a GPU (bench/gpu_day.py): what a part says goes to GPU_OUT, too. Where torch sees no
+# GPU the parts that need one say so in one line. The first two use .venv. gpu-day takes the interpreter
+# as it is and no network: make gpu-day PYTHON=python3 OUT=folder, and PARTS="build test" for less.
+GPU_OUT := build/gpu
+PARTS ?= build test sanitize bench
+OUT ?= $(GPU_OUT)
 
 test-gpu: $(BUILT)
-	@if ! $(HAS_GPU); then echo "==> skipped: torch sees no GPU"; exit 0; fi; \
-	  $(PY) -m pytest -q --backend cuda $(GPU_TESTS); \
-	  if ! command -v compute-sanitizer > /dev/null; then \
-	    echo "==> compute-sanitizer is not installed: memory and races are not checked"; exit 0; \
-	  fi; \
-	  for tool in memcheck racecheck; do \
-	    echo "==> compute-sanitizer $$tool"; \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 \
-	      $(PY) -m pytest -q --backend cuda tests/test_gpu.py -k "trajectory or stack"; \
-	  done
+	@$(PY) bench/gpu_day.py --out $(GPU_OUT) --parts test sanitize
 
 bench-gpu: $(BUILT)
-	@if ! $(HAS_GPU); then echo "==> skipped: torch sees no GPU"; exit 0; fi; \
-	  $(PY) -m bench ops --device cuda --sets gpt2 lora8 --precisions highest high --seconds 0.5; \
-	  $(PY) -m bench step --device cuda --sets gpt2 lora8 resnet50
+	@$(PY) bench/gpu_day.py --out $(GPU_OUT) --parts bench
+
+gpu-day:
+	@$(PYTHON) bench/gpu_day.py --out $(OUT) --parts $(PARTS) $(GPU_DAY_FLAGS)
 
 # The machine code against its budgets, where there is an nvcc. SASS_FLAGS="--archs 86 89 100 120"
 # compiles for the others.

@@ -2,6 +2,8 @@
 
 Environment variables: DYKAF_CUDA (auto, on or off), TORCH_CUDA_ARCH_LIST (default 8.0;9.0+PTX),
 DYKAF_SANITIZE (for example address,undefined), MAX_JOBS, CXX, CXXFLAGS, CUDACXX.
+
+`python setup.py build_ext --inplace` also works with a setuptools too old for pyproject.toml.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +26,8 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 MIN_ARCH = 80  # of the kernels: cp.async and the TF32 products
-TORCH_FROM, TORCH_BELOW = (2, 13), (2, 15)  # also in pyproject.toml
+TORCH_FROM = (2, 6)  # the oldest that is tested; also in pyproject.toml
+TORCH_NEWEST_TESTED = (2, 15)
 MIN_SETUPTOOLS = 77  # the first to know SPDX license expressions; also in pyproject.toml
 
 
@@ -46,14 +50,47 @@ def require_torch() -> None:
             f'pip install "setuptools>={MIN_SETUPTOOLS}" cmake ninja && '
             "pip install --no-build-isolation ."
         )
-    if not TORCH_FROM <= tuple(map(int, torch.__version__.split(".")[:2])) < TORCH_BELOW:
-        expected = " or later, below ".join(f"{a}.{b}" for a, b in (TORCH_FROM, TORCH_BELOW))
-        stop(f"torch {torch.__version__} is installed, and {expected} is needed")
+    if minor_version(torch.__version__) < TORCH_FROM:
+        expected = ".".join(map(str, TORCH_FROM))
+        stop(f"torch {torch.__version__} is installed, and {expected} or later is needed")
+
+
+def minor_version(torch_version: str) -> tuple[int, ...]:
+    """Returns (2, 13) for "2.13.0+cpu"."""
+    return tuple(map(int, torch_version.split(".")[:2]))
+
+
+def hint_of_new(torch_version: str) -> str:
+    """Returns what to add to a failure of the build, if torch is newer than what is tested."""
+    if minor_version(torch_version) <= TORCH_NEWEST_TESTED:
+        return ""
+    newest = ".".join(map(str, TORCH_NEWEST_TESTED))
+    return f"; torch {torch_version} is newer than {newest}, the last that is tested"
+
+
+def build_tag(torch_version: str) -> str:
+    """Returns the build tag of a wheel, which names the torch that the wheel belongs to.
+
+    A tag, not a local version: the version of a wheel must be that of the sdist it is built from.
+    """
+    return "0torch" + re.sub(r"[^A-Za-z0-9.]", "_", torch_version)
+
+
+def project_version() -> str:
+    """Reads the version in pyproject.toml, which an old setuptools does not."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    match = re.search(r'^version = "(.+?)"', text, re.MULTILINE)
+    return match[1] if match else stop("pyproject.toml names no version")
+
+
+def is_old_setuptools() -> bool:
+    """Tells whether setuptools cannot read pyproject.toml."""
+    return int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS
 
 
 def require_setuptools() -> None:
     """Stops where setuptools cannot read pyproject.toml; a new venv may bring such an old one."""
-    if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+    if is_old_setuptools():
         stop(
             f"setuptools {setuptools.__version__} is too old; "
             f'type: pip install "setuptools>={MIN_SETUPTOOLS}" cmake ninja'
@@ -90,7 +127,7 @@ def decide_cuda(
         mode: The value of DYKAF_CUDA.
         torch_version: torch.__version__.
         torch_cuda: torch.version.cuda.
-        num_sources: How many files csrc/cuda/kernels/*.cu there are.
+        num_sources: How many files with kernels there are.
         nvcc: The release of nvcc, or None if there is none.
 
     Returns:
@@ -104,7 +141,7 @@ def decide_cuda(
     if torch_cuda is None:
         problem = f"torch {torch_version} is not a CUDA build"
     elif num_sources == 0:
-        problem = "this version has no CUDA sources (csrc/cuda/kernels/*.cu)"
+        problem = "this version has no CUDA sources"
     elif nvcc is None:
         problem = "nvcc was not found (CUDACXX, PATH, CUDA_HOME)"
     elif nvcc.split(".")[0] != torch_cuda.split(".")[0]:
@@ -140,7 +177,7 @@ def build_module(version: str, target_dir: Path) -> None:
         os.environ.get("DYKAF_CUDA", "auto"),
         torch.__version__,
         torch.version.cuda,
-        len(list(ROOT.glob("csrc/cuda/kernels/*.cu"))),
+        len(list(ROOT.glob("csrc/cuda/**/*.cu"))),
         nvcc and nvcc_version(nvcc),
     )
     print(f"dykaf: building against torch {torch.__version__}; {decision}", flush=True)
@@ -183,14 +220,18 @@ def build_module(version: str, target_dir: Path) -> None:
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     configure = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
     configure += [f"-D{name}={value}" for name, value in definitions.items()]
+    print(f"dykaf: compiling in {build_dir}, {jobs} at a time (MAX_JOBS)", flush=True)
+    begin = time.monotonic()
     for command in (configure, [cmake, "--build", str(build_dir), "--parallel", jobs]):
         if subprocess.run(command).returncode != 0:
-            stop("CMake failed; the reason is printed above")
+            stop(f"CMake failed; the reason is printed above{hint_of_new(torch.__version__)}")
     target_dir.mkdir(parents=True, exist_ok=True)
     for name in (f"_C{suffix}", "_build_info.py"):
         # Removed first: a process may have the old module mapped.
         (target_dir / name).unlink(missing_ok=True)
         shutil.copy2(build_dir / name, target_dir / name)
+    seconds = time.monotonic() - begin
+    print(f"dykaf: built {target_dir / f'_C{suffix}'} in {seconds:.0f} s", flush=True)
 
 
 class BuildExt(build_ext):
@@ -221,9 +262,30 @@ class DistInfo(dist_info):
         super().run()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Builds in place without a look at pyproject.toml, or hands over to setuptools."""
+    if is_old_setuptools() and {"build_ext", "--inplace"} <= set(sys.argv[1:]):
+        build_module(project_version(), ROOT / "python" / "dykaf")
+        return
     require_setuptools()
+    from setuptools.command.bdist_wheel import bdist_wheel  # an old setuptools has none
+
+    class BdistWheel(bdist_wheel):
+        """Names the torch in the name of the wheel."""
+
+        def finalize_options(self) -> None:
+            require_torch()
+            import torch
+
+            self.build_number = build_tag(torch.__version__)
+            super().finalize_options()
+
+    commands = {"build_ext": BuildExt, "build_py": BuildPy, "dist_info": DistInfo}
     setup(
         ext_modules=[Extension("dykaf._C", sources=[])],
-        cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "dist_info": DistInfo},
+        cmdclass={**commands, "bdist_wheel": BdistWheel},
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The command line: python -m bench {ops,step,scale,memory,evidence}."""
+"""The command line: python -m bench {ops,step,scale,memory,peaks,evidence}."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "step": "whole optimizer steps, the optimizers in turns",
     "scale": "cost against size and number of matrices",
     "memory": "bytes of state per parameter, by mode and model",
+    "peaks": "the rates that plain torch reaches: products by precision, a copy",
 }
 EVIDENCE = "python -m bench evidence: training runs against other optimizers, and their report."
 
@@ -40,7 +41,7 @@ def make_parser(selected: str | None) -> argparse.ArgumentParser:
         command.add_argument("--csv", type=Path, metavar="FILE", help="one line per row")
         if name in ("step", "scale"):
             command.add_argument("--png", type=Path, metavar="FILE", help="a picture")
-        if name != "scale":
+        if name not in ("scale", "peaks"):
             command.add_argument(
                 "--sets", nargs="+", choices=SHAPE_SETS, default=list(SHAPE_SETS), metavar="SET"
             )
@@ -55,6 +56,14 @@ def check_outputs(options: argparse.Namespace) -> None:
         path: Path | None = getattr(options, name, None)
         if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise BenchError(f"--{name}: cannot write into {path.parent}")
+
+
+def write(options: argparse.Namespace, report: Report) -> None:
+    """Write the files that were asked for."""
+    if options.json is not None:
+        report.write_json(options.json)
+    if options.csv is not None:
+        report.write_csv(options.csv)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,10 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BenchError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
-    if options.json is not None:
-        report.write_json(options.json)
-    if options.csv is not None:
-        report.write_csv(options.csv)
+    except Exception:  # out of memory, for one; what was measured before it is kept
+        report.interrupted = True
+        write(options, report)
+        raise
+    write(options, report)
     if getattr(options, "png", None) is not None and report.records:
         importlib.import_module("bench.plots").DRAW[options.command](report.records, options.png)
     return 130 if report.interrupted else 0

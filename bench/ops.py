@@ -15,11 +15,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from tqdm import tqdm
-
 from bench.cases import CASES, Case, Inputs, check_agreement
 from bench.counts import Count, total
 from bench.machine import Peaks, available_bytes, matmul_precision, measure_peaks
+from bench.progress import tqdm
 from bench.report import BenchError, Columns, Record, Report, print_table
 from bench.shapes import SHAPE_SETS, Workload
 from bench.timing import paired_ratio, seconds, summarise

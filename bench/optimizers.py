@@ -175,6 +175,8 @@ MUON_ITERATIONS = 5
 def missing(name: str) -> str | None:
     """Why an optimizer cannot run, in one line; None if it can."""
     module = SPECS[name].module
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        return f"{name}: left out, torch {torch.__version__} has none (2.9 is the first)"
     try:
         if module is not None:
             importlib.import_module(module)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, pairwise
 from operator import itemgetter
 
-from tqdm import tqdm
-
 from bench.machine import available_bytes, matmul_precision, measure_peaks
 from bench.optimizers import (
     PRECONDITION_FREQUENCY,
@@ -23,6 +21,7 @@ from bench.optimizers import (
     expected_seconds,
     installed,
 )
+from bench.progress import tqdm
 from bench.report import BenchError, Record, Report, print_table
 from bench.shapes import MAX_PRECOND_DIM, Workload
 from bench.step import NUM_WARMUP_STEPS, SetRun

@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bench.machine import available_bytes, matmul_precision, measure_peaks
 from bench.optimizers import (
@@ -28,6 +27,7 @@ from bench.optimizers import (
     installed,
     state_bytes,
 )
+from bench.progress import tqdm
 from bench.report import BenchError, Columns, Record, Report, print_table
 from bench.shapes import SHAPE_SETS, Workload
 from bench.timing import Summary, paired_ratio, peak_allocation, seconds, summarise

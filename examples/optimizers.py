@@ -62,6 +62,8 @@ def make_adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.opti
 
 def make_muon(model: nn.Module, settings: Settings) -> OptimizerPair:
     """torch's Muon for the hidden matrices, AdamW for the rest, at one lr."""
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"--optimizer muon needs torch 2.9 or later, got {torch.__version__}")
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
         is_hidden = parameter.ndim == 2 and not name.startswith(("embedding.", "head."))
@@ -100,7 +102,7 @@ def make_optimizer(name: str, model: nn.Module, settings: Settings) -> Optimizer
         The optimizer, without state.
 
     Raises:
-        UserError: the name is unknown, or dykaf cannot be imported.
+        UserError: the name is unknown, dykaf cannot be imported, or torch has no Muon.
     """
     if name == "dykaf":
         return make_dykaf(model, settings)

@@ -1,23 +1,20 @@
-"""The build: who may include whom, what the build says, and how it stops.
+"""The build: who may include whom, and what the module says and links.
 
 Each check is a function that is also run on a case it must reject.
 """
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
 import dykaf
-from dykaf import _build, _build_info
+from dykaf import _build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
@@ -77,6 +74,8 @@ def test_include_rules(path):
         ("csrc/include/dykaf/x.h", "#include <cuda_runtime.h>"),
         ("csrc/include/dykaf/x.h", "#include <stdint.h>"),
         ("csrc/cpu/x.cpp", "#include <cuda_runtime.h>"),
+        ("csrc/aten/x.h", "#include <cuda_runtime.h>"),
+        ("csrc/aten/x.h", '#include "cpu/linalg.h"'),
         ("csrc/cpu/x.cpp", "#include <Python.h>"),
         ("csrc/aten/x.cpp", '#include "cpu/loops.h"'),
         ("csrc/aten/x.cpp", "#include <cuda_runtime.h>"),
@@ -105,7 +104,6 @@ def test_include_rules_reject(path, line):
         ("csrc/include/dykaf/x.h", '#include "dykaf/y.h"'),
         ("csrc/cpu/x.cpp", "#include <ATen/Parallel.h>"),
         ("csrc/cpu/x.cpp", '#include "aten/products.h"'),
-        ("csrc/cuda/x.cu", "#include <cuda_bf16.h>"),
         ("csrc/cuda/kernels/x.cu", "#include <cuda_bf16.h>"),
         ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/gemm.h"'),
         ("csrc/bindings/x.cpp", "#include <c10/cuda/CUDAStream.h>"),
@@ -113,6 +111,12 @@ def test_include_rules_reject(path, line):
 )
 def test_include_rules_accept(path, line):
     assert forbidden_includes(path, line) == []
+
+
+def test_one_file_asks_for_the_version_of_torch():
+    version = re.compile(r"TORCH_VERSION_|DYKAF_TORCH_FROM|torch/version\.h")
+    asking = [path for path in product_sources() if version.search((ROOT / path).read_text())]
+    assert asking == ["csrc/aten/torch_compat.h"]
 
 
 # What was built ---------------------------------------------------------------------------------
@@ -181,171 +185,39 @@ def test_module_has_no_path_of_the_build_machine():
     assert library_dir not in Path(dykaf._C.__file__).read_bytes()
 
 
-# The torch it was built against -------------------------------------------------------------------
+# Where a library is looked for is left to the process, which has loaded torch's.
+SYSTEM_LIBRARIES = r"lib(stdc\+\+|gcc_s|m|c|pthread|dl)\.so\.\d+|ld-linux.*"
+TORCH_LIBRARIES = r"lib(c10|torch|torch_cpu|torch_python)\.so"
+CUDA_LIBRARIES = r"lib(c10_cuda|torch_cuda)\.so|libcudart\.so\.\d+"
 
 
-def test_same_torch_is_accepted():
-    _build.check_torch()
+def faults_of_links(dynamic: str, has_cuda: bool) -> list[str]:
+    """Returns what `readelf --dynamic` says that the module must not have."""
+    allowed = f"{SYSTEM_LIBRARIES}|{TORCH_LIBRARIES}" + (f"|{CUDA_LIBRARIES}" if has_cuda else "")
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    paths = re.findall(r"\((?:RPATH|RUNPATH)\).*", dynamic)
+    return paths + [name for name in needed if not re.fullmatch(allowed, name)]
 
 
-@pytest.mark.parametrize("running", ["9.9.9", torch.__version__.split("+")[0] + "+other"])
-def test_other_torch_is_refused(monkeypatch, running):
-    monkeypatch.setattr(torch, "__version__", running)
-    with pytest.raises(ImportError) as caught:
-        _build.check_torch()
-    message = str(caught.value)
-    assert f"built against torch {_build_info.BUILD_INFO['torch']}" in message
-    assert f"torch {running} is running" in message
-    assert "pip install --no-build-isolation" in message
-
-
-def test_other_torch_is_refused_before_the_module_is_loaded():
-    code = (
-        "import sys, torch; torch.__version__ = '9.9.9'\n"
-        "try:\n    import dykaf\n"
-        "except ImportError as error:\n    print(error, '| loaded:', 'dykaf._C' in sys.modules)\n"
-    )
-    result = run_python("-c", code)
-    assert "torch 9.9.9 is running" in result.stdout
-    assert result.stdout.rstrip().endswith("loaded: False")
-
-
-def test_missing_build_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "dykaf._build_info", None)
-    with pytest.raises(ImportError, match="dykaf was not built"):
-        _build.check_torch()
-
-
-# setup.py -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def setup_py():
-    spec = importlib.util.spec_from_file_location("dykaf_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("command", ["build_ext", "dist_info"])
-def test_setup_without_torch_stops_with_one_line(tmp_path, command):
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
-    out = tmp_path / "out"
-    out.mkdir()
-    target = ["--build-lib" if command == "build_ext" else "--output-dir", str(out)]
-    script = str(ROOT / "setup.py")
-    result = run_python(script, "--quiet", command, *target, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert "no torch here" in result.stderr
-    assert "pip install --no-build-isolation ." in result.stderr
-    assert list(out.iterdir()) == []
-
-
-def test_setup_with_torch_does_not_stop(setup_py):
-    setup_py.require_torch()
-
-
-@pytest.mark.parametrize("version", ["2.12.1", "2.15.0", "1.13.0+cu117"])
-def test_another_version_of_torch_stops(setup_py, monkeypatch, version):
-    monkeypatch.setattr(torch, "__version__", version)
-    expected = f"torch {version} is installed, and 2.13 or later, below 2.15 is needed"
-    with pytest.raises(SystemExit, match=re.escape(expected)):
-        setup_py.require_torch()
-    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert requirement == "torch>=2.13,<2.15"
-
-
-def test_the_nvcc_of_cuda_home_comes_before_that_on_path(setup_py, monkeypatch, tmp_path):
-    for name in ("cudacxx", "home", "path"):
-        (tmp_path / name / "bin").mkdir(parents=True)
-        tool = tmp_path / name / "bin" / "nvcc"
-        tool.write_text("#!/bin/sh\n")
-        tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    assert setup_py.find_nvcc() == str(tmp_path / "path" / "bin" / "nvcc")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert setup_py.find_nvcc() == str(tmp_path / "home" / "bin" / "nvcc")
-    monkeypatch.setenv("CUDACXX", str(tmp_path / "cudacxx" / "bin" / "nvcc"))
-    assert setup_py.find_nvcc() == str(tmp_path / "cudacxx" / "bin" / "nvcc")
-
-
-def test_the_sdist_holds_what_the_repository_holds(tmp_path):
-    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "-z"]
-    listed = subprocess.run(git, capture_output=True, text=True)
-    if listed.returncode != 0:
-        pytest.skip("not a git checkout")
-    copy = tmp_path / "copy"
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).exists():  # not while a file is being removed
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
-    expected = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    expected = {name for name in expected if not name.startswith((".ci/", ".git", ".pre-commit"))}
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)],
-        cwd=copy,
-        check=True,
-    )
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as file:
-        found = {name.partition("/")[2] for name in file.getnames()}
-    assert expected <= found
-
-
-def test_old_setuptools_stops(setup_py, monkeypatch):
-    setup_py.require_setuptools()
-    monkeypatch.setattr(setup_py.setuptools, "__version__", "65.5.0")
-    with pytest.raises(SystemExit, match=r"setuptools 65.5.0 is too old; type: pip install"):
-        setup_py.require_setuptools()
-
-
-def test_unknown_dykaf_cuda_stops_with_one_line(tmp_path):
-    target = str(tmp_path / "out")
-    args = (str(ROOT / "setup.py"), "--quiet", "build_ext", "--build-lib", target)
-    result = run_python(*args, DYKAF_CUDA="yes")
-    assert result.returncode == 1
-    assert result.stderr.splitlines() == ["dykaf: DYKAF_CUDA: expected auto, on or off, got 'yes'"]
-
-
-CPU_TORCH = ("2.13.0+cpu", None)
-CUDA_TORCH = ("2.14.1+cu130", "13.0")
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_what_the_module_links():
+    command = ["readelf", "--dynamic", "--wide", dykaf._C.__file__]
+    dynamic = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "[libtorch_python.so]" in dynamic
+    assert faults_of_links(dynamic, has_cuda=bool(_build_info.BUILD_INFO["cuda"])) == []
 
 
 @pytest.mark.parametrize(
-    ("torch_build", "num_sources", "nvcc", "reason"),
+    ("line", "has_cuda"),
     [
-        (CPU_TORCH, 3, "13.0", "torch 2.13.0+cpu is not a CUDA build"),
-        (CUDA_TORCH, 0, "13.0", "no CUDA sources"),
-        (CUDA_TORCH, 3, None, "nvcc was not found"),
-        (CUDA_TORCH, 3, "12.8", "nvcc is 12.8, but torch 2.14.1+cu130 was built with CUDA 13.0"),
+        ("(RUNPATH)  Library runpath: [/a/torch/lib]", False),
+        ("(RPATH)  Library rpath: [$ORIGIN]", True),
+        ("(NEEDED)  Shared library: [libcudart.so.13]", False),
+        ("(NEEDED)  Shared library: [libtorch_cuda.so]", False),
+        ("(NEEDED)  Shared library: [libgomp.so.1]", True),
     ],
 )
-def test_cuda_is_not_built(setup_py, torch_build, num_sources, nvcc, reason):
-    with_cuda, line = setup_py.decide_cuda("auto", *torch_build, num_sources, nvcc)
-    assert not with_cuda
-    assert line.startswith("CUDA is not built: ")
-    assert reason in line
-    with pytest.raises(SystemExit, match=f"DYKAF_CUDA=on, but .*{re.escape(reason)}"):
-        setup_py.decide_cuda("on", *torch_build, num_sources, nvcc)
-
-
-@pytest.mark.parametrize("nvcc", ["13.0", "13.2"])
-def test_cuda_is_built(setup_py, nvcc):
-    for mode in ("auto", "on"):
-        assert setup_py.decide_cuda(mode, *CUDA_TORCH, 3, nvcc) == (
-            True,
-            f"CUDA is built: nvcc {nvcc}, torch 2.14.1+cu130",
-        )
-    assert setup_py.decide_cuda("off", *CUDA_TORCH, 3, nvcc)[0] is False
-
-
-def test_architectures(setup_py):
-    assert setup_py.parse_archs("8.0;9.0+PTX") == "8.0 9.0+PTX"
-    assert setup_py.parse_archs(" 9.0a, 10.0 ") == "9.0a 10.0"
-    assert setup_py.parse_archs("7.5;8.6;12.0+PTX") == "8.6 12.0+PTX"
-    for bad in ("Hopper", "sm_90", "90", "8.0;PTX", "7.0;7.5"):
-        with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected"):
-            setup_py.parse_archs(bad)
+def test_links_reject(line, has_cuda):
+    good = "(NEEDED)  Shared library: [libtorch.so]\n(NEEDED)  Shared library: [libc.so.6]\n"
+    assert faults_of_links(good, has_cuda) == []
+    assert len(faults_of_links(good + line, has_cuda)) == 1

@@ -223,6 +223,8 @@ def test_every_contender_can_be_made_and_takes_a_step() -> None:
     for name, options in load_grid()["contenders"].items():
         if options["kind"] == "dykaf" and not HAS_DYKAF:
             continue
+        if options["kind"] == "muon" and not hasattr(torch.optim, "Muon"):  # before torch 2.9
+            continue
         torch.manual_seed(0)
         model = vision.ConvNet([3, 4])
         before = {key: value.clone() for key, value in model.state_dict().items()}

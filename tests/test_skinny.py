@@ -111,6 +111,8 @@ def step_errors(ref: ReferenceSkinny, G: Tensor, dtype: torch.dtype) -> dict[str
     lack_V = float((V.T @ V - torch.eye(inner)).norm())
     X, M = Q.T @ G, Q.T @ ref.exp_avg
     X_error = gamma(short + 1, dtype) * Q.T.abs() @ G.abs()
+    noise = 16 * u * short**0.5 * G.abs().max()  # below it entries count as zero
+    X_error += torch.where(X.abs() <= noise + X_error, X.abs(), 0.0)
     M_error = 0.05 * X_error + 3 * u * (M.abs() + X.abs()) + lack_Q @ M.abs()
     M = 0.95 * M + 0.05 * X
     XV, MV = X @ V, M @ V

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import itertools
 import json
-import tomllib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,11 @@ from typing import Any
 
 from bench.evidence import EvidenceError
 from bench.evidence.stats import select
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 GRID_FILE = Path(__file__).parent / "grid.toml"
 # task -> module of bench.evidence.tasks

@@ -108,6 +108,8 @@ def make_optimizer(
     if kind == "kronecker":
         matrix = KroneckerOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
     elif kind == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise EvidenceError(f"contenders of kind muon need torch 2.9, got {torch.__version__}")
         # match_rms_adamw brings Muon's updates to AdamW's size, so that one lr serves both.
         matrix = torch.optim.Muon(
             views.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **options

@@ -2,11 +2,12 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/bmm.h>
 
 #include <algorithm>
 #include <limits>
+
+#include "aten/torch_compat.h"
 
 // torch's own BLAS, where it lets others call it.
 extern "C" {
@@ -77,11 +78,7 @@ bool has_blas() { return &sgemm_ != nullptr && &dgemm_ != nullptr; }
 }  // namespace
 
 bool multiplies_bfloat16() {
-  static const bool is_supported = [] {
-    const auto capabilities = at::cpu::get_cpu_capabilities();
-    const auto found = capabilities.find("avx512_bf16");
-    return found != capabilities.end() && found->second.isBool() && found->second.toBool();
-  }();
+  static const bool is_supported = cpu_multiplies_bfloat16();
   return is_supported;
 }
 
@@ -97,7 +94,7 @@ void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
     }
     return;
   }
-  if (out.scalar_type() == at::kFloat && torch_precision() != MatmulPrecision::kHighest) {
+  if (out.scalar_type() == at::kFloat && cpu_operand_rounding() != OperandRounding::kNone) {
     out.copy_(a.to(at::kDouble).mm(b.to(at::kDouble)));
   } else {
     out.copy_(a.mm(b));
@@ -105,10 +102,8 @@ void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
 }
 
 MatmulPrecision torch_precision() {
-  return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
-                 at::Float32Precision::BF16
-             ? MatmulPrecision::kMedium
-             : MatmulPrecision::kHighest;
+  return cpu_operand_rounding() == OperandRounding::kBfloat16 ? MatmulPrecision::kMedium
+                                                              : MatmulPrecision::kHighest;
 }
 
 at::Tensor full_product(const at::Tensor& a, const at::Tensor& b) {

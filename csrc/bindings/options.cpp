@@ -1,10 +1,9 @@
 // A parameter group's dictionary as dykaf::Options.
-#include <ATen/Context.h>
-
 #include <array>
 #include <utility>
 
 #include "aten/products.h"
+#include "aten/torch_compat.h"
 #include "bindings/problems.h"
 
 namespace dykaf::bindings {
@@ -45,11 +44,10 @@ MatmulPrecision read_precision(const py::dict& options, const at::Device& device
   }
   if (device.is_cpu()) return aten::torch_precision();
   if (!device.is_cuda()) return MatmulPrecision::kHigh;  // torch's own products follow its settings
-  const auto precision =
-      at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-  return precision == at::Float32Precision::TF32   ? MatmulPrecision::kHigh
-         : precision == at::Float32Precision::BF16 ? MatmulPrecision::kMedium
-                                                   : MatmulPrecision::kHighest;
+  const auto rounding = aten::cuda_operand_rounding();
+  return rounding == aten::OperandRounding::kTf32       ? MatmulPrecision::kHigh
+         : rounding == aten::OperandRounding::kBfloat16 ? MatmulPrecision::kMedium
+                                                        : MatmulPrecision::kHighest;
 }
 
 }  // namespace

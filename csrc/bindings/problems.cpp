@@ -278,9 +278,9 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
     const std::vector<int64_t> counts = count_matrices(states);
     const auto num = std::accumulate(counts.begin(), counts.end(), int64_t{0});
     const at::Tensor& maxima = *inputs.grad_max;
-    const bool is_known = maxima.scalar_type() == at::kDouble ||
-                          (maxima.scalar_type() == at::kFloat &&
-                           backend_of("grad_max", maxima) == Backend::kAten);
+    const bool is_known =
+        maxima.scalar_type() == at::kDouble ||
+        (maxima.scalar_type() == at::kFloat && backend_of("grad_max", maxima) == Backend::kAten);
     if (maxima.numel() != num || !is_known || maxima.device() != device_ ||
         !maxima.is_contiguous()) {
       fail("grad_max",
