@@ -115,7 +115,7 @@ def test_include_rules_accept(path, line):
 
 def test_one_file_asks_for_the_version_of_torch():
     version = re.compile(r"TORCH_VERSION_|DYKAF_TORCH_FROM|torch/version\.h")
-    asking = [path for path in product_sources() if version.search((ROOT / path).read_text())]
+    asking = [path for path in package_sources() if version.search((ROOT / path).read_text())]
     assert asking == ["csrc/aten/torch_compat.h"]
 
 
