@@ -3,6 +3,7 @@
 #include "cuda/kernels/elements.h"
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/prepare.h"
+#include "cuda/plan/matrix_on_device.h"
 #include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
@@ -77,7 +78,7 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
   const int64_t grid = assign_tiles(*problems, [&](const GemmProblem& g) {
     return num_tiles(tile_class, GemmForm::kNN, g.m, g.n);
   });
-  const Array<Problem<float>> matrices(b.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(b.problems));
   made.launches.push_back([=, inputs = b.inputs](const std::byte*, Stream stream) {
     return launch_prepare({matrices.get(), scalars, num}, scenario.options, inputs,
                           epilogue == Epilogue::kAdam ? StepCount::kAdvance : StepCount::kKeep,

@@ -2,6 +2,7 @@
 #include "batch.h"
 #include "cuda/kernels/factor_scalars.h"
 #include "cuda/kernels/gemm.h"
+#include "cuda/plan/matrix_on_device.h"
 
 namespace kernel_check {
 namespace {
@@ -197,7 +198,7 @@ std::vector<std::byte> many_tiles() {
   f.left_tiles = f.right_tiles = f.coupling_tiles = kTiles;
   f.stage = FactorStage::kBug;
   const Array<FactorProblem> problems(std::vector<FactorProblem>{f});
-  const Array<Problem<float>> matrices(batch.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(batch.problems));
   const Array<MatrixScalars> scalars(std::vector<MatrixScalars>(1));
   MatrixScalars& s = scalars[0];
   s.active = 1;

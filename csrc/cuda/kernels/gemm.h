@@ -53,7 +53,7 @@ int64_t num_tiles(TileClass tile_class, GemmForm form, int64_t m, int64_t n);
 // What a launch needs on the device.
 struct GemmLaunch {
   const GemmProblem* problems;  // [num_problems]
-  const Problem<float>* matrices;
+  const MatrixOnDevice* matrices;
   const MatrixScalars* scalars;  // null: all matrices are active, and no epilogue needs more
   int32_t num_problems;
   int64_t grid;

@@ -60,7 +60,7 @@ class TileEpilogue {
   DYKAF_DEVICE bool arrays_aligned() const {
     bool aligned = is_aligned(p_.D, p_.n, 4) && is_aligned(p_.C, p_.n, 4);
     if (p_.epilogue == Epilogue::kAdam) {
-      const Problem<float>& matrix = launch_.matrices[p_.matrix_idx];
+      const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
       aligned = aligned && is_aligned(matrix.exp_avg, p_.n, 4) &&
                 is_aligned(matrix.exp_avg_sq, p_.n, 4) && is_aligned(p_.update, p_.n, 4);
     }
@@ -96,7 +96,7 @@ class TileEpilogue {
   }
 
   DYKAF_DEVICE void adam(int64_t start, int count, bool aligned, const float (&h)[kUnit]) {
-    const Problem<float>& matrix = launch_.matrices[p_.matrix_idx];
+    const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
     float exp_avg[kUnit];
     float exp_avg_sq[kUnit];
     float update[kUnit];
@@ -114,7 +114,7 @@ class TileEpilogue {
   }
 
   DYKAF_DEVICE void parameter(int64_t start, int count, const float (&update)[kUnit]) {
-    const Problem<float>& matrix = launch_.matrices[p_.matrix_idx];
+    const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
     const bool aligned = is_aligned(matrix.param, p_.n, element_size(matrix.dtype));
     const bool master_aligned = is_aligned(matrix.master, p_.n, 4);
     apply_unit_(matrix, launch_.scalars[p_.matrix_idx], start, count, aligned, master_aligned,

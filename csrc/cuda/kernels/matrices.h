@@ -8,6 +8,38 @@
 
 namespace dykaf::cuda {
 
+// What kernels read and write of a matrix: dykaf::Problem has the meaning of each array. All
+// pointers are to the device, and null where the matrix has no such array.
+struct MatrixOnDevice {
+  int64_t m;
+  int64_t n;
+  int64_t rotated_side;  // the longest side whose basis gradients are rotated to, 0 without one
+  int64_t skinny_rank;   // 0: not skinny
+  uint64_t stream;
+  DType dtype;            // of grad and param
+  bool has_two_averages;  // of either side, each with a rho of its own
+
+  const void* grad;
+  void* param;
+  float* master;
+  float* exp_avg;
+  float* exp_avg_sq;
+  float* exp_avg_sq_row;
+  float* exp_avg_sq_col;
+  double* exp_avg_sq_scale;
+  double* rho;
+  float* basis;
+  float* core;
+  float* flat;
+  float* step;
+  float* update_rms;
+
+  // constexpr is what lets kernels call them.
+  constexpr bool is_wide() const { return m < n; }
+  constexpr int64_t short_side() const { return is_wide() ? m : n; }
+  constexpr int64_t long_side() const { return is_wide() ? n : m; }
+};
+
 // The numbers that one matrix's step hangs on, computed on the device once per step.
 struct MatrixScalars {
   int32_t active;         // 0: the step leaves this matrix as it is
@@ -42,8 +74,8 @@ struct MatrixScalars {
 };
 
 // The matrices of a launch, and their scalars; on the device.
-struct Matrices {
-  const Problem<float>* problems;  // [num]
+struct Group {
+  const MatrixOnDevice* matrices;  // [num]
   MatrixScalars* scalars;          // [num]
   int32_t num;
 };

@@ -25,7 +25,7 @@ struct Part {
   int num_j;
 };
 
-DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
+DYKAF_DEVICE Part locate_part(const MatrixOnDevice& p, int64_t tile) {
   Part part;
   const int64_t parts_i = ceil_div(p.short_side(), kShort);
   part.piece = tile / parts_i;
@@ -38,7 +38,7 @@ DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
 
 // exp_avg, and X from the array to `tile` [kShort, kStride], the short side first; exp_avg to
 // `momenta` likewise.
-DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, const float* X,
+DYKAF_DEVICE void blend_part_(const MatrixOnDevice& p, const MatrixScalars& s, const float* X,
                               const Part& part, float* tile, float* momenta) {
   const bool is_wide = p.is_wide();
   const int num_rows = is_wide ? part.num_i : part.num_j;
@@ -85,13 +85,13 @@ DYKAF_DEVICE void append_part_(float* rows, int64_t l, const Part& part, const f
 // One block per part of a matrix.
 __global__ void __launch_bounds__(kThreads)
     skinny_gradient_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
-                           const __grid_constant__ Matrices matrices) {
+                           const __grid_constant__ Group group) {
   DYKAF_SHARED(float, tile, [kShort * kStride]);
   DYKAF_SHARED(float, momenta, [kShort * kStride]);
   const int block = static_cast<int>(blockIdx.x);
   const SkinnyProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0) return;
   const Part part = locate_part(p, block - q.tile_begin);
   blend_part_(p, s, q.X, part, tile, momenta);
@@ -121,11 +121,11 @@ __global__ void __launch_bounds__(kThreads)
 // One warp per row of the short side, kWarps rows per block.
 __global__ void __launch_bounds__(kThreads)
     skinny_moments_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
-                          const __grid_constant__ Matrices matrices) {
+                          const __grid_constant__ Group group) {
   const int block = static_cast<int>(blockIdx.x);
   const SkinnyProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0) return;
   const int64_t num_rows = p.short_side();
   const int64_t l = p.long_side();
@@ -181,11 +181,11 @@ __global__ void __launch_bounds__(kThreads)
 // unit trace. One block per matrix.
 __global__ void __launch_bounds__(kThreads)
     skinny_long_factor_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
-                              const __grid_constant__ Matrices matrices, double beta) {
+                              const __grid_constant__ Group group, double beta) {
   DYKAF_SHARED(double, scratch, [kWarps]);
   const SkinnyProblem q = launch.problems[blockIdx.x];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0 || !q.updates_factor) return;
   const int64_t num_rows = p.short_side();
   const int64_t num_sums = num_rows * ceil_div(p.long_side(), kLong);
@@ -226,19 +226,19 @@ int64_t skinny_tiles(SkinnyStage stage, int64_t s, int64_t l) {
                                          : ceil_div(s, kWarps);
 }
 
-int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Matrices& matrices,
+int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Group& group,
                   double factor_beta, Stream stream) {
   const dim3 tiles(static_cast<unsigned>(launch.grid));
   const dim3 threads(kThreads);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   switch (stage) {
     case SkinnyStage::kGradient:
-      return DYKAF_LAUNCH(skinny_gradient_kernel, tiles, threads, 0, cuda_stream, launch, matrices);
+      return DYKAF_LAUNCH(skinny_gradient_kernel, tiles, threads, 0, cuda_stream, launch, group);
     case SkinnyStage::kMoments:
-      return DYKAF_LAUNCH(skinny_moments_kernel, tiles, threads, 0, cuda_stream, launch, matrices);
+      return DYKAF_LAUNCH(skinny_moments_kernel, tiles, threads, 0, cuda_stream, launch, group);
     case SkinnyStage::kLongFactor:
-      return DYKAF_LAUNCH(skinny_long_factor_kernel, tiles, threads, 0, cuda_stream, launch,
-                          matrices, factor_beta);
+      return DYKAF_LAUNCH(skinny_long_factor_kernel, tiles, threads, 0, cuda_stream, launch, group,
+                          factor_beta);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

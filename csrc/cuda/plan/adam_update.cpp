@@ -27,9 +27,9 @@ void add_compact_adam(GroupPlan& plan, const Options& options,
   }
   for (const MomentStage stage : {MomentStage::kRowSums, MomentStage::kRowVector,
                                   MomentStage::kColSums, MomentStage::kVectors}) {
-    const auto launch = [stage, beta2 = options.beta2](const auto& launch, const Matrices& matrices,
+    const auto launch = [stage, beta2 = options.beta2](const auto& launch, const Group& group,
                                                        Stream stream) {
-      return launch_moment(stage, launch, matrices, beta2, stream);
+      return launch_moment(stage, launch, group, beta2, stream);
     };
     if (stage == MomentStage::kRowSums || stage == MomentStage::kColSums) {
       plan.tiled(

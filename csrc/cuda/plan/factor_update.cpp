@@ -157,27 +157,25 @@ class FactorUpdatePlan {
   }
 
   void scalars(const std::vector<FactorProblem>& problems) {
-    plan_.one_block_each(
-        problems,
-        [beta = options_.factor_beta](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_factor_scalars(launch, matrices, beta, stream);
-        });
+    plan_.one_block_each(problems, [beta = options_.factor_beta](
+                                       const auto& launch, const Group& group, Stream stream) {
+      return launch_factor_scalars(launch, group, beta, stream);
+    });
   }
 
   void blend(const std::vector<BlendProblem>& problems) {
     plan_.tiled(
         problems, [](const BlendProblem& b) { return element_tiles(1, b.size); },
-        [](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_blend(launch, matrices, stream);
+        [](const auto& launch, const Group& group, Stream stream) {
+          return launch_blend(launch, group, stream);
         });
   }
 
   void metric_weights() {
-    plan_.one_block_each(
-        metrics_, [power = options_.metric_power](const auto& launch, const Matrices& matrices,
-                                                  Stream stream) {
-          return launch_metric_weights(launch, matrices, power, stream);
-        });
+    plan_.one_block_each(metrics_, [power = options_.metric_power](
+                                       const auto& launch, const Group& group, Stream stream) {
+      return launch_metric_weights(launch, group, power, stream);
+    });
   }
 
   GroupPlan& plan_;

@@ -50,7 +50,7 @@ void GemmSite::launch(PlanBuilder& builder, size_t matrices_offset, const Matrix
     const auto num = static_cast<int32_t>(problems.size());
     builder.launch([=](const std::byte* image, Stream stream) {
       const GemmLaunch launch{as<GemmProblem>(image + offset),
-                              as<Problem<float>>(image + matrices_offset), scalars, num, grid};
+                              as<MatrixOnDevice>(image + matrices_offset), scalars, num, grid};
       return launch_gemm(precision, form, tile_class, launch, stream);
     });
   }

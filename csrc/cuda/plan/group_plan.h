@@ -6,6 +6,7 @@
 #include "cuda/kernels/elements.h"
 #include "cuda/kernels/prepare.h"
 #include "cuda/plan/gemm_plan.h"
+#include "cuda/plan/matrix_on_device.h"
 #include "cuda/plan/plan_builder.h"
 
 namespace dykaf::cuda {
@@ -16,8 +17,7 @@ class GroupPlan {
       : problems_(problems),
         builder_(workspace),
         scalars_(builder_.take<MatrixScalars>(num())),
-        matrices_offset_(
-            builder_.add(std::vector<Problem<float>>(problems.begin(), problems.end()))) {}
+        matrices_offset_(builder_.add(matrices_on_device(problems))) {}
 
   int32_t num() const { return static_cast<int32_t>(problems_.size()); }
   const Problem<float>& problem(int32_t i) const { return problems_[static_cast<size_t>(i)]; }
@@ -28,8 +28,8 @@ class GroupPlan {
   void prepare(const Options& options, const DeviceInputs& inputs, StepCount step_count) {
     builder_.launch([=, offset = matrices_offset_, scalars = scalars_, n = num()](
                         const std::byte* image, Stream stream) {
-      const Matrices matrices{as<Problem<float>>(image + offset), scalars, n};
-      return launch_prepare(matrices, options, inputs, step_count, stream);
+      const Group group{as<MatrixOnDevice>(image + offset), scalars, n};
+      return launch_prepare(group, options, inputs, step_count, stream);
     });
   }
 
@@ -52,14 +52,14 @@ class GroupPlan {
   void elements(std::vector<ElementProblem> problems) {
     tiled(
         std::move(problems), [](const ElementProblem& e) { return element_tiles(e.m, e.n); },
-        [](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_elements(launch, matrices, stream);
+        [](const auto& launch, const Group& group, Stream stream) {
+          return launch_elements(launch, group, stream);
         });
   }
 
   void update_rms(const std::vector<RmsProblem>& problems) {
-    one_block_each(problems, [](const auto& launch, const Matrices& matrices, Stream stream) {
-      return launch_update_rms(launch, matrices, stream);
+    one_block_each(problems, [](const auto& launch, const Group& group, Stream stream) {
+      return launch_update_rms(launch, group, stream);
     });
   }
 
@@ -83,7 +83,7 @@ class GroupPlan {
                         const std::byte* image, Stream stream) {
       return launch_grouped(
           Grouped<GroupedProblem>{as<GroupedProblem>(image + offset), count, grid},
-          Matrices{as<Problem<float>>(image + matrices_offset), scalars, n}, stream);
+          Group{as<MatrixOnDevice>(image + matrices_offset), scalars, n}, stream);
     });
   }
 

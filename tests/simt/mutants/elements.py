@@ -157,7 +157,7 @@ ELEMENT_KERNELS = (
         ),
         (
             "update_rms ignores the skip flag",
-            "if (matrices.scalars[r.matrix_idx].active == 0) return;",
+            "if (group.scalars[r.matrix_idx].active == 0) return;",
             "",
         ),
         ("update_rms of a row", "static_cast<double>(p.m * p.n)", "static_cast<double>(p.n)"),

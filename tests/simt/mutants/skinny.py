@@ -117,7 +117,7 @@ SKINNY = (
         ("what V sees is lost", "(within[i] + update[i])", "update[i]"),
     )
     + faults(
-        "kernels/factor_scalars.cu",
+        "plan/matrix_on_device.h",
         CHECKS,
         ("both sides take the short one's rho", " || p.is_skinny()", ""),
     )

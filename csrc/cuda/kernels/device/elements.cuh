@@ -40,7 +40,7 @@ DYKAF_DEVICE uint16_t stochastic(float x, DType dtype, uint32_t random) {
 
 // param <- param (1 - lr weight_decay) - lr update for the unit from element `start`. `aligned` and
 // `master_aligned` say whether whole units of the parameter and of the master may move at once.
-DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s, int64_t start,
+DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s, int64_t start,
                               int count, bool aligned, bool master_aligned,
                               const float (&update)[kUnit]) {
   float value[kUnit];
