@@ -53,7 +53,7 @@ DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
 }
 
 // Adam on a unit with the gradient of h; returns the update.
-DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
+DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
                              const UnitPlace& place, const float (&h)[kUnit],
                              float (&update)[kUnit]) {
   const bool aligned =
@@ -62,7 +62,7 @@ DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
   float exp_avg_sq[kUnit];
   load_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
   load_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
-  adam_unit(exp_avg, exp_avg_sq, h, s, update);
+  adam_unit(exp_avg, exp_avg_sq, h, s, o, update);
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
   store_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
 }
@@ -91,24 +91,24 @@ DYKAF_DEVICE float sum_of_squares(const UnitPlace& place, const float (&update)[
 
 // run_unit_ is an operation on one unit. Those with partial sums return the unit's.
 DYKAF_DEVICE void run_unit_(const LoadProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
-                            const UnitPlace& place) {
+                            const AdamOptions&, const UnitPlace& place) {
   float h[kUnit];
   load_gradient_unit(p, s, place, h);
   store_place(e.H, place, h);
 }
 
 DYKAF_DEVICE float run_unit_(const AdamProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
-                             const UnitPlace& place) {
+                             const AdamOptions& o, const UnitPlace& place) {
   float h[kUnit];
   float update[kUnit];
   load_place(e.H, place, h);
-  adam_unit_(p, s, place, h, update);
+  adam_unit_(p, s, o, place, h, update);
   store_place(e.update, place, update);
   return sum_of_squares(place, update);
 }
 
 DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const MatrixOnDevice& p,
-                             const MatrixScalars& s, const UnitPlace& place) {
+                             const MatrixScalars& s, const AdamOptions& o, const UnitPlace& place) {
   const bool aligned = is_aligned(p.exp_avg, place.start, 4);
   float h[kUnit];
   float exp_avg[kUnit];
@@ -120,9 +120,9 @@ DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const MatrixOnDevice& 
   const float row = e.row_root[place.row] * s.correction2;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), s);
+    exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), o);
     // Row and column means can be far below an entry's own second moment.
-    const float ratio = exp_avg[i] * s.correction1 / (row * root[i] + s.eps);
+    const float ratio = exp_avg[i] * s.correction1 / (row * root[i] + o.eps);
     update[i] = fminf(fmaxf(ratio, -s.update_bound), s.update_bound);
   }
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
@@ -131,24 +131,24 @@ DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const MatrixOnDevice& 
 }
 
 DYKAF_DEVICE void run_unit_(const ApplyProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
-                            const UnitPlace& place) {
+                            const AdamOptions&, const UnitPlace& place) {
   float update[kUnit];
   load_place(e.update, place, update);
   apply_unit_(p, s, place, update);
 }
 
 DYKAF_DEVICE float run_unit_(const AdamWProblem&, const MatrixOnDevice& p, const MatrixScalars& s,
-                             const UnitPlace& place) {
+                             const AdamOptions& o, const UnitPlace& place) {
   float g[kUnit];
   float update[kUnit];
   load_gradient_unit(p, s, place, g);
-  adam_unit_(p, s, place, g, update);
+  adam_unit_(p, s, o, place, g, update);
   apply_unit_(p, s, place, update);
   return sum_of_squares(place, update);
 }
 
 DYKAF_DEVICE void run_unit_(const WeighProblem& e, const MatrixOnDevice&, const MatrixScalars&,
-                            const UnitPlace& place) {
+                            const AdamOptions&, const UnitPlace& place) {
   float h[kUnit];
   load_place(e.H, place, h);
   weigh_unit(e.row, e.col, place, h);
@@ -157,7 +157,7 @@ DYKAF_DEVICE void run_unit_(const WeighProblem& e, const MatrixOnDevice&, const 
 
 // The weights hold what there is of exp_avg_sq.
 DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const MatrixOnDevice& p,
-                             const MatrixScalars& s, const UnitPlace& place) {
+                             const MatrixScalars& s, const AdamOptions&, const UnitPlace& place) {
   float within[kUnit];
   float update[kUnit];
   load_place(e.update, place, within);
@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(kThreads)
     if (unit >= num_units) break;
     const UnitPlace place = locate_unit(unit, e.n);
     if constexpr (kSums) {
-      sum[0] += run_unit_(e, p, s, place);
+      sum[0] += run_unit_(e, p, s, group.adam, place);
     } else {
-      run_unit_(e, p, s, place);
+      run_unit_(e, p, s, group.adam, place);
     }
   }
   if constexpr (kSums) {

@@ -50,17 +50,11 @@ struct MatrixScalars {
   float load_scale;  // grad_scale / tau
 
   // Adam
-  float beta1;
-  float one_minus_beta1;
-  float beta2;
-  float one_minus_beta2;
-  float correction1;  // of exp_avg
-  float correction2;  // of the root of exp_avg_sq
-  float eps;
-  float adam_tau;       // the gradient is adam_tau H
-  float noise;          // |H| below it is rounding
-  float update_bound;   // of the update's entries, after bias correction
-  float least_outside;  // share of a row's squares that a skinny basis may miss by rounding
+  float correction1;   // of exp_avg
+  float correction2;   // of the root of exp_avg_sq
+  float adam_tau;      // the gradient is adam_tau H
+  float noise;         // |H| below it is rounding
+  float update_bound;  // of the update's entries, after bias correction
 
   // Parameter
   float keep;  // 1 - lr weight_decay
@@ -73,11 +67,23 @@ struct MatrixScalars {
   float gain[2];
 };
 
-// The matrices of a launch, and their scalars; on the device.
+// The options of Adam as the elements meet them, the same for all matrices of a group.
+struct AdamOptions {
+  float beta1;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float eps;
+  float least_outside;  // share of a row's squares that a skinny basis may miss by rounding
+};
+
+// The matrices of a launch and their scalars, on the device; null scalars: all are active. The
+// options are in the kernel's arguments and not in the image: from there they take no registers.
 struct Group {
   const MatrixOnDevice* matrices;  // [num]
   MatrixScalars* scalars;          // [num]
   int32_t num;
+  AdamOptions adam;
 };
 
 // A grouped launch over `problems`, with `grid` blocks.

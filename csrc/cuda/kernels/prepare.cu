@@ -42,19 +42,13 @@ __global__ void __launch_bounds__(kThreads)
   s.tau = p.rho == nullptr ? 1.0f : power_of_two(largest);
   s.load_scale = static_cast<float>(scale / static_cast<double>(s.tau));
   s.zero_gradient = grad_max == 0.0 ? 1 : 0;
-
-  const double step = static_cast<double>(*p.step);
-  s.beta1 = static_cast<float>(options.beta1);
-  s.one_minus_beta1 = static_cast<float>(1 - options.beta1);
-  s.beta2 = static_cast<float>(options.beta2);
-  s.one_minus_beta2 = static_cast<float>(1 - options.beta2);
-  s.correction1 = static_cast<float>(1 / (1 - pow(options.beta1, step)));
-  s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
-  s.eps = static_cast<float>(options.eps);
   s.adam_tau = fminf(s.tau, static_cast<float>(largest_adam_tau<float>(p.m, p.n)));
   s.noise = static_cast<float>(grad_max * fabs(scale) / static_cast<double>(s.tau) *
                                rounding_share<float>(p.rotated_side));
-  s.least_outside = static_cast<float>(least_outside<float>(options));
+
+  const double step = static_cast<double>(*p.step);
+  s.correction1 = static_cast<float>(1 / (1 - pow(options.beta1, step)));
+  s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
   s.update_bound = static_cast<float>(update_bound(options, step));
 
   const double lr = inputs.lr == nullptr ? options.lr : static_cast<double>(*inputs.lr);

@@ -38,8 +38,8 @@ DYKAF_DEVICE Part locate_part(const MatrixOnDevice& p, int64_t tile) {
 
 // exp_avg, and X from the array to `tile` [kShort, kStride], the short side first; exp_avg to
 // `momenta` likewise.
-DYKAF_DEVICE void blend_part_(const MatrixOnDevice& p, const MatrixScalars& s, const float* X,
-                              const Part& part, float* tile, float* momenta) {
+DYKAF_DEVICE void blend_part_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
+                              const float* X, const Part& part, float* tile, float* momenta) {
   const bool is_wide = p.is_wide();
   const int num_rows = is_wide ? part.num_i : part.num_j;
   const int num_cols = is_wide ? part.num_j : part.num_i;
@@ -57,7 +57,7 @@ DYKAF_DEVICE void blend_part_(const MatrixOnDevice& p, const MatrixScalars& s, c
     load_unit(p.exp_avg + start, count, aligned, exp_avg);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-      exp_avg[e] = blend_momentum(exp_avg[e], gradient_of(x[e], s), s);
+      exp_avg[e] = blend_momentum(exp_avg[e], gradient_of(x[e], s), o);
       const int place = is_wide ? row * kStride + col + e : (col + e) * kStride + row;
       tile[place] = fabsf(x[e]) < s.noise ? 0.0f : x[e];
       momenta[place] = exp_avg[e];
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0) return;
   const Part part = locate_part(p, block - q.tile_begin);
-  blend_part_(p, s, q.X, part, tile, momenta);
+  blend_part_(p, s, group.adam, q.X, part, tile, momenta);
   __syncthreads();
   const int64_t l = p.long_side();
   if (q.updates_factor) append_part_(p.basis + q.used * l, l, part, tile);
@@ -126,6 +126,7 @@ __global__ void __launch_bounds__(kThreads)
   const SkinnyProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
   const MatrixOnDevice& p = group.matrices[q.matrix_idx];
   const MatrixScalars& s = group.scalars[q.matrix_idx];
+  const AdamOptions& o = group.adam;
   if (s.active == 0) return;
   const int64_t num_rows = p.short_side();
   const int64_t l = p.long_side();
@@ -159,12 +160,12 @@ __global__ void __launch_bounds__(kThreads)
   const float bound = s.update_bound / s.correction1;
 
   const auto inverse_root = [&](float& second_moment, float g) {
-    second_moment = s.beta2 * second_moment + s.one_minus_beta2 * g * g;
-    return 1.0f / (sqrtf(second_moment) * s.correction2 + s.eps);
+    second_moment = o.beta2 * second_moment + o.one_minus_beta2 * g * g;
+    return 1.0f / (sqrtf(second_moment) * s.correction2 + o.eps);
   };
   float* exp_avg_sq = p.exp_avg_sq + i * (p.skinny_rank + 1);
   // Below the bound on its rounding the difference is not known.
-  const double outside = fmax(total - inside, s.least_outside * total);
+  const double outside = fmax(total - inside, o.least_outside * total);
   const auto rest = static_cast<float>(sqrt(outside / static_cast<double>(l - q.inner)));
   float beyond = 0.0f;
   if (lane == 0) q.beyond[i] = beyond = inverse_root(exp_avg_sq[p.skinny_rank], s.adam_tau * rest);

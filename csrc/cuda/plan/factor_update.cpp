@@ -213,6 +213,7 @@ void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
                         const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
   GroupPlan plan(problems, workspace);
+  plan.prepare(options, inputs, StepCount::kKeep);
   std::vector<LoadProblem> loads;
   std::vector<const float*> H;
   std::vector<float*> scratch;
@@ -223,7 +224,6 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
     H.push_back(gradient);
     scratch.push_back(plan.builder().take<float>(p.size()));
   }
-  plan.prepare(options, inputs, StepCount::kKeep);
   plan.elements(loads);
   add_factor_update(plan, options, precision, H, scratch);
   return plan.finish();

@@ -14,6 +14,7 @@ class StepPlan {
       : plan_(problems, workspace), options_(options), inputs_(inputs), precision_(precision) {}
 
   Plan build() {
+    plan_.prepare(options_, inputs_, StepCount::kAdvance);
     for (int32_t i = 0; i < plan_.num(); ++i) {
       if (plan_.problem(i).is_unsided()) {
         add_adamw(i);
@@ -21,7 +22,6 @@ class StepPlan {
         add_matrix(i);
       }
     }
-    plan_.prepare(options_, inputs_, StepCount::kAdvance);
     plan_.elements(adamws_);
     plan_.elements(loads_);
     plan_.gemms(into_.left(), precision_);
@@ -115,8 +115,8 @@ Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
     float* scratch = both ? plan.builder().take<float>(p.size()) : nullptr;
     gemms.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
   }
-  plan.gemms_without_scalars(gemms.left(), precision);
-  plan.gemms_without_scalars(gemms.right(), precision);
+  plan.gemms(gemms.left(), precision);
+  plan.gemms(gemms.right(), precision);
   return plan.finish();
 }
 

@@ -226,7 +226,7 @@ PLANS = (
         ),
     )
     + faults(
-        "plan/matrix_on_device.h",
+        "plan/on_device.h",
         ("factors diagonal", "factors one-sided"),
         (
             "average: rho of one side",

@@ -6,8 +6,8 @@
 
 namespace dykaf::cuda {
 
-DYKAF_DEVICE float blend_momentum(float exp_avg, float g, const MatrixScalars& s) {
-  return s.beta1 * exp_avg + s.one_minus_beta1 * g;
+DYKAF_DEVICE float blend_momentum(float exp_avg, float g, const AdamOptions& o) {
+  return o.beta1 * exp_avg + o.one_minus_beta1 * g;
 }
 
 DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
@@ -16,14 +16,14 @@ DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
 
 // Adam on a unit with the gradient of h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
 DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
-                            const float (&h)[kUnit], const MatrixScalars& s,
+                            const float (&h)[kUnit], const MatrixScalars& s, const AdamOptions& o,
                             float (&update)[kUnit]) {
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
     const float g = gradient_of(h[i], s);
-    exp_avg[i] = blend_momentum(exp_avg[i], g, s);
-    exp_avg_sq[i] = s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * g * g;
-    const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps;
+    exp_avg[i] = blend_momentum(exp_avg[i], g, o);
+    exp_avg_sq[i] = o.beta2 * exp_avg_sq[i] + o.one_minus_beta2 * g * g;
+    const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;
     update[i] = exp_avg[i] * s.correction1 / denominator;
   }
 }

@@ -1,7 +1,8 @@
-// What kernels get to see of a matrix.
+// What kernels get to see of matrices and options.
 #pragma once
 
 #include "cuda/kernels/matrices.h"
+#include "dykaf/bounds.h"
 
 namespace dykaf::cuda {
 
@@ -35,6 +36,17 @@ inline std::vector<MatrixOnDevice> matrices_on_device(std::span<const Problem<fl
   std::vector<MatrixOnDevice> matrices;
   for (const Problem<float>& p : problems) matrices.push_back(matrix_on_device(p));
   return matrices;
+}
+
+inline AdamOptions adam_options(const Options& options) {
+  return {
+      .beta1 = static_cast<float>(options.beta1),
+      .one_minus_beta1 = static_cast<float>(1 - options.beta1),
+      .beta2 = static_cast<float>(options.beta2),
+      .one_minus_beta2 = static_cast<float>(1 - options.beta2),
+      .eps = static_cast<float>(options.eps),
+      .least_outside = static_cast<float>(least_outside<float>(options)),
+  };
 }
 
 }  // namespace dykaf::cuda
