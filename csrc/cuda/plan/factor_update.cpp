@@ -3,6 +3,7 @@
 
 #include "cuda/kernels/factor_scalars.h"
 #include "cuda/plan/group_plan.h"
+#include "cuda/plan/step_arrays.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -64,7 +65,7 @@ class FactorUpdatePlan {
   // L's increment A B^T, with the sums that its scalars need.
   void increment_left(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
-    float* increment = plan_.builder().take<float>(p.m * p.m);
+    float* increment = plan_.builder().take<float>(StepArrays(p).left_increment);
     GemmProblem sums = gemm_problem(A, B, increment, p.m, p.m, p.n, i);
     sums.C = p.L;
     sums.epilogue = Epilogue::kSums;
@@ -76,7 +77,7 @@ class FactorUpdatePlan {
   // R's increment A^T B.
   void increment_right(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
-    float* increment = plan_.builder().take<float>(p.n * p.n);
+    float* increment = plan_.builder().take<float>(StepArrays(p).right_increment);
     GemmProblem sums = gemm_problem(A, B, increment, p.n, p.n, p.m, i);
     sums.C = p.R;
     sums.epilogue = Epilogue::kSums;
@@ -219,10 +220,11 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
   std::vector<float*> scratch;
   for (int32_t i = 0; i < plan.num(); ++i) {
     const Problem<float>& p = plan.problem(i);
-    auto* gradient = plan.builder().take<float>(p.size());
+    const StepArrays arrays(p);
+    auto* gradient = plan.builder().take<float>(arrays.H);
     loads.push_back({flat_array(p, i), gradient});
     H.push_back(gradient);
-    scratch.push_back(plan.builder().take<float>(p.size()));
+    scratch.push_back(plan.builder().take<float>(arrays.scratch));
   }
   plan.elements(loads);
   add_factor_update(plan, options, precision, H, scratch);

@@ -1,6 +1,7 @@
 // Planning of the rotations and of the whole step, and running of plans.
 #include "cuda/kernels/grad_max.h"
 #include "cuda/plan/group_plan.h"
+#include "cuda/plan/step_arrays.h"
 #include "dykaf/schedule.h"
 
 namespace dykaf::cuda {
@@ -48,9 +49,10 @@ class StepPlan {
   void add_matrix(int32_t i) {
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
-    auto* H = plan_.builder().take<float>(p.size());
-    auto* scratch = plan_.builder().take<float>(p.size());
-    auto* update = plan_.builder().take<float>(p.size());
+    const StepArrays arrays(p);
+    auto* H = plan_.builder().take<float>(arrays.H);
+    auto* scratch = plan_.builder().take<float>(arrays.scratch);
+    auto* update = plan_.builder().take<float>(arrays.update);
     H_.push_back(updates_factors(p, options_) ? H : nullptr);
     scratch_.push_back(scratch);
 
@@ -123,6 +125,11 @@ Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
   return StepPlan(problems, options, inputs, precision, workspace).build();
+}
+
+int64_t step_workspace_bytes(const Problem<float>& p) {
+  if (p.is_unsided()) return 0;
+  return StepArrays(p).total() * static_cast<int64_t>(sizeof(float));
 }
 
 Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace) {
