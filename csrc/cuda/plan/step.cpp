@@ -1,5 +1,4 @@
-// Planning of the rotations and of the whole step, and running of plans.
-#include "cuda/kernels/grad_max.h"
+// Planning of the whole step, and running of plans.
 #include "cuda/plan/group_plan.h"
 #include "cuda/plan/step_arrays.h"
 #include "dykaf/schedule.h"
@@ -106,22 +105,6 @@ int Plan::run(const void* device_image, Stream stream) const {
   return 0;
 }
 
-Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
-                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
-                 void* workspace) {
-  GroupPlan plan(problems, workspace);
-  RotationGemms gemms(rotation);
-  for (int32_t i = 0; i < plan.num(); ++i) {
-    const Problem<float>& p = plan.problem(i);
-    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
-    float* scratch = both ? plan.builder().take<float>(p.size()) : nullptr;
-    gemms.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
-  }
-  plan.gemms(gemms.left(), precision);
-  plan.gemms(gemms.right(), precision);
-  return plan.finish();
-}
-
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
   return StepPlan(problems, options, inputs, precision, workspace).build();
@@ -130,33 +113,6 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
 int64_t step_workspace_bytes(const Problem<float>& p) {
   if (p.is_unsided()) return 0;
   return StepArrays(p).total() * static_cast<int64_t>(sizeof(float));
-}
-
-Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace) {
-  PlanBuilder builder(workspace);
-  std::vector<GradMaxProblem> problems;
-  for (const Gradient& gradient : gradients) {
-    GradMaxProblem p{};
-    p.gradient = gradient;
-    p.num_tiles = static_cast<int32_t>(grad_max_tiles(gradient.size));
-    p.partials = builder.take<float>(p.num_tiles);
-    p.maximum = maxima + problems.size();
-    problems.push_back(p);
-  }
-  const int64_t grid =
-      assign_tiles(problems, [](const GradMaxProblem& p) { return int64_t{p.num_tiles}; });
-  if (problems.empty()) return builder.finish();
-  const size_t offset = builder.add(problems);
-  const auto num = static_cast<int32_t>(problems.size());
-  const auto launch = [&](auto launch_stage) {
-    builder.launch([=](const std::byte* image, Stream stream) {
-      return launch_stage(Grouped<GradMaxProblem>{as<GradMaxProblem>(image + offset), num, grid},
-                          stream);
-    });
-  };
-  launch(launch_grad_max);
-  launch(launch_grad_max_finish);
-  return builder.finish();
 }
 
 }  // namespace dykaf::cuda
