@@ -13,26 +13,26 @@ namespace dykaf::cuda {
 struct MatrixOnDevice {
   int64_t m;
   int64_t n;
-  int64_t rotated_side;  // the longest side whose basis gradients are rotated to, 0 without one
-  int64_t skinny_rank;   // 0: not skinny
-  uint64_t stream;
+  int64_t rotated_side;   // the longest side whose basis gradients are rotated to, 0 without one
+  int64_t skinny_rank;    // 0: not skinny
+  uint64_t stream;        // names its random numbers
   DType dtype;            // of grad and param
   bool has_two_averages;  // of either side, each with a rho of its own
 
-  const void* grad;
-  void* param;
-  float* master;
-  float* exp_avg;
-  float* exp_avg_sq;
-  float* exp_avg_sq_row;
-  float* exp_avg_sq_col;
-  double* exp_avg_sq_scale;
-  double* rho;
-  float* basis;
-  float* core;
-  float* flat;
-  float* step;
-  float* update_rms;
+  const void* grad;          // [m, n] in dtype
+  void* param;               // [m, n] in dtype
+  float* master;             // [m, n]
+  float* exp_avg;            // [m, n]
+  float* exp_avg_sq;         // [m, n]; skinny: [s, skinny_rank + 1]
+  float* exp_avg_sq_row;     // [m]
+  float* exp_avg_sq_col;     // [n]
+  double* exp_avg_sq_scale;  // [1]
+  double* rho;               // [2]
+  float* basis;              // [2 skinny_rank, l]
+  float* core;               // [2 skinny_rank, 2 skinny_rank]
+  float* flat;               // [1]
+  float* step;               // [1]
+  float* update_rms;         // [1]
 
   // constexpr is what lets kernels call them.
   constexpr bool is_wide() const { return m < n; }
@@ -56,7 +56,7 @@ struct MatrixScalars {
   float noise;         // |H| below it is rounding
   float update_bound;  // of the update's entries, after bias correction
 
-  // Parameter
+  // Parameter; lr may be known to the device alone
   float keep;  // 1 - lr weight_decay
   float lr;
   uint64_t rounding_key;
