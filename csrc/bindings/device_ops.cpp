@@ -34,14 +34,6 @@ cuda::DeviceInputs inputs_of(const DeviceGroup& group) {
           .lr = pointer<float>(group.lr)};
 }
 
-// What a step of the matrix takes, its first included: three arrays of its size and an increment
-// per factor.
-int64_t workspace_bytes(const Problem<float>& p) {
-  if (p.is_unsided()) return 0;
-  const int64_t factors = (p.L != nullptr ? p.m * p.m : 0) + (p.R != nullptr ? p.n * p.n : 0);
-  return static_cast<int64_t>(sizeof(float)) * (3 * p.size() + factors);
-}
-
 // The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
 DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indices,
                      std::vector<Problem<float>>& problems) {
@@ -72,7 +64,7 @@ std::vector<std::vector<int64_t>> passes_of(const DeviceGroup& group,
     int64_t bytes = 0;
     size_t end = begin;
     while (end < indices.size()) {
-      bytes += workspace_bytes(group.problems[static_cast<size_t>(indices[end])]);
+      bytes += cuda::step_workspace_bytes(group.problems[static_cast<size_t>(indices[end])]);
       if (end > begin && bytes > kMaxWorkspaceBytes) break;
       ++end;
     }

@@ -3,6 +3,7 @@
 #include "cuda/kernels/elements.h"
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/prepare.h"
+#include "cuda/plan/on_device.h"
 #include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
@@ -77,16 +78,17 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
   const int64_t grid = assign_tiles(*problems, [&](const GemmProblem& g) {
     return num_tiles(tile_class, GemmForm::kNN, g.m, g.n);
   });
-  const Array<Problem<float>> matrices(b.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(b.problems));
+  const Group group{matrices.get(), scalars, num, adam_options(scenario.options)};
   made.launches.push_back([=, inputs = b.inputs](const std::byte*, Stream stream) {
-    return launch_prepare({matrices.get(), scalars, num}, scenario.options, inputs,
+    return launch_prepare(group, scenario.options, inputs,
                           epilogue == Epilogue::kAdam ? StepCount::kAdvance : StepCount::kKeep,
                           stream);
   });
   made.launches.push_back([=](const std::byte*, Stream stream) {
     const Array<GemmProblem> device_problems(*problems);
-    const GemmLaunch launch{device_problems.get(), matrices.get(), scalars, num, grid};
-    return launch_gemm(MatmulPrecision::kHighest, GemmForm::kNN, tile_class, launch, stream);
+    return launch_gemm(MatmulPrecision::kHighest, GemmForm::kNN, tile_class,
+                       {device_problems.get(), num, grid}, group, stream);
   });
   if (epilogue == Epilogue::kAdam) {
     made.launches.push_back([=](const std::byte*, Stream stream) {
@@ -96,8 +98,7 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
         sums.push_back({g.partials, tiles, kNumSums, g.matrix_idx});
       }
       const Array<RmsProblem> device_sums(sums);
-      return launch_update_rms({device_sums.get(), num, num}, {matrices.get(), scalars, num},
-                               stream);
+      return launch_update_rms({device_sums.get(), num, num}, group, stream);
     });
   }
   return made;

@@ -2,6 +2,7 @@
 #include "batch.h"
 #include "cuda/kernels/factor_scalars.h"
 #include "cuda/kernels/gemm.h"
+#include "cuda/plan/on_device.h"
 
 namespace kernel_check {
 namespace {
@@ -197,7 +198,7 @@ std::vector<std::byte> many_tiles() {
   f.left_tiles = f.right_tiles = f.coupling_tiles = kTiles;
   f.stage = FactorStage::kBug;
   const Array<FactorProblem> problems(std::vector<FactorProblem>{f});
-  const Array<Problem<float>> matrices(batch.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(batch.problems));
   const Array<MatrixScalars> scalars(std::vector<MatrixScalars>(1));
   MatrixScalars& s = scalars[0];
   s.active = 1;
@@ -205,8 +206,10 @@ std::vector<std::byte> many_tiles() {
   const double beta = scenario.options.factor_beta;
   const double a = beta * batch.cases[0].rho[0] * batch.cases[0].rho[0] / 4;
   const double b = 1 - beta;
-  require("launch", launch_factor_scalars({problems.get(), 1, 1},
-                                          {matrices.get(), scalars.get(), 1}, beta, nullptr) == 0);
+  require("launch",
+          launch_factor_scalars({problems.get(), 1, 1},
+                                {matrices.get(), scalars.get(), 1, adam_options(scenario.options)},
+                                beta, nullptr) == 0);
   const auto& [left, right, coupling] = sums;
   const auto norm = [&](const double (&x)[kNumSums]) {
     return std::sqrt(a * a * x[0] + 2 * a * b * x[1] + b * b * x[2]);

@@ -37,7 +37,7 @@ DYKAF_DEVICE void store_place(float* array, const UnitPlace& place, const float 
   store_unit(array + place.start, place.count, is_aligned(array, place.start, 4), x);
 }
 
-DYKAF_DEVICE void load_gradient_unit(const Problem<float>& p, const MatrixScalars& s,
+DYKAF_DEVICE void load_gradient_unit(const MatrixOnDevice& p, const MatrixScalars& s,
                                      const UnitPlace& place, float (&x)[kUnit]) {
   load_unit(p.grad, p.dtype, place.start, place.count,
             is_aligned(p.grad, place.start, element_size(p.dtype)), x);
@@ -45,7 +45,7 @@ DYKAF_DEVICE void load_gradient_unit(const Problem<float>& p, const MatrixScalar
   for (int i = 0; i < kUnit; ++i) x[i] *= s.load_scale;
 }
 
-DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s,
+DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
                               const UnitPlace& place, const float (&update)[kUnit]) {
   apply_unit_(p, s, place.start, place.count,
               is_aligned(p.param, place.start, element_size(p.dtype)),
@@ -53,7 +53,7 @@ DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s,
 }
 
 // Adam on a unit with the gradient of h; returns the update.
-DYKAF_DEVICE void adam_unit_(const Problem<float>& p, const MatrixScalars& s,
+DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
                              const UnitPlace& place, const float (&h)[kUnit],
                              float (&update)[kUnit]) {
   const bool aligned =
@@ -62,7 +62,7 @@ DYKAF_DEVICE void adam_unit_(const Problem<float>& p, const MatrixScalars& s,
   float exp_avg_sq[kUnit];
   load_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
   load_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
-  adam_unit(exp_avg, exp_avg_sq, h, s, update);
+  adam_unit(exp_avg, exp_avg_sq, h, s, o, update);
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
   store_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
 }
@@ -90,25 +90,25 @@ DYKAF_DEVICE float sum_of_squares(const UnitPlace& place, const float (&update)[
 }
 
 // run_unit_ is an operation on one unit. Those with partial sums return the unit's.
-DYKAF_DEVICE void run_unit_(const LoadProblem& e, const Problem<float>& p, const MatrixScalars& s,
-                            const UnitPlace& place) {
+DYKAF_DEVICE void run_unit_(const LoadProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
+                            const AdamOptions&, const UnitPlace& place) {
   float h[kUnit];
   load_gradient_unit(p, s, place, h);
   store_place(e.H, place, h);
 }
 
-DYKAF_DEVICE float run_unit_(const AdamProblem& e, const Problem<float>& p, const MatrixScalars& s,
-                             const UnitPlace& place) {
+DYKAF_DEVICE float run_unit_(const AdamProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
+                             const AdamOptions& o, const UnitPlace& place) {
   float h[kUnit];
   float update[kUnit];
   load_place(e.H, place, h);
-  adam_unit_(p, s, place, h, update);
+  adam_unit_(p, s, o, place, h, update);
   store_place(e.update, place, update);
   return sum_of_squares(place, update);
 }
 
-DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const Problem<float>& p,
-                             const MatrixScalars& s, const UnitPlace& place) {
+DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const MatrixOnDevice& p,
+                             const MatrixScalars& s, const AdamOptions& o, const UnitPlace& place) {
   const bool aligned = is_aligned(p.exp_avg, place.start, 4);
   float h[kUnit];
   float exp_avg[kUnit];
@@ -120,9 +120,9 @@ DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const Problem<float>& 
   const float row = e.row_root[place.row] * s.correction2;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), s);
+    exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), o);
     // Row and column means can be far below an entry's own second moment.
-    const float ratio = exp_avg[i] * s.correction1 / (row * root[i] + s.eps);
+    const float ratio = exp_avg[i] * s.correction1 / (row * root[i] + o.eps);
     update[i] = fminf(fmaxf(ratio, -s.update_bound), s.update_bound);
   }
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
@@ -130,25 +130,25 @@ DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const Problem<float>& 
   return sum_of_squares(place, update);
 }
 
-DYKAF_DEVICE void run_unit_(const ApplyProblem& e, const Problem<float>& p, const MatrixScalars& s,
-                            const UnitPlace& place) {
+DYKAF_DEVICE void run_unit_(const ApplyProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
+                            const AdamOptions&, const UnitPlace& place) {
   float update[kUnit];
   load_place(e.update, place, update);
   apply_unit_(p, s, place, update);
 }
 
-DYKAF_DEVICE float run_unit_(const AdamWProblem&, const Problem<float>& p, const MatrixScalars& s,
-                             const UnitPlace& place) {
+DYKAF_DEVICE float run_unit_(const AdamWProblem&, const MatrixOnDevice& p, const MatrixScalars& s,
+                             const AdamOptions& o, const UnitPlace& place) {
   float g[kUnit];
   float update[kUnit];
   load_gradient_unit(p, s, place, g);
-  adam_unit_(p, s, place, g, update);
+  adam_unit_(p, s, o, place, g, update);
   apply_unit_(p, s, place, update);
   return sum_of_squares(place, update);
 }
 
-DYKAF_DEVICE void run_unit_(const WeighProblem& e, const Problem<float>&, const MatrixScalars&,
-                            const UnitPlace& place) {
+DYKAF_DEVICE void run_unit_(const WeighProblem& e, const MatrixOnDevice&, const MatrixScalars&,
+                            const AdamOptions&, const UnitPlace& place) {
   float h[kUnit];
   load_place(e.H, place, h);
   weigh_unit(e.row, e.col, place, h);
@@ -156,8 +156,8 @@ DYKAF_DEVICE void run_unit_(const WeighProblem& e, const Problem<float>&, const 
 }
 
 // The weights hold what there is of exp_avg_sq.
-DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const Problem<float>& p,
-                             const MatrixScalars& s, const UnitPlace& place) {
+DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const MatrixOnDevice& p,
+                             const MatrixScalars& s, const AdamOptions&, const UnitPlace& place) {
   float within[kUnit];
   float update[kUnit];
   load_place(e.update, place, within);
@@ -174,13 +174,13 @@ DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const Problem<float>& p,
 template <typename ElementProblem>
 __global__ void __launch_bounds__(kThreads)
     elements_kernel(const __grid_constant__ Grouped<ElementProblem> launch,
-                    const __grid_constant__ Matrices matrices) {
+                    const __grid_constant__ Group group) {
   constexpr bool kSums = requires(const ElementProblem& e) { e.partials; };
   DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
   const int block = static_cast<int>(blockIdx.x);
   const ElementProblem e = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[e.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[e.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[e.matrix_idx];
+  const MatrixScalars& s = group.scalars[e.matrix_idx];
   if (s.active == 0) return;
 
   const int64_t num_units = e.m * ceil_div(e.n, kUnit);
@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(kThreads)
     if (unit >= num_units) break;
     const UnitPlace place = locate_unit(unit, e.n);
     if constexpr (kSums) {
-      sum[0] += run_unit_(e, p, s, place);
+      sum[0] += run_unit_(e, p, s, group.adam, place);
     } else {
-      run_unit_(e, p, s, place);
+      run_unit_(e, p, s, group.adam, place);
     }
   }
   if constexpr (kSums) {
@@ -206,10 +206,10 @@ __global__ void __launch_bounds__(kThreads)
 // As above; the factor is one long row.
 __global__ void __launch_bounds__(kThreads)
     blend_kernel(const __grid_constant__ Grouped<BlendProblem> launch,
-                 const __grid_constant__ Matrices matrices) {
+                 const __grid_constant__ Group group) {
   const int block = static_cast<int>(blockIdx.x);
   const BlendProblem b = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const MatrixScalars& s = matrices.scalars[b.matrix_idx];
+  const MatrixScalars& s = group.scalars[b.matrix_idx];
   if (s.active == 0 || s.zero_gradient != 0 || s.stopped != 0) return;
   const float keep = s.keep_factor[static_cast<int>(b.side)];
   const float gain = s.gain[static_cast<int>(b.side)];
@@ -234,11 +234,11 @@ __global__ void __launch_bounds__(kThreads)
 // One block of one warp per matrix.
 __global__ void __launch_bounds__(kWarpSize)
     update_rms_kernel(const __grid_constant__ Grouped<RmsProblem> launch,
-                      const __grid_constant__ Matrices matrices) {
+                      const __grid_constant__ Group group) {
   DYKAF_SHARED(double, scratch, [1]);
   const RmsProblem r = launch.problems[blockIdx.x];
-  const Problem<float>& p = matrices.problems[r.matrix_idx];
-  if (matrices.scalars[r.matrix_idx].active == 0) return;
+  const MatrixOnDevice& p = group.matrices[r.matrix_idx];
+  if (group.scalars[r.matrix_idx].active == 0) return;
   double sum[1] = {0.0};
   for (int i = static_cast<int>(threadIdx.x); i < r.num_partials; i += kWarpSize) {
     sum[0] += r.partials[static_cast<int64_t>(i) * r.stride];
@@ -256,28 +256,27 @@ int64_t element_tiles(int64_t m, int64_t n) {
 }
 
 template <typename ElementProblem>
-int launch_elements(const Grouped<ElementProblem>& launch, const Matrices& matrices,
-                    Stream stream) {
+int launch_elements(const Grouped<ElementProblem>& launch, const Group& group, Stream stream) {
   return DYKAF_LAUNCH(elements_kernel<ElementProblem>, dim3(static_cast<unsigned>(launch.grid)),
-                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, matrices);
+                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, group);
 }
 
-template int launch_elements(const Grouped<LoadProblem>&, const Matrices&, Stream);
-template int launch_elements(const Grouped<AdamProblem>&, const Matrices&, Stream);
-template int launch_elements(const Grouped<CompactAdamProblem>&, const Matrices&, Stream);
-template int launch_elements(const Grouped<ApplyProblem>&, const Matrices&, Stream);
-template int launch_elements(const Grouped<AdamWProblem>&, const Matrices&, Stream);
-template int launch_elements(const Grouped<WeighProblem>&, const Matrices&, Stream);
-template int launch_elements(const Grouped<BeyondProblem>&, const Matrices&, Stream);
+template int launch_elements(const Grouped<LoadProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<AdamProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<CompactAdamProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<ApplyProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<AdamWProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<WeighProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<BeyondProblem>&, const Group&, Stream);
 
-int launch_blend(const Grouped<BlendProblem>& launch, const Matrices& matrices, Stream stream) {
+int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream stream) {
   return DYKAF_LAUNCH(blend_kernel, dim3(static_cast<unsigned>(launch.grid)), dim3(kThreads), 0,
-                      static_cast<cudaStream_t>(stream), launch, matrices);
+                      static_cast<cudaStream_t>(stream), launch, group);
 }
 
-int launch_update_rms(const Grouped<RmsProblem>& launch, const Matrices& matrices, Stream stream) {
+int launch_update_rms(const Grouped<RmsProblem>& launch, const Group& group, Stream stream) {
   return DYKAF_LAUNCH(update_rms_kernel, dim3(static_cast<unsigned>(launch.num)), dim3(kWarpSize),
-                      0, static_cast<cudaStream_t>(stream), launch, matrices);
+                      0, static_cast<cudaStream_t>(stream), launch, group);
 }
 
 }  // namespace dykaf::cuda

@@ -67,7 +67,7 @@ int64_t element_tiles(int64_t m, int64_t n);
 
 // For each of the operations above.
 template <typename ElementProblem>
-int launch_elements(const Grouped<ElementProblem>& launch, const Matrices& matrices, Stream stream);
+int launch_elements(const Grouped<ElementProblem>& launch, const Group& group, Stream stream);
 
 // factor <- keep factor + gain increment.
 struct BlendProblem {
@@ -78,7 +78,7 @@ struct BlendProblem {
   int32_t matrix_idx;
   int32_t tile_begin;
 };
-int launch_blend(const Grouped<BlendProblem>& launch, const Matrices& matrices, Stream stream);
+int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream stream);
 
 // update_rms from the partial sums of update^2; one block per matrix.
 struct RmsProblem {
@@ -87,6 +87,6 @@ struct RmsProblem {
   int32_t stride;
   int32_t matrix_idx;
 };
-int launch_update_rms(const Grouped<RmsProblem>& launch, const Matrices& matrices, Stream stream);
+int launch_update_rms(const Grouped<RmsProblem>& launch, const Group& group, Stream stream);
 
 }  // namespace dykaf::cuda

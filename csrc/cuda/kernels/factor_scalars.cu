@@ -43,11 +43,6 @@ DYKAF_DEVICE void set_blend(MatrixScalars& s, Side side, double a, double b, dou
   s.gain[static_cast<int>(side)] = static_cast<float>(fmin(b / norm, kLargest));
 }
 
-// Whether each side has its own rho: with the averages of two factors.
-DYKAF_DEVICE bool has_two_averages(const Problem<float>& p) {
-  return (p.L != nullptr && p.R != nullptr) || p.is_skinny();
-}
-
 DYKAF_DEVICE void set_rho(double* rho, double value) {
   rho[0] = value;
   rho[1] = value;
@@ -87,7 +82,7 @@ DYKAF_DEVICE void bug(MatrixScalars& s, double* rho, const InnerProducts& K, con
 }
 
 // F <- beta rho^2 F + (1 - beta) tau^2 increment / size, in unit norm with rho to match.
-DYKAF_DEVICE void average(MatrixScalars& s, const Problem<float>& p, Side side,
+DYKAF_DEVICE void average(MatrixScalars& s, const MatrixOnDevice& p, Side side,
                           const InnerProducts& F, double a, double b) {
   const double norm = F.norm(a, b);
   const auto i = static_cast<int>(side);
@@ -98,7 +93,7 @@ DYKAF_DEVICE void average(MatrixScalars& s, const Problem<float>& p, Side side,
   }
   set_blend(s, side, a, b, norm);
   const double rho = static_cast<double>(s.tau) * sqrt(norm);
-  if (has_two_averages(p)) {
+  if (p.has_two_averages) {
     p.rho[i] = rho;
   } else {
     set_rho(p.rho, rho);
@@ -108,11 +103,11 @@ DYKAF_DEVICE void average(MatrixScalars& s, const Problem<float>& p, Side side,
 // One block per problem.
 __global__ void __launch_bounds__(kThreads)
     factor_scalars_kernel(const __grid_constant__ Grouped<FactorProblem> launch,
-                          const __grid_constant__ Matrices matrices, double beta) {
+                          const __grid_constant__ Group group, double beta) {
   DYKAF_SHARED(double, scratch, [kNumSums * kThreads / kWarpSize]);
   const FactorProblem f = launch.problems[blockIdx.x];
-  const Problem<float>& p = matrices.problems[f.matrix_idx];
-  MatrixScalars& s = matrices.scalars[f.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[f.matrix_idx];
+  MatrixScalars& s = group.scalars[f.matrix_idx];
   if (s.active == 0) return;
   const InnerProducts left = sum_partials(f.left, f.left_tiles, scratch);
   const InnerProducts right = sum_partials(f.right, f.right_tiles, scratch);
@@ -125,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
       f.stage == FactorStage::kAverageLeft || f.stage == FactorStage::kAverageRight;
   if (s.zero_gradient != 0) {
     // Once per factor, or once for both.
-    if (is_average && has_two_averages(p)) {
+    if (is_average && p.has_two_averages) {
       p.rho[static_cast<int>(side)] *= sqrt(beta);
     } else if (f.stage != FactorStage::kKslLeft) {
       set_rho(p.rho, p.rho[0] * sqrt(beta));
@@ -152,10 +147,10 @@ __global__ void __launch_bounds__(kThreads)
 // One block per factor.
 __global__ void __launch_bounds__(kThreads)
     metric_weights_kernel(const __grid_constant__ Grouped<MetricProblem> launch,
-                          const __grid_constant__ Matrices matrices, double power) {
+                          const __grid_constant__ Group group, double power) {
   DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
   const MetricProblem p = launch.problems[blockIdx.x];
-  if (matrices.scalars[p.matrix_idx].active == 0) return;
+  if (group.scalars[p.matrix_idx].active == 0) return;
   const auto diagonal = [&](int i) {
     return static_cast<double>(p.factor[static_cast<int64_t>(i) * p.n + i]);
   };
@@ -176,18 +171,17 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Matrices& matrices,
+int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Group& group,
                           double factor_beta, Stream stream) {
   return DYKAF_LAUNCH(factor_scalars_kernel, dim3(static_cast<unsigned>(launch.num)),
-                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, matrices,
+                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, group,
                       factor_beta);
 }
 
-int launch_metric_weights(const Grouped<MetricProblem>& launch, const Matrices& matrices,
-                          double power, Stream stream) {
+int launch_metric_weights(const Grouped<MetricProblem>& launch, const Group& group, double power,
+                          Stream stream) {
   return DYKAF_LAUNCH(metric_weights_kernel, dim3(static_cast<unsigned>(launch.num)),
-                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, matrices,
-                      power);
+                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, group, power);
 }
 
 }  // namespace dykaf::cuda

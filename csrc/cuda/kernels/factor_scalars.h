@@ -19,7 +19,7 @@ struct FactorProblem {
   double size;  // average: increments are divided by it
   FactorStage stage;
 };
-int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Matrices& matrices,
+int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Group& group,
                           double factor_beta, Stream stream);
 
 // weights = clamp(diag F / mean, 1e-4)^power with mean 1; one block per factor.
@@ -29,7 +29,7 @@ struct MetricProblem {
   int32_t n;
   int32_t matrix_idx;
 };
-int launch_metric_weights(const Grouped<MetricProblem>& launch, const Matrices& matrices,
-                          double power, Stream stream);
+int launch_metric_weights(const Grouped<MetricProblem>& launch, const Group& group, double power,
+                          Stream stream);
 
 }  // namespace dykaf::cuda

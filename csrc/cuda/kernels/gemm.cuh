@@ -87,7 +87,8 @@ DYKAF_DEVICE void stage_results(const float (&acc)[kTilesM][kTilesN][4], float* 
 // SharedLayout::kBytes, first the ring, then the finished tile.
 template <class Tile, GemmForm kForm, MatmulPrecision kPrecision>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
-    gemm_kernel(const __grid_constant__ GemmLaunch launch) {
+    gemm_kernel(const __grid_constant__ Grouped<GemmProblem> launch,
+                const __grid_constant__ Group group) {
   constexpr bool kTransposeA = transposes_a(kForm);
   constexpr bool kTransposeB = transposes_b(kForm);
   constexpr bool kSymmetric = is_symmetric(kForm);
@@ -99,8 +100,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   DYKAF_SHARED(double, scratch, [kNumSums * Tile::kThreads / kWarpSize]);
 
   const int tile = static_cast<int>(blockIdx.x);
-  const GemmProblem p = launch.problems[find_problem(launch.problems, launch.num_problems, tile)];
-  if (launch.scalars != nullptr && launch.scalars[p.matrix_idx].active == 0) return;
+  const GemmProblem p = launch.problems[find_problem(launch.problems, launch.num, tile)];
+  if (group.scalars != nullptr && group.scalars[p.matrix_idx].active == 0) return;
   const TilePlace place = locate_tile<Tile, kSymmetric>(p, tile - p.tile_begin);
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   float* staged = staged_carver.take<float>(Layout::kStagedSize);
   stage_results(acc, staged, Layout::kStagedStride, warp_row, warp_col, lane);
   __syncthreads();
-  TileEpilogue<Tile, kSymmetric> epilogue(launch, p, place, staged, Layout::kStagedStride);
+  TileEpilogue<Tile, kSymmetric> epilogue(group, p, place, staged, Layout::kStagedStride);
   epilogue.apply(thread);
   if constexpr (kSymmetric) epilogue.mirror(thread);
   if (p.partials != nullptr) {
@@ -174,30 +175,31 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 }
 
 template <class Tile, GemmForm kForm, MatmulPrecision kPrecision>
-int launch_gemm_form(const GemmLaunch& launch, Stream stream) {
+int launch_gemm_form(const Grouped<GemmProblem>& launch, const Group& group, Stream stream) {
   using Layout = SharedLayout<Tile, transposes_a(kForm), transposes_b(kForm)>;
   return DYKAF_LAUNCH((gemm_kernel<Tile, kForm, kPrecision>),
                       dim3(static_cast<unsigned>(launch.grid)), dim3(Tile::kThreads),
-                      Layout::kBytes, static_cast<cudaStream_t>(stream), launch);
+                      Layout::kBytes, static_cast<cudaStream_t>(stream), launch, group);
 }
 
 template <class Tile, MatmulPrecision kPrecision>
-int launch_gemm_tile(GemmForm form, const GemmLaunch& launch, Stream stream) {
+int launch_gemm_tile(GemmForm form, const Grouped<GemmProblem>& launch, const Group& group,
+                     Stream stream) {
   switch (form) {
     case GemmForm::kNN:
-      return launch_gemm_form<Tile, GemmForm::kNN, kPrecision>(launch, stream);
+      return launch_gemm_form<Tile, GemmForm::kNN, kPrecision>(launch, group, stream);
     case GemmForm::kTN:
-      return launch_gemm_form<Tile, GemmForm::kTN, kPrecision>(launch, stream);
+      return launch_gemm_form<Tile, GemmForm::kTN, kPrecision>(launch, group, stream);
     case GemmForm::kNT:
-      return launch_gemm_form<Tile, GemmForm::kNT, kPrecision>(launch, stream);
+      return launch_gemm_form<Tile, GemmForm::kNT, kPrecision>(launch, group, stream);
     case GemmForm::kSymmetricNT:
     case GemmForm::kSymmetricTN:
       break;
   }
   if constexpr (Tile::kM == Tile::kN) {
     return form == GemmForm::kSymmetricNT
-               ? launch_gemm_form<Tile, GemmForm::kSymmetricNT, kPrecision>(launch, stream)
-               : launch_gemm_form<Tile, GemmForm::kSymmetricTN, kPrecision>(launch, stream);
+               ? launch_gemm_form<Tile, GemmForm::kSymmetricNT, kPrecision>(launch, group, stream)
+               : launch_gemm_form<Tile, GemmForm::kSymmetricTN, kPrecision>(launch, group, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }
@@ -208,17 +210,17 @@ using LargeTileOf =
     std::conditional_t<kPrecision == MatmulPrecision::kHighest, LargeTile, LargeWarpTile>;
 
 template <MatmulPrecision kPrecision>
-int launch_gemm_precision(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
-                          Stream stream) {
+int launch_gemm_precision(GemmForm form, TileClass tile_class, const Grouped<GemmProblem>& launch,
+                          const Group& group, Stream stream) {
   switch (tile_class) {
     case TileClass::kLarge:
-      return launch_gemm_tile<LargeTileOf<kPrecision>, kPrecision>(form, launch, stream);
+      return launch_gemm_tile<LargeTileOf<kPrecision>, kPrecision>(form, launch, group, stream);
     case TileClass::kMedium:
-      return launch_gemm_tile<MediumTile, kPrecision>(form, launch, stream);
+      return launch_gemm_tile<MediumTile, kPrecision>(form, launch, group, stream);
     case TileClass::kWide:
-      return launch_gemm_tile<WideTile, kPrecision>(form, launch, stream);
+      return launch_gemm_tile<WideTile, kPrecision>(form, launch, group, stream);
     case TileClass::kTall:
-      return launch_gemm_tile<TallTile, kPrecision>(form, launch, stream);
+      return launch_gemm_tile<TallTile, kPrecision>(form, launch, group, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

@@ -22,12 +22,11 @@ __device__ float power_of_two(double largest) {
 
 // One thread per matrix.
 __global__ void __launch_bounds__(kThreads)
-    prepare_kernel(const __grid_constant__ Matrices matrices,
-                   const __grid_constant__ Options options,
+    prepare_kernel(const __grid_constant__ Group group, const __grid_constant__ Options options,
                    const __grid_constant__ DeviceInputs inputs, StepCount step_count) {
   const int idx = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (idx >= matrices.num) return;
-  const Problem<float>& p = matrices.problems[idx];
+  if (idx >= group.num) return;
+  const MatrixOnDevice& p = group.matrices[idx];
   MatrixScalars s{};
   s.active = inputs.skip == nullptr || *inputs.skip == 0 ? 1 : 0;
   if (s.active != 0 && step_count == StepCount::kAdvance) *p.step += 1.0f;
@@ -43,35 +42,29 @@ __global__ void __launch_bounds__(kThreads)
   s.tau = p.rho == nullptr ? 1.0f : power_of_two(largest);
   s.load_scale = static_cast<float>(scale / static_cast<double>(s.tau));
   s.zero_gradient = grad_max == 0.0 ? 1 : 0;
-
-  const double step = static_cast<double>(*p.step);
-  s.beta1 = static_cast<float>(options.beta1);
-  s.one_minus_beta1 = static_cast<float>(1 - options.beta1);
-  s.beta2 = static_cast<float>(options.beta2);
-  s.one_minus_beta2 = static_cast<float>(1 - options.beta2);
-  s.correction1 = static_cast<float>(1 / (1 - pow(options.beta1, step)));
-  s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
-  s.eps = static_cast<float>(options.eps);
   s.adam_tau = fminf(s.tau, static_cast<float>(largest_adam_tau<float>(p.m, p.n)));
   s.noise = static_cast<float>(grad_max * fabs(scale) / static_cast<double>(s.tau) *
-                               rounding_share<float>(p.rotated_side()));
-  s.least_outside = static_cast<float>(least_outside<float>(options));
+                               rounding_share<float>(p.rotated_side));
+
+  const double step = static_cast<double>(*p.step);
+  s.correction1 = static_cast<float>(1 / (1 - pow(options.beta1, step)));
+  s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
   s.update_bound = static_cast<float>(update_bound(options, step));
 
   const double lr = inputs.lr == nullptr ? options.lr : static_cast<double>(*inputs.lr);
   s.keep = static_cast<float>(1 - lr * options.weight_decay);
   s.lr = static_cast<float>(lr);
   s.rounding_key = rounding_key(options.seed, p.stream, static_cast<uint64_t>(*p.step));
-  matrices.scalars[idx] = s;
+  group.scalars[idx] = s;
 }
 
 }  // namespace
 
-int launch_prepare(const Matrices& matrices, const Options& options, const DeviceInputs& inputs,
+int launch_prepare(const Group& group, const Options& options, const DeviceInputs& inputs,
                    StepCount step_count, Stream stream) {
-  const auto grid = static_cast<unsigned>(ceil_div(matrices.num, kThreads));
+  const auto grid = static_cast<unsigned>(ceil_div(group.num, kThreads));
   return DYKAF_LAUNCH(prepare_kernel, dim3(grid), dim3(kThreads), 0,
-                      static_cast<cudaStream_t>(stream), matrices, options, inputs, step_count);
+                      static_cast<cudaStream_t>(stream), group, options, inputs, step_count);
 }
 
 }  // namespace dykaf::cuda

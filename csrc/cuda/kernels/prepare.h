@@ -7,7 +7,7 @@ namespace dykaf::cuda {
 
 // Fills in the scalars; kAdvance: a step begins.
 enum class StepCount : int32_t { kKeep, kAdvance };
-int launch_prepare(const Matrices& matrices, const Options& options, const DeviceInputs& inputs,
+int launch_prepare(const Group& group, const Options& options, const DeviceInputs& inputs,
                    StepCount step_count, Stream stream);
 
 }  // namespace dykaf::cuda

@@ -20,11 +20,11 @@ DYKAF_DEVICE double unit_entry(const float* vector, double scale, int64_t i, int
 // row_sums_i = sum_j H_ij^2 x_j, x = r or ones. One warp per row, kWarps rows per block.
 __global__ void __launch_bounds__(kThreads)
     moment_row_sums_kernel(const __grid_constant__ Grouped<MomentProblem> launch,
-                           const __grid_constant__ Matrices matrices) {
+                           const __grid_constant__ Group group) {
   const int block = static_cast<int>(blockIdx.x);
   const MomentProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  if (matrices.scalars[q.matrix_idx].active == 0) return;
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  if (group.scalars[q.matrix_idx].active == 0) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t row = static_cast<int64_t>(block - q.tile_begin) * kWarps +
                       static_cast<int>(threadIdx.x) / kWarpSize;
@@ -43,12 +43,12 @@ __global__ void __launch_bounds__(kThreads)
 // w, w + kWarps, ..., and the warps' sums are added in order.
 __global__ void __launch_bounds__(kThreads)
     moment_col_sums_kernel(const __grid_constant__ Grouped<MomentProblem> launch,
-                           const __grid_constant__ Matrices matrices) {
+                           const __grid_constant__ Group group) {
   DYKAF_SHARED(double, partials, [kWarps * kColsPerBlock]);
   const int block = static_cast<int>(blockIdx.x);
   const MomentProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  if (matrices.scalars[q.matrix_idx].active == 0) return;
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  if (group.scalars[q.matrix_idx].active == 0) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t col = static_cast<int64_t>(block - q.tile_begin) * kColsPerBlock + lane;
@@ -83,11 +83,11 @@ DYKAF_DEVICE Weights rank_one_weights(double beta2, double scale, double tau) {
 // One block per matrix.
 __global__ void __launch_bounds__(kThreads)
     moment_row_vector_kernel(const __grid_constant__ Grouped<MomentProblem> launch,
-                             const __grid_constant__ Matrices matrices, double beta2) {
+                             const __grid_constant__ Group group, double beta2) {
   DYKAF_SHARED(double, scratch, [2 * kWarps]);
   const MomentProblem q = launch.problems[blockIdx.x];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0 || q.u == nullptr) return;
   const double scale = *p.exp_avg_sq_scale;
   const Weights w = rank_one_weights(beta2, scale, static_cast<double>(s.adam_tau));
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-DYKAF_DEVICE void rank_one_vectors(const MomentProblem& q, const Problem<float>& p,
+DYKAF_DEVICE void rank_one_vectors(const MomentProblem& q, const MatrixOnDevice& p,
                                    const MatrixScalars& s, double beta2, double* scratch) {
   const double scale = *p.exp_avg_sq_scale;
   const Weights w = rank_one_weights(beta2, scale, static_cast<double>(s.adam_tau));
@@ -136,7 +136,7 @@ DYKAF_DEVICE void rank_one_vectors(const MomentProblem& q, const Problem<float>&
   if (threadIdx.x == 0) *p.exp_avg_sq_scale = new_scale;
 }
 
-DYKAF_DEVICE void factored_vectors(const MomentProblem& q, const Problem<float>& p,
+DYKAF_DEVICE void factored_vectors(const MomentProblem& q, const MatrixOnDevice& p,
                                    const MatrixScalars& s, double beta2, double* scratch) {
   const double tau = s.adam_tau;
   const double gain = (1 - beta2) * tau * tau;
@@ -164,11 +164,11 @@ DYKAF_DEVICE void factored_vectors(const MomentProblem& q, const Problem<float>&
 // The new vectors and their roots. One block per matrix.
 __global__ void __launch_bounds__(kThreads)
     moment_vectors_kernel(const __grid_constant__ Grouped<MomentProblem> launch,
-                          const __grid_constant__ Matrices matrices, double beta2) {
+                          const __grid_constant__ Group group, double beta2) {
   DYKAF_SHARED(double, scratch, [kWarps]);
   const MomentProblem q = launch.problems[blockIdx.x];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0) return;
   if (q.u != nullptr) {
     rank_one_vectors(q, p, s, beta2, scratch);
@@ -183,7 +183,7 @@ int64_t moment_tiles(MomentStage stage, int64_t m, int64_t n) {
   return stage == MomentStage::kRowSums ? ceil_div(m, kWarps) : ceil_div(n, kColsPerBlock);
 }
 
-int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const Matrices& matrices,
+int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const Group& group,
                   double beta2, Stream stream) {
   const dim3 tiles(static_cast<unsigned>(launch.grid));
   const dim3 one_per_matrix(static_cast<unsigned>(launch.num));
@@ -191,15 +191,15 @@ int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   switch (stage) {
     case MomentStage::kRowSums:
-      return DYKAF_LAUNCH(moment_row_sums_kernel, tiles, threads, 0, cuda_stream, launch, matrices);
+      return DYKAF_LAUNCH(moment_row_sums_kernel, tiles, threads, 0, cuda_stream, launch, group);
     case MomentStage::kColSums:
-      return DYKAF_LAUNCH(moment_col_sums_kernel, tiles, threads, 0, cuda_stream, launch, matrices);
+      return DYKAF_LAUNCH(moment_col_sums_kernel, tiles, threads, 0, cuda_stream, launch, group);
     case MomentStage::kRowVector:
       return DYKAF_LAUNCH(moment_row_vector_kernel, one_per_matrix, threads, 0, cuda_stream, launch,
-                          matrices, beta2);
+                          group, beta2);
     case MomentStage::kVectors:
       return DYKAF_LAUNCH(moment_vectors_kernel, one_per_matrix, threads, 0, cuda_stream, launch,
-                          matrices, beta2);
+                          group, beta2);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

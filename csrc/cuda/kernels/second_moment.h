@@ -19,7 +19,7 @@ struct MomentProblem {
 };
 enum class MomentStage : int32_t { kRowSums, kRowVector, kColSums, kVectors };
 int64_t moment_tiles(MomentStage stage, int64_t m, int64_t n);
-int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const Matrices& matrices,
+int launch_moment(MomentStage stage, const Grouped<MomentProblem>& launch, const Group& group,
                   double beta2, Stream stream);
 
 }  // namespace dykaf::cuda

@@ -25,7 +25,7 @@ struct Part {
   int num_j;
 };
 
-DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
+DYKAF_DEVICE Part locate_part(const MatrixOnDevice& p, int64_t tile) {
   Part part;
   const int64_t parts_i = ceil_div(p.short_side(), kShort);
   part.piece = tile / parts_i;
@@ -38,8 +38,8 @@ DYKAF_DEVICE Part locate_part(const Problem<float>& p, int64_t tile) {
 
 // exp_avg, and X from the array to `tile` [kShort, kStride], the short side first; exp_avg to
 // `momenta` likewise.
-DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, const float* X,
-                              const Part& part, float* tile, float* momenta) {
+DYKAF_DEVICE void blend_part_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
+                              const float* X, const Part& part, float* tile, float* momenta) {
   const bool is_wide = p.is_wide();
   const int num_rows = is_wide ? part.num_i : part.num_j;
   const int num_cols = is_wide ? part.num_j : part.num_i;
@@ -57,7 +57,7 @@ DYKAF_DEVICE void blend_part_(const Problem<float>& p, const MatrixScalars& s, c
     load_unit(p.exp_avg + start, count, aligned, exp_avg);
 #pragma unroll
     for (int e = 0; e < kUnit; ++e) {
-      exp_avg[e] = blend_momentum(exp_avg[e], gradient_of(x[e], s), s);
+      exp_avg[e] = blend_momentum(exp_avg[e], gradient_of(x[e], s), o);
       const int place = is_wide ? row * kStride + col + e : (col + e) * kStride + row;
       tile[place] = fabsf(x[e]) < s.noise ? 0.0f : x[e];
       momenta[place] = exp_avg[e];
@@ -85,16 +85,16 @@ DYKAF_DEVICE void append_part_(float* rows, int64_t l, const Part& part, const f
 // One block per part of a matrix.
 __global__ void __launch_bounds__(kThreads)
     skinny_gradient_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
-                           const __grid_constant__ Matrices matrices) {
+                           const __grid_constant__ Group group) {
   DYKAF_SHARED(float, tile, [kShort * kStride]);
   DYKAF_SHARED(float, momenta, [kShort * kStride]);
   const int block = static_cast<int>(blockIdx.x);
   const SkinnyProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0) return;
   const Part part = locate_part(p, block - q.tile_begin);
-  blend_part_(p, s, q.X, part, tile, momenta);
+  blend_part_(p, s, group.adam, q.X, part, tile, momenta);
   __syncthreads();
   const int64_t l = p.long_side();
   if (q.updates_factor) append_part_(p.basis + q.used * l, l, part, tile);
@@ -121,11 +121,12 @@ __global__ void __launch_bounds__(kThreads)
 // One warp per row of the short side, kWarps rows per block.
 __global__ void __launch_bounds__(kThreads)
     skinny_moments_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
-                          const __grid_constant__ Matrices matrices) {
+                          const __grid_constant__ Group group) {
   const int block = static_cast<int>(blockIdx.x);
   const SkinnyProblem q = launch.problems[find_problem(launch.problems, launch.num, block)];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
+  const AdamOptions& o = group.adam;
   if (s.active == 0) return;
   const int64_t num_rows = p.short_side();
   const int64_t l = p.long_side();
@@ -159,12 +160,12 @@ __global__ void __launch_bounds__(kThreads)
   const float bound = s.update_bound / s.correction1;
 
   const auto inverse_root = [&](float& second_moment, float g) {
-    second_moment = s.beta2 * second_moment + s.one_minus_beta2 * g * g;
-    return 1.0f / (sqrtf(second_moment) * s.correction2 + s.eps);
+    second_moment = o.beta2 * second_moment + o.one_minus_beta2 * g * g;
+    return 1.0f / (sqrtf(second_moment) * s.correction2 + o.eps);
   };
   float* exp_avg_sq = p.exp_avg_sq + i * (p.skinny_rank + 1);
   // Below the bound on its rounding the difference is not known.
-  const double outside = fmax(total - inside, s.least_outside * total);
+  const double outside = fmax(total - inside, o.least_outside * total);
   const auto rest = static_cast<float>(sqrt(outside / static_cast<double>(l - q.inner)));
   float beyond = 0.0f;
   if (lane == 0) q.beyond[i] = beyond = inverse_root(exp_avg_sq[p.skinny_rank], s.adam_tau * rest);
@@ -181,11 +182,11 @@ __global__ void __launch_bounds__(kThreads)
 // unit trace. One block per matrix.
 __global__ void __launch_bounds__(kThreads)
     skinny_long_factor_kernel(const __grid_constant__ Grouped<SkinnyProblem> launch,
-                              const __grid_constant__ Matrices matrices, double beta) {
+                              const __grid_constant__ Group group, double beta) {
   DYKAF_SHARED(double, scratch, [kWarps]);
   const SkinnyProblem q = launch.problems[blockIdx.x];
-  const Problem<float>& p = matrices.problems[q.matrix_idx];
-  const MatrixScalars& s = matrices.scalars[q.matrix_idx];
+  const MatrixOnDevice& p = group.matrices[q.matrix_idx];
+  const MatrixScalars& s = group.scalars[q.matrix_idx];
   if (s.active == 0 || !q.updates_factor) return;
   const int64_t num_rows = p.short_side();
   const int64_t num_sums = num_rows * ceil_div(p.long_side(), kLong);
@@ -226,19 +227,19 @@ int64_t skinny_tiles(SkinnyStage stage, int64_t s, int64_t l) {
                                          : ceil_div(s, kWarps);
 }
 
-int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Matrices& matrices,
+int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Group& group,
                   double factor_beta, Stream stream) {
   const dim3 tiles(static_cast<unsigned>(launch.grid));
   const dim3 threads(kThreads);
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   switch (stage) {
     case SkinnyStage::kGradient:
-      return DYKAF_LAUNCH(skinny_gradient_kernel, tiles, threads, 0, cuda_stream, launch, matrices);
+      return DYKAF_LAUNCH(skinny_gradient_kernel, tiles, threads, 0, cuda_stream, launch, group);
     case SkinnyStage::kMoments:
-      return DYKAF_LAUNCH(skinny_moments_kernel, tiles, threads, 0, cuda_stream, launch, matrices);
+      return DYKAF_LAUNCH(skinny_moments_kernel, tiles, threads, 0, cuda_stream, launch, group);
     case SkinnyStage::kLongFactor:
-      return DYKAF_LAUNCH(skinny_long_factor_kernel, tiles, threads, 0, cuda_stream, launch,
-                          matrices, factor_beta);
+      return DYKAF_LAUNCH(skinny_long_factor_kernel, tiles, threads, 0, cuda_stream, launch, group,
+                          factor_beta);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

@@ -26,7 +26,7 @@ enum class SkinnyStage : int32_t {
 };
 int64_t skinny_pieces(int64_t l);
 int64_t skinny_tiles(SkinnyStage stage, int64_t s, int64_t l);
-int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Matrices& matrices,
+int launch_skinny(SkinnyStage stage, const Grouped<SkinnyProblem>& launch, const Group& group,
                   double factor_beta, Stream stream);
 
 }  // namespace dykaf::cuda

@@ -27,9 +27,9 @@ void add_compact_adam(GroupPlan& plan, const Options& options,
   }
   for (const MomentStage stage : {MomentStage::kRowSums, MomentStage::kRowVector,
                                   MomentStage::kColSums, MomentStage::kVectors}) {
-    const auto launch = [stage, beta2 = options.beta2](const auto& launch, const Matrices& matrices,
+    const auto launch = [stage, beta2 = options.beta2](const auto& launch, const Group& group,
                                                        Stream stream) {
-      return launch_moment(stage, launch, matrices, beta2, stream);
+      return launch_moment(stage, launch, group, beta2, stream);
     };
     if (stage == MomentStage::kRowSums || stage == MomentStage::kColSums) {
       plan.tiled(
@@ -49,6 +49,7 @@ void add_compact_adam(GroupPlan& plan, const Options& options,
 Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& options,
                       const DeviceInputs& inputs, float* const* updates, void* workspace) {
   GroupPlan plan(problems, workspace);
+  plan.prepare(options, inputs, StepCount::kAdvance);
   std::vector<LoadProblem> loads;
   std::vector<AdamProblem> full;
   std::vector<AdamArrays> compact;
@@ -67,7 +68,6 @@ Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& o
     }
     sums.push_back({partials, num_blocks(array), /*stride=*/1, i});
   }
-  plan.prepare(options, inputs, StepCount::kAdvance);
   plan.elements(loads);
   plan.elements(full);
   if (!compact.empty()) add_compact_adam(plan, options, compact);
@@ -78,11 +78,11 @@ Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& o
 Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& options,
                        const DeviceInputs& inputs, const float* const* updates, void* workspace) {
   GroupPlan plan(problems, workspace);
+  plan.prepare(options, inputs, StepCount::kKeep);
   std::vector<ApplyProblem> applies;
   for (int32_t i = 0; i < plan.num(); ++i) {
     applies.push_back({flat_array(plan.problem(i), i), updates[i]});
   }
-  plan.prepare(options, inputs, StepCount::kKeep);
   plan.elements(applies);
   return plan.finish();
 }

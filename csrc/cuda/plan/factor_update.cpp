@@ -3,6 +3,7 @@
 
 #include "cuda/kernels/factor_scalars.h"
 #include "cuda/plan/group_plan.h"
+#include "cuda/plan/step_arrays.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -64,7 +65,7 @@ class FactorUpdatePlan {
   // L's increment A B^T, with the sums that its scalars need.
   void increment_left(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
-    float* increment = plan_.builder().take<float>(p.m * p.m);
+    float* increment = plan_.builder().take<float>(StepArrays(p).left_increment);
     GemmProblem sums = gemm_problem(A, B, increment, p.m, p.m, p.n, i);
     sums.C = p.L;
     sums.epilogue = Epilogue::kSums;
@@ -76,7 +77,7 @@ class FactorUpdatePlan {
   // R's increment A^T B.
   void increment_right(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
-    float* increment = plan_.builder().take<float>(p.n * p.n);
+    float* increment = plan_.builder().take<float>(StepArrays(p).right_increment);
     GemmProblem sums = gemm_problem(A, B, increment, p.n, p.n, p.m, i);
     sums.C = p.R;
     sums.epilogue = Epilogue::kSums;
@@ -157,27 +158,25 @@ class FactorUpdatePlan {
   }
 
   void scalars(const std::vector<FactorProblem>& problems) {
-    plan_.one_block_each(
-        problems,
-        [beta = options_.factor_beta](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_factor_scalars(launch, matrices, beta, stream);
-        });
+    plan_.one_block_each(problems, [beta = options_.factor_beta](
+                                       const auto& launch, const Group& group, Stream stream) {
+      return launch_factor_scalars(launch, group, beta, stream);
+    });
   }
 
   void blend(const std::vector<BlendProblem>& problems) {
     plan_.tiled(
         problems, [](const BlendProblem& b) { return element_tiles(1, b.size); },
-        [](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_blend(launch, matrices, stream);
+        [](const auto& launch, const Group& group, Stream stream) {
+          return launch_blend(launch, group, stream);
         });
   }
 
   void metric_weights() {
-    plan_.one_block_each(
-        metrics_, [power = options_.metric_power](const auto& launch, const Matrices& matrices,
-                                                  Stream stream) {
-          return launch_metric_weights(launch, matrices, power, stream);
-        });
+    plan_.one_block_each(metrics_, [power = options_.metric_power](
+                                       const auto& launch, const Group& group, Stream stream) {
+      return launch_metric_weights(launch, group, power, stream);
+    });
   }
 
   GroupPlan& plan_;
@@ -215,17 +214,18 @@ void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
                         const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
   GroupPlan plan(problems, workspace);
+  plan.prepare(options, inputs, StepCount::kKeep);
   std::vector<LoadProblem> loads;
   std::vector<const float*> H;
   std::vector<float*> scratch;
   for (int32_t i = 0; i < plan.num(); ++i) {
     const Problem<float>& p = plan.problem(i);
-    auto* gradient = plan.builder().take<float>(p.size());
+    const StepArrays arrays(p);
+    auto* gradient = plan.builder().take<float>(arrays.H);
     loads.push_back({flat_array(p, i), gradient});
     H.push_back(gradient);
-    scratch.push_back(plan.builder().take<float>(p.size()));
+    scratch.push_back(plan.builder().take<float>(arrays.scratch));
   }
-  plan.prepare(options, inputs, StepCount::kKeep);
   plan.elements(loads);
   add_factor_update(plan, options, precision, H, scratch);
   return plan.finish();

@@ -36,24 +36,4 @@ GemmProblem GemmSite::add(GemmProblem problem, PlanBuilder& builder) {
   return problem;
 }
 
-void GemmSite::launch(PlanBuilder& builder, size_t matrices_offset, const MatrixScalars* scalars,
-                      MatmulPrecision precision) const {
-  for (int i = 0; i < kNumTileClasses; ++i) {
-    std::vector<GemmProblem> problems = problems_[static_cast<size_t>(i)];
-    const auto tile_class = static_cast<TileClass>(i);
-    const GemmForm form = form_;
-    const int64_t grid = assign_tiles(problems, [&](const GemmProblem& problem) {
-      return num_tiles(tile_class, form, problem.m, problem.n);
-    });
-    if (problems.empty()) continue;
-    const size_t offset = builder.add(problems);
-    const auto num = static_cast<int32_t>(problems.size());
-    builder.launch([=](const std::byte* image, Stream stream) {
-      const GemmLaunch launch{as<GemmProblem>(image + offset),
-                              as<Problem<float>>(image + matrices_offset), scalars, num, grid};
-      return launch_gemm(precision, form, tile_class, launch, stream);
-    });
-  }
-}
-
 }  // namespace dykaf::cuda

@@ -20,9 +20,10 @@ class GemmSite {
   // run.
   GemmProblem add(GemmProblem problem, PlanBuilder& builder);
 
-  // matrices and scalars: on the device when the plan runs; scalars may be null.
-  void launch(PlanBuilder& builder, size_t matrices_offset, const MatrixScalars* scalars,
-              MatmulPrecision precision) const;
+  GemmForm form() const { return form_; }
+  const std::vector<GemmProblem>& problems(TileClass tile_class) const {
+    return problems_[static_cast<size_t>(tile_class)];
+  }
 
   // The number of rows of the problem's partials.
   int32_t num_partials(const GemmProblem& problem) const;

@@ -6,30 +6,41 @@
 #include "cuda/kernels/elements.h"
 #include "cuda/kernels/prepare.h"
 #include "cuda/plan/gemm_plan.h"
+#include "cuda/plan/on_device.h"
 #include "cuda/plan/plan_builder.h"
 
 namespace dykaf::cuda {
+
+// A group whose matrices lie in the image.
+struct GroupInImage {
+  size_t matrices;
+  int32_t num;
+  MatrixScalars* scalars = nullptr;
+  AdamOptions adam = {};
+
+  Group at(const std::byte* image) const {
+    return {as<MatrixOnDevice>(image + matrices), scalars, num, adam};
+  }
+};
 
 class GroupPlan {
  public:
   GroupPlan(std::span<const Problem<float>> problems, void* workspace)
       : problems_(problems),
         builder_(workspace),
-        scalars_(builder_.take<MatrixScalars>(num())),
-        matrices_offset_(
-            builder_.add(std::vector<Problem<float>>(problems.begin(), problems.end()))) {}
+        group_{.matrices = builder_.add(matrices_on_device(problems)), .num = num()} {}
 
   int32_t num() const { return static_cast<int32_t>(problems_.size()); }
   const Problem<float>& problem(int32_t i) const { return problems_[static_cast<size_t>(i)]; }
   PlanBuilder& builder() { return builder_; }
   Plan finish() { return builder_.finish(); }
 
-  // The scalars of every matrix; all that follows needs them.
+  // The scalars of every matrix and the options of Adam; all that reads them comes after.
   void prepare(const Options& options, const DeviceInputs& inputs, StepCount step_count) {
-    builder_.launch([=, offset = matrices_offset_, scalars = scalars_, n = num()](
-                        const std::byte* image, Stream stream) {
-      const Matrices matrices{as<Problem<float>>(image + offset), scalars, n};
-      return launch_prepare(matrices, options, inputs, step_count, stream);
+    group_.scalars = builder_.take<MatrixScalars>(num());
+    group_.adam = adam_options(options);
+    builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
+      return launch_prepare(group.at(image), options, inputs, step_count, stream);
     });
   }
 
@@ -52,24 +63,29 @@ class GroupPlan {
   void elements(std::vector<ElementProblem> problems) {
     tiled(
         std::move(problems), [](const ElementProblem& e) { return element_tiles(e.m, e.n); },
-        [](const auto& launch, const Matrices& matrices, Stream stream) {
-          return launch_elements(launch, matrices, stream);
+        [](const auto& launch, const Group& group, Stream stream) {
+          return launch_elements(launch, group, stream);
         });
   }
 
   void update_rms(const std::vector<RmsProblem>& problems) {
-    one_block_each(problems, [](const auto& launch, const Matrices& matrices, Stream stream) {
-      return launch_update_rms(launch, matrices, stream);
+    one_block_each(problems, [](const auto& launch, const Group& group, Stream stream) {
+      return launch_update_rms(launch, group, stream);
     });
   }
 
+  // One launch for each block shape that occurs.
   void gemms(const GemmSite& site, MatmulPrecision precision) {
-    site.launch(builder_, matrices_offset_, scalars_, precision);
-  }
-
-  // Multiplications that need no scalars, with no `prepare` before them.
-  void gemms_without_scalars(const GemmSite& site, MatmulPrecision precision) {
-    site.launch(builder_, matrices_offset_, nullptr, precision);
+    for (int i = 0; i < kNumTileClasses; ++i) {
+      const auto tile_class = static_cast<TileClass>(i);
+      const GemmForm form = site.form();
+      tiled(
+          site.problems(tile_class),
+          [=](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); },
+          [=](const auto& launch, const Group& group, Stream stream) {
+            return launch_gemm(precision, form, tile_class, launch, group, stream);
+          });
+    }
   }
 
  private:
@@ -79,18 +95,16 @@ class GroupPlan {
     if (problems.empty()) return;
     const size_t offset = builder_.add(problems);
     const auto count = static_cast<int32_t>(problems.size());
-    builder_.launch([=, matrices_offset = matrices_offset_, scalars = scalars_, n = num()](
-                        const std::byte* image, Stream stream) {
+    builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
       return launch_grouped(
-          Grouped<GroupedProblem>{as<GroupedProblem>(image + offset), count, grid},
-          Matrices{as<Problem<float>>(image + matrices_offset), scalars, n}, stream);
+          Grouped<GroupedProblem>{as<GroupedProblem>(image + offset), count, grid}, group.at(image),
+          stream);
     });
   }
 
   std::span<const Problem<float>> problems_;
   PlanBuilder builder_;
-  MatrixScalars* scalars_;
-  size_t matrices_offset_;
+  GroupInImage group_;
 };
 
 // D = op(A) op(B), D [m, n], of the matrix `matrix_idx`.

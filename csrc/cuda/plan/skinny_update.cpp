@@ -75,8 +75,8 @@ class SkinnyPlan {
 
   void stage(SkinnyStage stage) {
     const auto launch = [stage, factor_beta = options_.factor_beta](
-                            const auto& launch, const Matrices& matrices, Stream stream) {
-      return launch_skinny(stage, launch, matrices, factor_beta, stream);
+                            const auto& launch, const Group& group, Stream stream) {
+      return launch_skinny(stage, launch, group, factor_beta, stream);
     };
     if (stage == SkinnyStage::kLongFactor) return plan_.one_block_each(problems_, launch);
     plan_.tiled(

@@ -1,6 +1,6 @@
-// Planning of the rotations and of the whole step, and running of plans.
-#include "cuda/kernels/grad_max.h"
+// Planning of the whole step, and running of plans.
 #include "cuda/plan/group_plan.h"
+#include "cuda/plan/step_arrays.h"
 #include "dykaf/schedule.h"
 
 namespace dykaf::cuda {
@@ -14,6 +14,7 @@ class StepPlan {
       : plan_(problems, workspace), options_(options), inputs_(inputs), precision_(precision) {}
 
   Plan build() {
+    plan_.prepare(options_, inputs_, StepCount::kAdvance);
     for (int32_t i = 0; i < plan_.num(); ++i) {
       if (plan_.problem(i).is_unsided()) {
         add_adamw(i);
@@ -21,7 +22,6 @@ class StepPlan {
         add_matrix(i);
       }
     }
-    plan_.prepare(options_, inputs_, StepCount::kAdvance);
     plan_.elements(adamws_);
     plan_.elements(loads_);
     plan_.gemms(into_.left(), precision_);
@@ -48,9 +48,10 @@ class StepPlan {
   void add_matrix(int32_t i) {
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
-    auto* H = plan_.builder().take<float>(p.size());
-    auto* scratch = plan_.builder().take<float>(p.size());
-    auto* update = plan_.builder().take<float>(p.size());
+    const StepArrays arrays(p);
+    auto* H = plan_.builder().take<float>(arrays.H);
+    auto* scratch = plan_.builder().take<float>(arrays.scratch);
+    auto* update = plan_.builder().take<float>(arrays.update);
     H_.push_back(updates_factors(p, options_) ? H : nullptr);
     scratch_.push_back(scratch);
 
@@ -104,52 +105,14 @@ int Plan::run(const void* device_image, Stream stream) const {
   return 0;
 }
 
-Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
-                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
-                 void* workspace) {
-  GroupPlan plan(problems, workspace);
-  RotationGemms gemms(rotation);
-  for (int32_t i = 0; i < plan.num(); ++i) {
-    const Problem<float>& p = plan.problem(i);
-    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
-    float* scratch = both ? plan.builder().take<float>(p.size()) : nullptr;
-    gemms.add(plan, i, inputs[i], scratch, outputs[i], [](GemmProblem&) {});
-  }
-  plan.gemms_without_scalars(gemms.left(), precision);
-  plan.gemms_without_scalars(gemms.right(), precision);
-  return plan.finish();
-}
-
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
   return StepPlan(problems, options, inputs, precision, workspace).build();
 }
 
-Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace) {
-  PlanBuilder builder(workspace);
-  std::vector<GradMaxProblem> problems;
-  for (const Gradient& gradient : gradients) {
-    GradMaxProblem p{};
-    p.gradient = gradient;
-    p.num_tiles = static_cast<int32_t>(grad_max_tiles(gradient.size));
-    p.partials = builder.take<float>(p.num_tiles);
-    p.maximum = maxima + problems.size();
-    problems.push_back(p);
-  }
-  const int64_t grid =
-      assign_tiles(problems, [](const GradMaxProblem& p) { return int64_t{p.num_tiles}; });
-  if (problems.empty()) return builder.finish();
-  const size_t offset = builder.add(problems);
-  const auto num = static_cast<int32_t>(problems.size());
-  const auto launch = [&](auto launch_stage) {
-    builder.launch([=](const std::byte* image, Stream stream) {
-      return launch_stage(Grouped<GradMaxProblem>{as<GradMaxProblem>(image + offset), num, grid},
-                          stream);
-    });
-  };
-  launch(launch_grad_max);
-  launch(launch_grad_max_finish);
-  return builder.finish();
+int64_t step_workspace_bytes(const Problem<float>& p) {
+  if (p.is_unsided()) return 0;
+  return StepArrays(p).total() * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace dykaf::cuda

@@ -66,8 +66,8 @@ DEVICE = (
         ("adam", "apply", "epilogue parameter medium"),
         (
             "eps is corrected too",
-            "sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps",
-            "(sqrtf(exp_avg_sq[i]) + s.eps) * s.correction2",
+            "sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps",
+            "(sqrtf(exp_avg_sq[i]) + o.eps) * s.correction2",
         ),
         ("gradient without tau", "0.0f : s.adam_tau * h;", "0.0f : h;"),
         ("rounding counts", "fabsf(h) < s.noise ? 0.0f : ", ""),
@@ -157,7 +157,7 @@ ELEMENT_KERNELS = (
         ),
         (
             "update_rms ignores the skip flag",
-            "if (matrices.scalars[r.matrix_idx].active == 0) return;",
+            "if (group.scalars[r.matrix_idx].active == 0) return;",
             "",
         ),
         ("update_rms of a row", "static_cast<double>(p.m * p.n)", "static_cast<double>(p.n)"),

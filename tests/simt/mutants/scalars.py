@@ -29,11 +29,6 @@ FACTOR_SCALARS = faults(
     ),
     ("average: never stops", "if (!(norm > 0)) {", "if (norm < 0) {"),
     (
-        "average: rho of one side",
-        "(p.L != nullptr && p.R != nullptr) || p.is_skinny()",
-        "(p.L != nullptr || p.R != nullptr) || p.is_skinny()",
-    ),
-    (
         "average: not over the size",
         "average(s, p, side, left, a, b / f.size)",
         "average(s, p, side, left, a, b)",
@@ -49,7 +44,7 @@ FACTOR_SCALARS = faults(
     ("skip flag ignored", "  if (s.active == 0) return;\n", ""),
     (
         "weights ignore the skip flag",
-        "  if (matrices.scalars[p.matrix_idx].active == 0) return;\n",
+        "  if (group.scalars[p.matrix_idx].active == 0) return;\n",
         "",
     ),
     (
@@ -106,7 +101,7 @@ PREPARE = faults(
     ),
     ("one random stream", "rounding_key(options.seed, p.stream,", "rounding_key(options.seed, 0,"),
     ("the same random numbers each step", "static_cast<uint64_t>(*p.step))", "0)"),
-    ("a matrix too many", "if (idx >= matrices.num) return;", "if (idx > matrices.num) return;"),
+    ("a matrix too many", "if (idx >= group.num) return;", "if (idx > group.num) return;"),
     ("gradient not over tau", "scale / static_cast<double>(s.tau)", "scale"),
     ("no weight decay", "1 - lr * options.weight_decay", "1.0"),
 )
@@ -155,13 +150,13 @@ SECOND_MOMENT = faults(
     ("weights without tau", "(1 - beta2) * new_part * new_part", "(1 - beta2)"),
     (
         "row sums ignore the skip flag",
-        "if (matrices.scalars[q.matrix_idx].active == 0) return;\n"
+        "if (group.scalars[q.matrix_idx].active == 0) return;\n"
         "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int64_t row",
         "const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int64_t row",
     ),
     (
         "column sums ignore the skip flag",
-        "if (matrices.scalars[q.matrix_idx].active == 0) return;\n"
+        "if (group.scalars[q.matrix_idx].active == 0) return;\n"
         "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int warp",
         "const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int warp",
     ),
@@ -228,6 +223,15 @@ PLANS = (
             "tiles rounded down",
             "tiles_m * ceil_div(n, Tile::kN)",
             "tiles_m * (n / Tile::kN)",
+        ),
+    )
+    + faults(
+        "plan/on_device.h",
+        ("factors diagonal", "factors one-sided"),
+        (
+            "average: rho of one side",
+            "(p.L != nullptr && p.R != nullptr) ||",
+            "(p.L != nullptr || p.R != nullptr) ||",
         ),
     )
     + faults(

@@ -6,8 +6,8 @@
 
 namespace dykaf::cuda {
 
-DYKAF_DEVICE float blend_momentum(float exp_avg, float g, const MatrixScalars& s) {
-  return s.beta1 * exp_avg + s.one_minus_beta1 * g;
+DYKAF_DEVICE float blend_momentum(float exp_avg, float g, const AdamOptions& o) {
+  return o.beta1 * exp_avg + o.one_minus_beta1 * g;
 }
 
 DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
@@ -16,14 +16,14 @@ DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
 
 // Adam on a unit with the gradient of h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
 DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
-                            const float (&h)[kUnit], const MatrixScalars& s,
+                            const float (&h)[kUnit], const MatrixScalars& s, const AdamOptions& o,
                             float (&update)[kUnit]) {
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
     const float g = gradient_of(h[i], s);
-    exp_avg[i] = blend_momentum(exp_avg[i], g, s);
-    exp_avg_sq[i] = s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * g * g;
-    const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps;
+    exp_avg[i] = blend_momentum(exp_avg[i], g, o);
+    exp_avg_sq[i] = o.beta2 * exp_avg_sq[i] + o.one_minus_beta2 * g * g;
+    const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;
     update[i] = exp_avg[i] * s.correction1 / denominator;
   }
 }
@@ -40,7 +40,7 @@ DYKAF_DEVICE uint16_t stochastic(float x, DType dtype, uint32_t random) {
 
 // param <- param (1 - lr weight_decay) - lr update for the unit from element `start`. `aligned` and
 // `master_aligned` say whether whole units of the parameter and of the master may move at once.
-DYKAF_DEVICE void apply_unit_(const Problem<float>& p, const MatrixScalars& s, int64_t start,
+DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s, int64_t start,
                               int count, bool aligned, bool master_aligned,
                               const float (&update)[kUnit]) {
   float value[kUnit];
