@@ -7,7 +7,7 @@
 #include <sstream>
 
 #include "aten/ops.h"
-#include "bindings/device_ops.h"
+#include "bindings/on_cuda.h"
 #include "bindings/state_reader.h"
 #include "dykaf/ops.h"
 
@@ -165,7 +165,7 @@ at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts)
   }
   const std::vector<Gradient> parts = gradients_of(grads, counts);
 #if defined(DYKAF_WITH_CUDA)
-  if (backend == Backend::kCuda) return grad_max_on_device(parts, device);
+  if (backend == Backend::kCuda) return grad_max_on_cuda(parts, device);
 #endif
   at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
   cpu::grad_max(parts, maxima.mutable_data_ptr<double>());

@@ -1,4 +1,4 @@
-// What skinny matrices have of their own: csrc/cpu/skinny.cpp has the same in tensors.
+// What skinny matrices have of their own: csrc/aten/skinny_step.cpp has the same in tensors.
 #include "cuda/kernels/device/elements.cuh"
 #include "cuda/kernels/device/lookup.cuh"
 #include "cuda/kernels/device/reduce.cuh"

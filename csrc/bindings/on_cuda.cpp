@@ -1,4 +1,4 @@
-#include "bindings/device_ops.h"
+#include "bindings/on_cuda.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
@@ -27,7 +27,7 @@ const T* pointer(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-cuda::DeviceInputs inputs_of(const DeviceGroup& group) {
+cuda::DeviceInputs inputs_of(const CudaGroup& group) {
   return {.grad_max = pointer<double>(group.grad_max),
           .skip = pointer<int32_t>(group.skip),
           .amp_scale = pointer<float>(group.amp_scale),
@@ -35,11 +35,11 @@ cuda::DeviceInputs inputs_of(const DeviceGroup& group) {
 }
 
 // The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
-DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indices,
-                     std::vector<Problem<float>>& problems) {
+CudaGroup subgroup(const CudaGroup& group, const std::vector<int64_t>& indices,
+                   std::vector<Problem<float>>& problems) {
   problems.clear();
   for (int64_t i : indices) problems.push_back(group.problems[static_cast<size_t>(i)]);
-  DeviceGroup part{problems, group.options, group.device, group.precision};
+  CudaGroup part{problems, group.options, group.device, group.precision};
   part.skip = group.skip;
   part.amp_scale = group.amp_scale;
   part.lr = group.lr;
@@ -48,7 +48,7 @@ DeviceGroup subgroup(const DeviceGroup& group, const std::vector<int64_t>& indic
 
 // Those of the group's maxima that belong to `indices`, which ascend. Where they are a range
 // nothing is copied to the device, as a captured step must not.
-at::Tensor maxima_of(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+at::Tensor maxima_of(const CudaGroup& group, const std::vector<int64_t>& indices) {
   const auto num = static_cast<int64_t>(indices.size());
   if (num == 0 || indices.back() - indices.front() == num - 1) {
     return group.grad_max->narrow(0, num == 0 ? 0 : indices.front(), num);
@@ -57,7 +57,7 @@ at::Tensor maxima_of(const DeviceGroup& group, const std::vector<int64_t>& indic
 }
 
 // `indices` of the group in passes that keep to kMaxWorkspaceBytes.
-std::vector<std::vector<int64_t>> passes_of(const DeviceGroup& group,
+std::vector<std::vector<int64_t>> passes_of(const CudaGroup& group,
                                             const std::vector<int64_t>& indices) {
   std::vector<std::vector<int64_t>> passes;
   for (size_t begin = 0; begin < indices.size();) {
@@ -75,7 +75,7 @@ std::vector<std::vector<int64_t>> passes_of(const DeviceGroup& group,
 }
 
 // Rows that a skipped step did not write weigh nothing: their part of `core` is zero.
-void count_rows(const DeviceGroup& group, const std::vector<int64_t>& indices) {
+void count_rows(const CudaGroup& group, const std::vector<int64_t>& indices) {
   for (int64_t i : indices) {
     const Problem<float>& p = group.problems[static_cast<size_t>(i)];
     if (p.is_skinny() && updates_factors(p, group.options)) p.rows[1] += p.short_side();
@@ -84,7 +84,7 @@ void count_rows(const DeviceGroup& group, const std::vector<int64_t>& indices) {
 
 }  // namespace
 
-at::Tensor grad_max_on_device(std::span<const Gradient> gradients, const at::Device& device) {
+at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Device& device) {
   const at::Tensor maxima = at::empty({static_cast<int64_t>(gradients.size())},
                                       at::TensorOptions().dtype(at::kDouble).device(device));
   run_plan(device, [&](void* workspace) {
@@ -93,28 +93,28 @@ at::Tensor grad_max_on_device(std::span<const Gradient> gradients, const at::Dev
   return maxima;
 }
 
-void rotate_on_device(const DeviceGroup& group, Rotation rotation, const float* const* inputs,
-                      float* const* outputs) {
+void rotate_on_cuda(const CudaGroup& group, Rotation rotation, const float* const* inputs,
+                    float* const* outputs) {
   run_plan(group.device, [&](void* workspace) {
     return cuda::plan_rotate(group.problems, rotation, inputs, outputs, group.precision, workspace);
   });
 }
 
-void adam_update_on_device_(const DeviceGroup& group, float* const* updates) {
+void adam_update_on_cuda_(const CudaGroup& group, float* const* updates) {
   run_plan(group.device, [&](void* workspace) {
     return cuda::plan_adam_update(group.problems, group.options, inputs_of(group), updates,
                                   workspace);
   });
 }
 
-void apply_update_on_device_(const DeviceGroup& group, const float* const* updates) {
+void apply_update_on_cuda_(const CudaGroup& group, const float* const* updates) {
   run_plan(group.device, [&](void* workspace) {
     return cuda::plan_apply_update(group.problems, group.options, inputs_of(group), updates,
                                    workspace);
   });
 }
 
-void factor_update_on_device_(const DeviceGroup& group) {
+void factor_update_on_cuda_(const CudaGroup& group) {
   run_plan(group.device, [&](void* workspace) {
     return cuda::plan_factor_update(group.problems, group.options, inputs_of(group),
                                     group.precision, workspace);
@@ -123,11 +123,11 @@ void factor_update_on_device_(const DeviceGroup& group) {
 
 namespace {
 
-aten::Inputs aten_inputs(const DeviceGroup& group) {
+aten::Inputs aten_inputs(const CudaGroup& group) {
   return {group.options, group.skip, group.amp_scale, group.lr};
 }
 
-aten::Matrices matrices_of(std::span<const Problem<float>> problems, const DeviceGroup& group) {
+aten::Matrices matrices_of(std::span<const Problem<float>> problems, const CudaGroup& group) {
   aten::Matrices matrices;
   for (const Problem<float>& p : problems) matrices.emplace_back(p, group.device);
   return matrices;
@@ -135,7 +135,7 @@ aten::Matrices matrices_of(std::span<const Problem<float>> problems, const Devic
 
 }  // namespace
 
-void initialize_on_device_(const DeviceGroup& group) {
+void initialize_on_cuda_(const CudaGroup& group) {
   aten::Matrices matrices = matrices_of(group.problems, group);
   for (size_t i = 0; i < matrices.size(); ++i) {
     matrices[i].grad_max = group.grad_max->select(0, static_cast<int64_t>(i));
@@ -143,16 +143,16 @@ void initialize_on_device_(const DeviceGroup& group) {
   aten::initialize_(matrices, aten_inputs(group));
 }
 
-void reset_on_device_(const DeviceGroup& group, const Problem<float>& p) {
+void reset_on_cuda_(const CudaGroup& group, const Problem<float>& p) {
   const c10::DeviceGuard guard(group.device);
   aten::reset_(aten::Matrix(p, group.device));
 }
 
-void refresh_basis_on_device_(const DeviceGroup& group, Side side) {
+void refresh_basis_on_cuda_(const CudaGroup& group, Side side) {
   aten::refresh_basis_(matrices_of(group.problems, group), aten_inputs(group), side);
 }
 
-std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group) {
+std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
   const auto due = take_due(group.problems, group.options);
   std::vector<size_t> failures;
   for (const Side side : {Side::kLeft, Side::kRight}) {
@@ -167,7 +167,7 @@ std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group) {
   return failures;
 }
 
-DeviceStep::DeviceStep(const DeviceGroup& group, Refreshes refreshes)
+CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
     : group_(group), refreshes_(refreshes) {
   for (size_t i = 0; i < group.problems.size(); ++i) {
     const Problem<float>& p = group.problems[i];
@@ -182,44 +182,44 @@ DeviceStep::DeviceStep(const DeviceGroup& group, Refreshes refreshes)
     Pass& pass = passes_.emplace_back();
     subgroup(group, indices, pass.problems);
     pass.grad_max = maxima_of(group, indices);
-    const DeviceGroup part = group_of(pass);
+    const CudaGroup part = group_of(pass);
     const cuda::Plan plan =
         cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
     workspace_bytes_ = std::max(workspace_bytes_, plan.workspace_bytes);
   }
 }
 
-DeviceGroup DeviceStep::group_of(Pass& pass) const {
-  DeviceGroup part = group_;
+CudaGroup CudaStep::group_of(Pass& pass) const {
+  CudaGroup part = group_;
   part.problems = pass.problems;
   part.grad_max = pass.grad_max;
   return part;
 }
 
-void DeviceStep::plan(void* workspace) {
+void CudaStep::plan(void* workspace) {
   const c10::DeviceGuard guard(group_.device);
   for (Pass& pass : passes_) {
-    const DeviceGroup part = group_of(pass);
+    const CudaGroup part = group_of(pass);
     pass.plan =
         cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, workspace);
     pass.image = copy_to_device(pass.plan.image, group_.device);
   }
 }
 
-void DeviceStep::initialize_() {
+void CudaStep::initialize_() {
   std::vector<Problem<float>> problems;
   for (const std::vector<int64_t>& indices : passes_of(group_, fresh_)) {
-    DeviceGroup part = subgroup(group_, indices, problems);
+    CudaGroup part = subgroup(group_, indices, problems);
     part.grad_max = maxima_of(group_, indices);
-    initialize_on_device_(part);
+    initialize_on_cuda_(part);
   }
 }
 
-void DeviceStep::reset_() {
-  for (int64_t i : fresh_) reset_on_device_(group_, group_.problems[static_cast<size_t>(i)]);
+void CudaStep::reset_() {
+  for (int64_t i : fresh_) reset_on_cuda_(group_, group_.problems[static_cast<size_t>(i)]);
 }
 
-StepReport DeviceStep::run_() {
+StepReport CudaStep::run_() {
   const c10::DeviceGuard guard(group_.device);
   for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
   StepReport report;
@@ -231,7 +231,7 @@ StepReport DeviceStep::run_() {
   if (refreshes_ == Refreshes::kApart) return report;
   count_rows(group_, running_);
   std::vector<Problem<float>> problems;
-  for (size_t i : refresh_due_on_device_(subgroup(group_, running_, problems))) {
+  for (size_t i : refresh_due_on_cuda_(subgroup(group_, running_, problems))) {
     report.stayed.push_back(static_cast<size_t>(running_[i]));
   }
   return report;

@@ -12,7 +12,7 @@
 namespace dykaf::bindings {
 
 // A list of matrices on a device, and what their operations need beside the group's options.
-struct DeviceGroup {
+struct CudaGroup {
   std::span<const Problem<float>> problems;
   const Options& options;
   at::Device device;
@@ -23,31 +23,31 @@ struct DeviceGroup {
   std::optional<at::Tensor> lr = {};         // float32 [1], in place of options.lr
 };
 
-at::Tensor grad_max_on_device(std::span<const Gradient> gradients, const at::Device& device);
+at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Device& device);
 
-void rotate_on_device(const DeviceGroup& group, Rotation rotation, const float* const* inputs,
-                      float* const* outputs);
-void adam_update_on_device_(const DeviceGroup& group, float* const* updates);
-void apply_update_on_device_(const DeviceGroup& group, const float* const* updates);
-void factor_update_on_device_(const DeviceGroup& group);
+void rotate_on_cuda(const CudaGroup& group, Rotation rotation, const float* const* inputs,
+                    float* const* outputs);
+void adam_update_on_cuda_(const CudaGroup& group, float* const* updates);
+void apply_update_on_cuda_(const CudaGroup& group, const float* const* updates);
+void factor_update_on_cuda_(const CudaGroup& group);
 
 // Waits for the device: whether a matrix is initialised is for the host to know. Where it fails the
 // matrices are as before.
-void initialize_on_device_(const DeviceGroup& group);
+void initialize_on_cuda_(const CudaGroup& group);
 
 // As a matrix is before its first gradient.
-void reset_on_device_(const DeviceGroup& group, const Problem<float>& p);
+void reset_on_cuda_(const CudaGroup& group, const Problem<float>& p);
 
 // Where it cannot be done the old bases stay.
-void refresh_basis_on_device_(const DeviceGroup& group, Side side);
+void refresh_basis_on_cuda_(const CudaGroup& group, Side side);
 
 // Returns the places of matrices whose refresh could not be done.
-std::vector<size_t> refresh_due_on_device_(const DeviceGroup& group);
+std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group);
 
 // The step of a group, in the parts of dykaf/ops.h's Step.
-class DeviceStep {
+class CudaStep {
  public:
-  DeviceStep(const DeviceGroup& group, Refreshes refreshes);
+  CudaStep(const CudaGroup& group, Refreshes refreshes);
 
   // What plan() takes.
   int64_t workspace_bytes() const { return workspace_bytes_; }
@@ -69,9 +69,9 @@ class DeviceStep {
     cuda::Plan plan;
     at::Tensor image;
   };
-  DeviceGroup group_of(Pass& pass) const;
+  CudaGroup group_of(Pass& pass) const;
 
-  DeviceGroup group_;
+  CudaGroup group_;
   Refreshes refreshes_;
   std::vector<int64_t> fresh_;
   std::vector<int64_t> running_;
