@@ -1,4 +1,5 @@
 // A parameter group's dictionary as dykaf::Options.
+
 #include <array>
 #include <utility>
 
