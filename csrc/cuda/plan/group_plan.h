@@ -11,13 +11,14 @@
 
 namespace dykaf::cuda {
 
-// A group whose matrices lie in the image.
+// A group whose matrices lie in the image. Scalars and options are those of `prepare`; without it
+// no launch may read them.
 struct GroupInImage {
   size_t matrices;
   int32_t num;
   MatrixScalars* scalars = nullptr;
   AdamOptions adam = {};
-  size_t adam_place = 0;
+  size_t adam_place = 0;  // in the image
 
   Group at(const std::byte* image) const {
     return {as<MatrixOnDevice>(image + matrices), scalars, num, adam};
