@@ -16,7 +16,7 @@ MEDIUM_TILE = "Li64ELi64ELi32ELi32ELi32ELi3ELi3E"
 def gemm_name(form: int, precision: int, tile: str = MEDIUM_TILE) -> str:
     return (
         f"_ZN5dykaf4cuda11gemm_kernelINS0_9TileShapeI{tile}ELNS0_8GemmFormE{form}E"
-        f"LNS0_15MatmulPrecisionE{precision}EEEvNS0_7GroupedE"
+        f"LNS0_15MatmulPrecisionE{precision}EEEvNS0_10GemmLaunchE"
     )
 
 
@@ -69,6 +69,7 @@ def test_names():
     assert short_name(adam) == "elements adam"
     compact = adam.replace("11AdamProblem", "18CompactAdamProblem")
     assert short_name(compact) == "elements compact adam"
+    assert short_name(adam.replace("11AdamProblem", "12AdamWProblem")) == "elements adamw"
 
 
 def test_shape_of_a_product():

@@ -78,7 +78,7 @@ def short_name(name: str) -> str:
     match = KERNEL_NAME.search(name)
     kernel = match[1] if match else name
     op = ELEMENT_NAME.search(name)
-    return f"{kernel} {re.sub('(?<=[a-z])(?=[A-Z])', ' ', op[1]).lower()}" if op else kernel
+    return f"{kernel} {re.sub('(?<=[a-z])(?=[A-Z][a-z])', ' ', op[1]).lower()}" if op else kernel
 
 
 def unit_of(op: str) -> str:

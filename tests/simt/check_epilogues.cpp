@@ -79,16 +79,19 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
     return num_tiles(tile_class, GemmForm::kNN, g.m, g.n);
   });
   const Array<MatrixOnDevice> matrices(matrices_on_device(b.problems));
-  const Group group{matrices.get(), scalars, num, adam_options(scenario.options)};
+  const auto group = [=] {  // keeps the matrices
+    return Group{matrices.get(), scalars, num, adam_options(scenario.options)};
+  };
   made.launches.push_back([=, inputs = b.inputs](const std::byte*, Stream stream) {
-    return launch_prepare(group, scenario.options, inputs,
+    return launch_prepare(group(), scenario.options, inputs,
                           epilogue == Epilogue::kAdam ? StepCount::kAdvance : StepCount::kKeep,
                           stream);
   });
   made.launches.push_back([=](const std::byte*, Stream stream) {
     const Array<GemmProblem> device_problems(*problems);
-    return launch_gemm(MatmulPrecision::kHighest, GemmForm::kNN, tile_class,
-                       {device_problems.get(), num, grid}, group, stream);
+    const Array<AdamOptions> adam(std::vector{group().adam});
+    const GemmLaunch launch{device_problems.get(), matrices.get(), scalars, num, grid, adam.get()};
+    return launch_gemm(MatmulPrecision::kHighest, GemmForm::kNN, tile_class, launch, stream);
   });
   if (epilogue == Epilogue::kAdam) {
     made.launches.push_back([=](const std::byte*, Stream stream) {
@@ -98,7 +101,7 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
         sums.push_back({g.partials, tiles, kNumSums, g.matrix_idx});
       }
       const Array<RmsProblem> device_sums(sums);
-      return launch_update_rms({device_sums.get(), num, num}, group, stream);
+      return launch_update_rms({device_sums.get(), num, num}, group(), stream);
     });
   }
   return made;

@@ -127,9 +127,13 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
   const int64_t grid = assign_tiles(
       problems, [&](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); });
   const Array<GemmProblem> device_problems(problems);
-  const Grouped<GemmProblem> launch{device_problems.get(), static_cast<int32_t>(problems.size()),
-                                    grid};
-  require("launch", launch_gemm(precision, form, tile_class, launch, Group{}, nullptr) == 0);
+  const GemmLaunch launch{device_problems.get(),
+                          nullptr,
+                          nullptr,
+                          static_cast<int32_t>(problems.size()),
+                          grid,
+                          nullptr};
+  require("launch", launch_gemm(precision, form, tile_class, launch, nullptr) == 0);
   std::vector<std::byte> outputs;
   for (const GemmCase& p : cases) {
     require_right(p, form, precision, epilogue);

@@ -20,8 +20,9 @@ void multiply(const Array<float>& A, const Array<float>& B, const Array<float>& 
   p.m = p.n = n;
   p.k = k;
   const Array<GemmProblem> problem(std::vector<GemmProblem>{p});
-  const Grouped<GemmProblem> launch{problem.get(), 1, num_tiles(tile_class, form, n, n)};
-  require("launch", launch_gemm(precision, form, tile_class, launch, Group{}, nullptr) == 0);
+  const GemmLaunch launch{problem.get(), nullptr, nullptr, 1, num_tiles(tile_class, form, n, n),
+                          nullptr};
+  require("launch", launch_gemm(precision, form, tile_class, launch, nullptr) == 0);
 }
 
 bool has_kernel(GemmForm form, TileClass tile_class) {

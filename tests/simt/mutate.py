@@ -55,14 +55,14 @@ def gemm_source(mutant: Mutant) -> str:
     for precision in ("Highest", "High", "Medium"):
         lines.append(
             f"int launch_gemm_{precision.lower()}(GemmForm form, TileClass tile_class, "
-            "const Grouped<GemmProblem>& launch, const Group& group, Stream stream) {"
+            "const GemmLaunch& launch, Stream stream) {"
         )
         for tile in mutant.tiles if precision == mutant.precision else ():
             lines.append(
                 f"if (tile_class == TileClass::k{tile}) return launch_gemm_tile<{tile}Tile, "
-                f"MatmulPrecision::k{precision}>(form, launch, group, stream);"
+                f"MatmulPrecision::k{precision}>(form, launch, stream);"
             )
-        lines.append("(void)form, (void)tile_class, (void)launch, (void)group, (void)stream;")
+        lines.append("(void)form, (void)tile_class, (void)launch, (void)stream;")
         lines.append("return static_cast<int>(cudaErrorNotSupported); }")
     return "\n".join([*lines, "}"])
 

@@ -28,14 +28,14 @@ int64_t num_tiles(TileClass tile_class, GemmForm form, int64_t m, int64_t n) {
 }
 
 int launch_gemm(MatmulPrecision precision, GemmForm form, TileClass tile_class,
-                const Grouped<GemmProblem>& launch, const Group& group, Stream stream) {
+                const GemmLaunch& launch, Stream stream) {
   switch (precision) {
     case MatmulPrecision::kHighest:
-      return launch_gemm_highest(form, tile_class, launch, group, stream);
+      return launch_gemm_highest(form, tile_class, launch, stream);
     case MatmulPrecision::kHigh:
-      return launch_gemm_high(form, tile_class, launch, group, stream);
+      return launch_gemm_high(form, tile_class, launch, stream);
     case MatmulPrecision::kMedium:
-      return launch_gemm_medium(form, tile_class, launch, group, stream);
+      return launch_gemm_medium(form, tile_class, launch, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

@@ -87,8 +87,7 @@ DYKAF_DEVICE void stage_results(const float (&acc)[kTilesM][kTilesN][4], float* 
 // SharedLayout::kBytes, first the ring, then the finished tile.
 template <class Tile, GemmForm kForm, MatmulPrecision kPrecision>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
-    gemm_kernel(const __grid_constant__ Grouped<GemmProblem> launch,
-                const __grid_constant__ Group group) {
+    gemm_kernel(const __grid_constant__ GemmLaunch launch) {
   constexpr bool kTransposeA = transposes_a(kForm);
   constexpr bool kTransposeB = transposes_b(kForm);
   constexpr bool kSymmetric = is_symmetric(kForm);
@@ -101,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
   const int tile = static_cast<int>(blockIdx.x);
   const GemmProblem p = launch.problems[find_problem(launch.problems, launch.num, tile)];
-  if (group.scalars != nullptr && group.scalars[p.matrix_idx].active == 0) return;
+  if (launch.scalars != nullptr && launch.scalars[p.matrix_idx].active == 0) return;
   const TilePlace place = locate_tile<Tile, kSymmetric>(p, tile - p.tile_begin);
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   float* staged = staged_carver.take<float>(Layout::kStagedSize);
   stage_results(acc, staged, Layout::kStagedStride, warp_row, warp_col, lane);
   __syncthreads();
-  TileEpilogue<Tile, kSymmetric> epilogue(group, p, place, staged, Layout::kStagedStride);
+  TileEpilogue<Tile, kSymmetric> epilogue(launch, p, place, staged, Layout::kStagedStride);
   epilogue.apply(thread);
   if constexpr (kSymmetric) epilogue.mirror(thread);
   if (p.partials != nullptr) {
@@ -175,31 +174,30 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 }
 
 template <class Tile, GemmForm kForm, MatmulPrecision kPrecision>
-int launch_gemm_form(const Grouped<GemmProblem>& launch, const Group& group, Stream stream) {
+int launch_gemm_form(const GemmLaunch& launch, Stream stream) {
   using Layout = SharedLayout<Tile, transposes_a(kForm), transposes_b(kForm)>;
   return DYKAF_LAUNCH((gemm_kernel<Tile, kForm, kPrecision>),
                       dim3(static_cast<unsigned>(launch.grid)), dim3(Tile::kThreads),
-                      Layout::kBytes, static_cast<cudaStream_t>(stream), launch, group);
+                      Layout::kBytes, static_cast<cudaStream_t>(stream), launch);
 }
 
 template <class Tile, MatmulPrecision kPrecision>
-int launch_gemm_tile(GemmForm form, const Grouped<GemmProblem>& launch, const Group& group,
-                     Stream stream) {
+int launch_gemm_tile(GemmForm form, const GemmLaunch& launch, Stream stream) {
   switch (form) {
     case GemmForm::kNN:
-      return launch_gemm_form<Tile, GemmForm::kNN, kPrecision>(launch, group, stream);
+      return launch_gemm_form<Tile, GemmForm::kNN, kPrecision>(launch, stream);
     case GemmForm::kTN:
-      return launch_gemm_form<Tile, GemmForm::kTN, kPrecision>(launch, group, stream);
+      return launch_gemm_form<Tile, GemmForm::kTN, kPrecision>(launch, stream);
     case GemmForm::kNT:
-      return launch_gemm_form<Tile, GemmForm::kNT, kPrecision>(launch, group, stream);
+      return launch_gemm_form<Tile, GemmForm::kNT, kPrecision>(launch, stream);
     case GemmForm::kSymmetricNT:
     case GemmForm::kSymmetricTN:
       break;
   }
   if constexpr (Tile::kM == Tile::kN) {
     return form == GemmForm::kSymmetricNT
-               ? launch_gemm_form<Tile, GemmForm::kSymmetricNT, kPrecision>(launch, group, stream)
-               : launch_gemm_form<Tile, GemmForm::kSymmetricTN, kPrecision>(launch, group, stream);
+               ? launch_gemm_form<Tile, GemmForm::kSymmetricNT, kPrecision>(launch, stream)
+               : launch_gemm_form<Tile, GemmForm::kSymmetricTN, kPrecision>(launch, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }
@@ -210,17 +208,17 @@ using LargeTileOf =
     std::conditional_t<kPrecision == MatmulPrecision::kHighest, LargeTile, LargeWarpTile>;
 
 template <MatmulPrecision kPrecision>
-int launch_gemm_precision(GemmForm form, TileClass tile_class, const Grouped<GemmProblem>& launch,
-                          const Group& group, Stream stream) {
+int launch_gemm_precision(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
+                          Stream stream) {
   switch (tile_class) {
     case TileClass::kLarge:
-      return launch_gemm_tile<LargeTileOf<kPrecision>, kPrecision>(form, launch, group, stream);
+      return launch_gemm_tile<LargeTileOf<kPrecision>, kPrecision>(form, launch, stream);
     case TileClass::kMedium:
-      return launch_gemm_tile<MediumTile, kPrecision>(form, launch, group, stream);
+      return launch_gemm_tile<MediumTile, kPrecision>(form, launch, stream);
     case TileClass::kWide:
-      return launch_gemm_tile<WideTile, kPrecision>(form, launch, group, stream);
+      return launch_gemm_tile<WideTile, kPrecision>(form, launch, stream);
     case TileClass::kTall:
-      return launch_gemm_tile<TallTile, kPrecision>(form, launch, group, stream);
+      return launch_gemm_tile<TallTile, kPrecision>(form, launch, stream);
   }
   return static_cast<int>(cudaErrorInvalidValue);
 }

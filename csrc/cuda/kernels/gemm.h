@@ -50,14 +50,23 @@ struct GemmProblem {
 // Blocks of a launch that one multiplication takes.
 int64_t num_tiles(TileClass tile_class, GemmForm form, int64_t m, int64_t n);
 
+// What a launch reads on the device.
+struct GemmLaunch {
+  const GemmProblem* problems;  // [num]
+  const MatrixOnDevice* matrices;
+  const MatrixScalars* scalars;  // null: all matrices are active, and no epilogue needs more
+  int32_t num;
+  int64_t grid;
+  const AdamOptions* adam;  // kAdam
+};
+
 // Launches one grid; returns a cudaError_t.
 int launch_gemm(MatmulPrecision precision, GemmForm form, TileClass tile_class,
-                const Grouped<GemmProblem>& launch, const Group& group, Stream stream);
-int launch_gemm_highest(GemmForm form, TileClass tile_class, const Grouped<GemmProblem>& launch,
-                        const Group& group, Stream stream);
-int launch_gemm_high(GemmForm form, TileClass tile_class, const Grouped<GemmProblem>& launch,
-                     const Group& group, Stream stream);
-int launch_gemm_medium(GemmForm form, TileClass tile_class, const Grouped<GemmProblem>& launch,
-                       const Group& group, Stream stream);
+                const GemmLaunch& launch, Stream stream);
+int launch_gemm_highest(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
+                        Stream stream);
+int launch_gemm_high(GemmForm form, TileClass tile_class, const GemmLaunch& launch, Stream stream);
+int launch_gemm_medium(GemmForm form, TileClass tile_class, const GemmLaunch& launch,
+                       Stream stream);
 
 }  // namespace dykaf::cuda

@@ -22,9 +22,9 @@ struct TilePlace {
 template <class Tile, bool kSymmetric>
 class TileEpilogue {
  public:
-  DYKAF_DEVICE TileEpilogue(const Group& group, const GemmProblem& problem, const TilePlace& place,
-                            const float* staged, int staged_stride)
-      : group_(group), p_(problem), place_(place), staged_(staged), stride_(staged_stride) {}
+  DYKAF_DEVICE TileEpilogue(const GemmLaunch& launch, const GemmProblem& problem,
+                            const TilePlace& place, const float* staged, int staged_stride)
+      : launch_(launch), p_(problem), place_(place), staged_(staged), stride_(staged_stride) {}
 
   // Applies the epilogue to every unit of this thread and stores what is to be stored.
   DYKAF_DEVICE void apply(int thread) {
@@ -60,7 +60,7 @@ class TileEpilogue {
   DYKAF_DEVICE bool arrays_aligned() const {
     bool aligned = is_aligned(p_.D, p_.n, 4) && is_aligned(p_.C, p_.n, 4);
     if (p_.epilogue == Epilogue::kAdam) {
-      const MatrixOnDevice& matrix = group_.matrices[p_.matrix_idx];
+      const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
       aligned = aligned && is_aligned(matrix.exp_avg, p_.n, 4) &&
                 is_aligned(matrix.exp_avg_sq, p_.n, 4) && is_aligned(p_.update, p_.n, 4);
     }
@@ -96,13 +96,13 @@ class TileEpilogue {
   }
 
   DYKAF_DEVICE void adam(int64_t start, int count, bool aligned, const float (&h)[kUnit]) {
-    const MatrixOnDevice& matrix = group_.matrices[p_.matrix_idx];
+    const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
     float exp_avg[kUnit];
     float exp_avg_sq[kUnit];
     float update[kUnit];
     load_unit(matrix.exp_avg + start, count, aligned, exp_avg);
     load_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);
-    adam_unit(exp_avg, exp_avg_sq, h, group_.scalars[p_.matrix_idx], group_.adam, update);
+    adam_unit(exp_avg, exp_avg_sq, h, launch_.scalars[p_.matrix_idx], *launch_.adam, update);
     store_unit(matrix.exp_avg + start, count, aligned, exp_avg);
     store_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);
     store_unit(p_.D + start, count, aligned, h);
@@ -114,10 +114,10 @@ class TileEpilogue {
   }
 
   DYKAF_DEVICE void parameter(int64_t start, int count, const float (&update)[kUnit]) {
-    const MatrixOnDevice& matrix = group_.matrices[p_.matrix_idx];
+    const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
     const bool aligned = is_aligned(matrix.param, p_.n, element_size(matrix.dtype));
     const bool master_aligned = is_aligned(matrix.master, p_.n, 4);
-    apply_unit_(matrix, group_.scalars[p_.matrix_idx], start, count, aligned, master_aligned,
+    apply_unit_(matrix, launch_.scalars[p_.matrix_idx], start, count, aligned, master_aligned,
                 update);
   }
 
@@ -136,7 +136,7 @@ class TileEpilogue {
     }
   }
 
-  const Group& group_;
+  const GemmLaunch& launch_;
   const GemmProblem& p_;
   const TilePlace place_;
   const float* staged_;

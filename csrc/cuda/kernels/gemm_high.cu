@@ -4,9 +4,8 @@
 
 namespace dykaf::cuda {
 
-int launch_gemm_high(GemmForm form, TileClass tile_class, const Grouped<GemmProblem>& launch,
-                     const Group& group, Stream stream) {
-  return launch_gemm_precision<MatmulPrecision::kHigh>(form, tile_class, launch, group, stream);
+int launch_gemm_high(GemmForm form, TileClass tile_class, const GemmLaunch& launch, Stream stream) {
+  return launch_gemm_precision<MatmulPrecision::kHigh>(form, tile_class, launch, stream);
 }
 
 }  // namespace dykaf::cuda

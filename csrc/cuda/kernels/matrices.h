@@ -77,8 +77,8 @@ struct AdamOptions {
   float least_outside;  // share of a row's squares that a skinny basis may miss by rounding
 };
 
-// The matrices of a launch and their scalars, on the device; null scalars: all are active. The
-// options are in the kernel's arguments and not in the image: from there they take no registers.
+// The matrices of a launch and their scalars, on the device. The options are arguments of the
+// kernels of elements, where they take no registers; gemm takes fewer with those in the image.
 struct Group {
   const MatrixOnDevice* matrices;  // [num]
   MatrixScalars* scalars;          // [num]

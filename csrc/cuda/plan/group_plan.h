@@ -11,12 +11,14 @@
 
 namespace dykaf::cuda {
 
-// A group whose matrices lie in the image.
+// A group whose matrices lie in the image. Scalars and options are those of `prepare`; without it
+// no launch may read them.
 struct GroupInImage {
   size_t matrices;
   int32_t num;
   MatrixScalars* scalars = nullptr;
   AdamOptions adam = {};
+  size_t adam_place = 0;  // in the image
 
   Group at(const std::byte* image) const {
     return {as<MatrixOnDevice>(image + matrices), scalars, num, adam};
@@ -39,6 +41,7 @@ class GroupPlan {
   void prepare(const Options& options, const DeviceInputs& inputs, StepCount step_count) {
     group_.scalars = builder_.take<MatrixScalars>(num());
     group_.adam = adam_options(options);
+    group_.adam_place = builder_.add(std::vector{group_.adam});
     builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
       return launch_prepare(group.at(image), options, inputs, step_count, stream);
     });
@@ -79,12 +82,21 @@ class GroupPlan {
     for (int i = 0; i < kNumTileClasses; ++i) {
       const auto tile_class = static_cast<TileClass>(i);
       const GemmForm form = site.form();
-      tiled(
-          site.problems(tile_class),
-          [=](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); },
-          [=](const auto& launch, const Group& group, Stream stream) {
-            return launch_gemm(precision, form, tile_class, launch, group, stream);
-          });
+      std::vector<GemmProblem> problems = site.problems(tile_class);
+      const int64_t grid = assign_tiles(
+          problems, [&](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); });
+      if (problems.empty()) continue;
+      const size_t offset = builder_.add(problems);
+      const auto count = static_cast<int32_t>(problems.size());
+      builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
+        const GemmLaunch launch{as<GemmProblem>(image + offset),
+                                as<MatrixOnDevice>(image + group.matrices),
+                                group.scalars,
+                                count,
+                                grid,
+                                as<AdamOptions>(image + group.adam_place)};
+        return launch_gemm(precision, form, tile_class, launch, stream);
+      });
     }
   }
 
