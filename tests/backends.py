@@ -2,7 +2,7 @@
 
 simt: the CUDA backend over the host executor, in the package of tests/simt/extension.py, which
 takes tensors on the CPU for tensors on a GPU. cuda: a GPU. aten: torch's own operations, on tensors
-on the CPU; they are treated as those on a GPU are, for whose work no host waits. aten-cuda: on a GPU.
+on the CPU, which are treated as those on a GPU are: no host waits. aten-cuda: those on a GPU.
 """
 
 from __future__ import annotations
