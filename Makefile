@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo clean
+.PHONY: setup test test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -54,6 +54,11 @@ $(BUILT): $(DEPS) $(BUILD_FILES) $(CPP_FILES)
 test: $(BUILT)
 	@echo "==> running the tests"
 	@$(PY) -m pytest
+
+# The backend of torch's own operations, on tensors on the CPU.
+test-aten: $(BUILT)
+	@echo "==> running the tests of values with --backend aten"
+	@$(PY) -m pytest -q --backend aten tests/test_trajectory.py tests/test_all_or_nothing.py $(GPU_TESTS)
 
 # Built in a directory of its own and run from there, so the normal build stays as it is. libstdc++ is
 # preloaded too, since libasan looks up __cxa_throw as it starts, before Python has loaded any C++. No

@@ -16,7 +16,7 @@ from bench.sass.report import put_between_markers
 
 BEGIN, END = "<!-- bounds: begin -->", "<!-- bounds: end -->"
 PERIOD = 10  # precondition_frequency
-PASS_BYTES = 1 << 29  # kMaxWorkspaceBytes of csrc/bindings/device_ops.cpp
+PASS_BYTES = 1 << 29  # kMaxWorkspaceBytes of csrc/bindings/on_cuda.cpp
 
 # NVIDIA H100 and A100 data sheets, SXM, dense: memory in TB/s; TFLOP/s of float32 without tensor
 # cores, in which refreshes run; TFLOP/s by matmul_precision, "highest" being three TF32 products.

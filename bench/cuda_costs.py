@@ -48,7 +48,7 @@ class Cost:
 
 
 def tiles(form: str, m: int, n: int) -> tuple[str, int, int, int]:
-    """choose_tile and num_tiles of csrc/cuda/gemm_plan.cu: name, number, rows, columns."""
+    """choose_tile and num_tiles of csrc/cuda: name, number, rows, columns."""
     symmetric = form.startswith("sym")
     if m >= 768 and n >= 768:
         name, rows, cols = "large", 128, 128
@@ -63,8 +63,8 @@ def tiles(form: str, m: int, n: int) -> tuple[str, int, int, int]:
     return name, number, rows, cols
 
 
-def product(site: str, form: str, m: int, n: int, k: int, floats: float, params: float = 0) -> Cost:
-    """A grouped product D [m, n], in whole tiles: the padding is computed too."""
+def gemm(site: str, form: str, m: int, n: int, k: int, floats: float, params: float = 0) -> Cost:
+    """A grouped multiplication D [m, n], in whole tiles: the padding is computed too."""
     name, number, rows, cols = tiles(form, m, n)
     return Cost(f"{site} {form} {name}", 2.0 * number * rows * cols * k, floats, params)
 
@@ -97,20 +97,20 @@ def ours_skinny(p: Matrix) -> Iterator[Cost]:
     yield Cost("grad_max", params=size)
     yield Cost("load", floats=size, params=size)
     side, form = ("left", "TN") if wide else ("right", "NN")
-    yield product(f"into {side}", form, m, n, short, short * short + 2 * size)
+    yield gemm(f"into {side}", form, m, n, short, short * short + 2 * size)
     # exp_avg read and written, the rotated gradient read and written as rows of the basis
     yield Cost("skinny gradient", floats=4 * size)
     data = size + rank * long + short * rank  # V [rank, long]
     for _ in range(2):  # the gradient's and exp_avg's
-        yield product("into V", "NT" if wide else "NN", rows, cols, long, data)
+        yield gemm("into V", "NT" if wide else "NN", rows, cols, long, data)
     yield Cost("skinny moments", floats=5 * short * rank)
-    yield product("out of V", "NN" if wide else "TN", m, n, rank, data)
+    yield gemm("out of V", "NN" if wide else "TN", m, n, rank, data)
     yield Cost("beyond", floats=3 * size)
     yield Cost("skinny long factor", floats=2 * (1.5 * rank) ** 2)  # the part of `core` in use
     form = "NN" if wide else "NT"
-    yield product(f"out {side}", form, m, n, short, short * short + size, 2 * size)
+    yield gemm(f"out {side}", form, m, n, short, short * short + size, 2 * size)
     form = "sym NT" if wide else "sym TN"
-    yield product(f"{side} increment", form, short, short, long, size + 1.5 * short * short)
+    yield gemm(f"{side} increment", form, short, short, long, size + 1.5 * short * short)
     yield Cost(f"{side} blend", floats=3 * short * short)
 
 
@@ -125,27 +125,25 @@ def ours_dense(p: Matrix, integrator: str = "diagonal") -> Iterator[Cost]:
     yield Cost("load", floats=s, params=s)  # G to H = G / tau
     both = p.left and p.right
     if p.left:  # Q_L^T H; the last product before Adam brings the moments below
-        yield product("into left", "TN", m, n, m, m * m + 2 * s + (0 if both else 5 * s))
+        yield gemm("into left", "TN", m, n, m, m * m + 2 * s + (0 if both else 5 * s))
     if p.right:  # (.) Q_R; Adam: two moments read and written, the update written beside H
-        yield product("into right", "NN", m, n, n, n * n + 2 * s + 5 * s)
+        yield gemm("into right", "NN", m, n, n, n * n + 2 * s + 5 * s)
     if p.left:  # Q_L D; the last product reads and writes W in place of its result
-        yield product(
-            "out left", "NN", m, n, m, m * m + (2 if both else 1) * s, 0 if both else 2 * s
-        )
+        yield gemm("out left", "NN", m, n, m, m * m + (2 if both else 1) * s, 0 if both else 2 * s)
     if p.right:
-        yield product("out right", "NT", m, n, n, n * n + s, 2 * s)
+        yield gemm("out right", "NT", m, n, n, n * n + s, 2 * s)
     # "ksl" multiplies H by the other factor first; the increments of both read two arrays then
     multiplies = both and integrator == "ksl"
     if multiplies:
-        yield product("H R", "NN", m, n, n, 2 * s + n * n)
+        yield gemm("H R", "NN", m, n, n, 2 * s + n * n)
     read = 2 * s if multiplies else s
     if p.left:  # reads both operands and L's lower half; writes the whole increment
-        yield product("left increment", "sym NT", m, m, n, read + 1.5 * m * m)
+        yield gemm("left increment", "sym NT", m, m, n, read + 1.5 * m * m)
         yield Cost("left blend", floats=3 * m * m)  # L and the increment to L
     if multiplies:
-        yield product("L H", "NN", m, n, m, 2 * s + m * m)
+        yield gemm("L H", "NN", m, n, m, 2 * s + m * m)
     if p.right:
-        yield product("right increment", "sym TN", n, n, m, read + 1.5 * n * n)
+        yield gemm("right increment", "sym TN", n, n, m, read + 1.5 * n * n)
         yield Cost("right blend", floats=3 * n * n)
 
 
@@ -248,9 +246,9 @@ def soap_refresh(p: Matrix) -> Iterator[Cost]:
         yield Cost("refresh", floats=4 * p.m * p.n)
 
 
-# Launch sites of csrc/cuda/step.cu and factor_update.cu: products of general form, which may use
-# four block shapes, symmetric ones, which may use two, and single launches. Each step besides:
-# grad_max in two stages, prepare, adamw, load, update_rms.
+# Launch sites of csrc/cuda/plan/step.cpp and factor_update.cpp: multiplications of general form,
+# which may use four block shapes, symmetric ones, which may use two, and single launches. Each step
+# besides: grad_max in two stages, prepare, adamw, load, update_rms.
 ALWAYS = 6
 ROTATIONS = 4
 SITES = {

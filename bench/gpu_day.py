@@ -94,15 +94,16 @@ def make_steps(device: str, arch: str) -> list[Step]:
         missing = missing or ("" if sanitizer else "compute-sanitizer is not installed")
         return Step(tool, "sanitize", 260, command, missing)
 
+    peers = ["dykaf", "dykaf-aten", "textbook-dykaf", "textbook-soap", "muon", "adamw"]
     ops = ["--sets", "gpt2", "lora8", "--precisions", "highest", "high", "--seconds", "0.3"]
     return [  # what should not be missed comes first
         Step("build", "build", 490, python("setup.py", "build_ext", "--inplace")),
         Step("report", "build", 20, python("-m", "dykaf")),
         bench("peaks", 40, "peaks"),
         tests("test-native", 320, "cuda" if is_gpu else "cpu"),
-        bench("step", 240, "step", "--sets", "gpt2", "lora8", "resnet50"),
+        bench("step", 240, "step", "--sets", "gpt2", "lora8", "resnet50", "--optimizers", *peers),
         sanitize("memcheck"),
-        tests("test-aten", 200, "aten"),
+        tests("test-aten", 200, "aten-cuda" if is_gpu else "aten"),
         bench("ops", 230, "ops", *ops),
         sanitize("racecheck"),
     ]

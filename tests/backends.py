@@ -2,7 +2,7 @@
 
 simt: the CUDA backend over the host executor, in the package of tests/simt/extension.py, which
 takes tensors on the CPU for tensors on a GPU. cuda: a GPU. aten: torch's own operations, on tensors
-on the CPU; they are treated as those on a GPU are, for whose work no host waits.
+on the CPU, which are treated as those on a GPU are: no host waits. aten-cuda: those on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from dykaf import _C, ops
 from dykaf.state import HOST_KEYS
 
-NAMES = ("cpu", "aten", "simt", "cuda")
+NAMES = ("cpu", "aten", "aten-cuda", "simt", "cuda")
 BACKEND = "cpu"  # set by conftest.py from the option
 OPS = (
     "grad_max",
@@ -36,9 +36,9 @@ def select(name: str) -> None:
     """Sets the backend and checks that the package at hand has it; changes ops for "cuda"."""
     global BACKEND
     BACKEND = name
-    expected = {"cpu": "cpu", "aten": "aten", "simt": "cuda", "cuda": "cuda"}[name]
-    if name == "aten":
-        os.environ["DYKAF_BACKEND"] = name  # of processes that tests start
+    expected = {"cpu": "cpu", "simt": "cuda", "cuda": "cuda"}.get(name, "aten")
+    if expected == "aten":
+        os.environ["DYKAF_BACKEND"] = "aten"  # of processes that tests start
         _C.use_aten_alone(True)
     found = ops.backend_of(torch.zeros(1, device=device()))
     if found != expected:
@@ -46,7 +46,11 @@ def select(name: str) -> None:
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if BACKEND == "cuda" else "cpu")
+    return torch.device("cuda" if on_hardware() else "cpu")
+
+
+def on_hardware() -> bool:
+    return BACKEND.endswith("cuda")
 
 
 def is_gpu() -> bool:

@@ -23,13 +23,15 @@ STD = r"[a-z_]+"
 OWN = r"dykaf/.+"
 TORCH = r"(torch|ATen|c10|pybind11)/.+"
 CUDA = r"(cuda|cublas|cusolver)\w*\.h|mma\.h|vector_types\.h|cooperative_groups(/.+)?|(cuda|nv)/\w+"
+PLAIN = r"cuda/kernels/\w+\.h"  # what a host compiler understands
 # Directory -> the headers its files may include. Besides, every file may include one of its own
-# directory.
+# directory, but for the plain headers of the kernels: those are for planning too.
 INCLUDE_RULES = {
     "csrc/include/dykaf": [STD, OWN],
     "csrc/aten": [STD, OWN, TORCH],
     "csrc/cpu": [STD, OWN, TORCH, r"aten/.+"],
-    "csrc/cuda": [STD, OWN, CUDA],
+    "csrc/cuda/kernels": [STD, OWN, CUDA],
+    "csrc/cuda/plan": [STD, OWN, PLAIN],
     "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"aten/.+"],  # it calls down, never up
 }
 
@@ -39,29 +41,33 @@ def forbidden_includes(path: str, text: str) -> list[str]:
     area = next((a for a in INCLUDE_RULES if path.startswith(a + "/")), None)
     if area is None:
         return [f"{path} lies in no known directory"]
+    is_plain = area == "csrc/cuda/kernels" and path.endswith(".h")
+    rules = [STD, OWN, PLAIN] if is_plain else INCLUDE_RULES[area]
     bad = []
     for bracket, name in re.findall(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', text, re.MULTILINE):
         places = [(ROOT / path).parent / name, ROOT / "csrc" / name]
-        is_neighbour = bracket == '"' and any(
-            p.resolve().is_relative_to(ROOT / area) and p.is_file() for p in places
+        is_neighbour = (
+            bracket == '"'
+            and not is_plain
+            and any(p.resolve().is_relative_to(ROOT / area) and p.is_file() for p in places)
         )
-        is_allowed = any(re.fullmatch(rule, name) for rule in INCLUDE_RULES[area])
+        is_allowed = any(re.fullmatch(rule, name) for rule in rules)
         if "simt" in name or not (is_neighbour or is_allowed):
             bad.append(name)
     return bad
 
 
-def product_sources() -> list[str]:
+def package_sources() -> list[str]:
     files = (p for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCE_SUFFIXES)
     return sorted(p.relative_to(ROOT).as_posix() for p in files)
 
 
 def test_there_are_sources():
-    areas = {a for a in INCLUDE_RULES for p in product_sources() if p.startswith(a + "/")}
-    assert areas >= {"csrc/include/dykaf", "csrc/aten", "csrc/cpu", "csrc/bindings"}
+    areas = {a for a in INCLUDE_RULES for p in package_sources() if p.startswith(a + "/")}
+    assert areas == set(INCLUDE_RULES)
 
 
-@pytest.mark.parametrize("path", product_sources())
+@pytest.mark.parametrize("path", package_sources())
 def test_include_rules(path):
     assert forbidden_includes(path, (ROOT / path).read_text()) == []
 
@@ -77,10 +83,18 @@ def test_include_rules(path):
         ("csrc/aten/x.cpp", '#include "cpu/loops.h"'),
         ("csrc/aten/x.cpp", "#include <cuda_runtime.h>"),
         ("csrc/cpu/x.cpp", '  #  include "bindings/module.h"'),
-        ("csrc/cuda/x.cu", "#include <torch/extension.h>"),
-        ("csrc/cuda/device/x.cuh", "#include <c10/util/Half.h>"),
-        ("csrc/cuda/device/x.cuh", "#include <pybind11/pybind11.h>"),
-        ("csrc/cuda/x.cuh", '#include "tests/simt/executor.h"'),
+        ("csrc/cuda/kernels/x.cu", "#include <torch/extension.h>"),
+        ("csrc/cuda/kernels/device/x.cuh", "#include <c10/util/Half.h>"),
+        ("csrc/cuda/kernels/device/x.cuh", "#include <pybind11/pybind11.h>"),
+        ("csrc/cuda/kernels/x.cuh", '#include "tests/simt/executor.h"'),
+        ("csrc/cuda/kernels/x.cu", '#include "cuda/plan/group_plan.h"'),
+        ("csrc/cuda/kernels/x.h", "#include <cuda_runtime.h>"),
+        ("csrc/cuda/kernels/x.h", '#include "cuda/kernels/gemm_tile.cuh"'),
+        ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/gemm_tile.cuh"'),
+        ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/device/platform.cuh"'),
+        ("csrc/cuda/plan/x.h", "#include <cuda_runtime.h>"),
+        ("csrc/cuda/plan/x.h", "#include <ATen/core/Tensor.h>"),
+        ("csrc/cuda/x.cu", ""),
         ("csrc/bindings/x.cpp", '#include "../../tests/simt/executor.h"'),
         ("csrc/elsewhere/x.cpp", ""),
     ],
@@ -94,8 +108,11 @@ def test_include_rules_reject(path, line):
     [
         ("csrc/include/dykaf/x.h", '#include "dykaf/y.h"'),
         ("csrc/cpu/x.cpp", "#include <ATen/Parallel.h>"),
-        ("csrc/cpu/x.cpp", '#include "aten/torch_compat.h"'),
-        ("csrc/cuda/x.cu", "#include <cuda_bf16.h>"),
+        ("csrc/cpu/x.cpp", '#include "aten/products.h"'),
+        ("csrc/cuda/kernels/x.cu", "#include <cuda_bf16.h>"),
+        ("csrc/cuda/kernels/x.cu", '#include "cuda/kernels/gemm_tile.cuh"'),
+        ("csrc/cuda/kernels/x.h", '#include "cuda/kernels/gemm.h"'),
+        ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/gemm.h"'),
         ("csrc/bindings/x.cpp", "#include <c10/cuda/CUDAStream.h>"),
     ],
 )
@@ -105,7 +122,7 @@ def test_include_rules_accept(path, line):
 
 def test_one_file_asks_for_the_version_of_torch():
     version = re.compile(r"TORCH_VERSION_|DYKAF_TORCH_FROM|torch/version\.h")
-    asking = [path for path in product_sources() if version.search((ROOT / path).read_text())]
+    asking = [path for path in package_sources() if version.search((ROOT / path).read_text())]
     assert asking == ["csrc/aten/torch_compat.h"]
 
 

@@ -26,7 +26,7 @@ EIGENVALUES = {
 
 @pytest.fixture(autouse=True)
 def through_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    if backends.BACKEND == "cuda":
+    if backends.on_hardware():
         monkeypatch.setattr(ops, "refresh_basis_", backends.through_gpu(ops.refresh_basis_))
 
 

@@ -34,7 +34,7 @@ factor_shapes = pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=shap
 
 @pytest.fixture(autouse=True)
 def through_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    if backends.BACKEND == "cuda":
+    if backends.on_hardware():
         for name in backends.OPS:
             monkeypatch.setattr(ops, name, backends.through_gpu(getattr(ops, name)))
 

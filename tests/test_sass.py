@@ -15,7 +15,7 @@ MEDIUM_TILE = "Li64ELi64ELi32ELi32ELi32ELi3ELi3E"
 
 def gemm_name(form: int, precision: int, tile: str = MEDIUM_TILE) -> str:
     return (
-        f"_ZN5dykaf4cuda11gemm_kernelINS0_9TileShapeI{tile}ELNS0_11ProductFormE{form}E"
+        f"_ZN5dykaf4cuda11gemm_kernelINS0_9TileShapeI{tile}ELNS0_8GemmFormE{form}E"
         f"LNS0_15MatmulPrecisionE{precision}EEEvNS0_10GemmLaunchE"
     )
 
@@ -65,8 +65,11 @@ def test_names():
     assert short_name(gemm_name(form=3, precision=0)) == "gemm 64x64 sym NT highest"
     unnamed = "_ZN5dykaf4cuda52_GLOBAL__N__d57cebf7_11_elements_cu_cd2184182"
     assert short_name(f"{unnamed}12blend_kernelENS0_7GroupedE") == "blend"
-    adam = f"{unnamed}15elements_kernelILNS0_9ElementOpE1EEEvNS0_7GroupedE"
+    adam = f"{unnamed}15elements_kernelINS0_11AdamProblemEEEvNS0_7GroupedE"
     assert short_name(adam) == "elements adam"
+    compact = adam.replace("11AdamProblem", "18CompactAdamProblem")
+    assert short_name(compact) == "elements compact adam"
+    assert short_name(adam.replace("11AdamProblem", "12AdamWProblem")) == "elements adamw"
 
 
 def test_shape_of_a_product():
@@ -221,7 +224,7 @@ def test_tables_go_between_their_markers(tmp_path):
 def test_a_lowered_budget_is_found_in_a_compiled_kernel(tmp_path):
     """What --check does with all sources, with one small one."""
     csrc = Path(__file__).resolve().parent.parent / "csrc"
-    unit = toolchain.compile_unit(csrc, csrc / "cuda" / "prepare.cu", 90, tmp_path)
+    unit = toolchain.compile_unit(csrc, csrc / "cuda" / "kernels" / "prepare.cu", 90, tmp_path)
     functions = listing.parse(unit.listing)
     kernels = [analyse(functions[n], r, unit.arch) for n, r in unit.resources.items()]
     assert report.defects(kernels) == []

@@ -10,16 +10,16 @@ from bench.sass.listing import Block, Function, Instruction
 from bench.sass.machines import ALU_CYCLES, MACHINES, PARTITIONS, WARP_SIZE, occupancy
 from bench.sass.toolchain import Resources
 
-# enum ProductForm and enum MatmulPrecision of csrc/cuda/gemm.h and dykaf/cuda_ops.h
+# enum GemmForm and enum MatmulPrecision of csrc/cuda/kernels/gemm.h and dykaf/cuda_ops.h
 FORMS = ("NN", "TN", "NT", "sym NT", "sym TN")
 PRECISIONS = ("highest", "high", "medium")
-DEPTH_OF_SUM = 256  # kDepthOfSum of csrc/cuda/gemm.cuh
+DEPTH_OF_SUM = 256  # kDepthOfSum of csrc/cuda/kernels/gemm.cuh
 
 GEMM_NAME = re.compile(
-    r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?ProductFormE(\d).*?MatmulPrecisionE(\d)E"
+    r"gemm_kernelINS\w*?9TileShapeI((?:Li\d+E){7})E.*?GemmFormE(\d).*?MatmulPrecisionE(\d)E"
 )
 KERNEL_NAME = re.compile(r"\d([a-z][a-z_]*)_kernel")  # the digit ends its length
-ELEMENT_OPS = ("load", "adam", "compact", "apply", "adamw", "weigh", "beyond")
+ELEMENT_NAME = re.compile(r"elements_kernelINS\w*?_\d+([A-Z]\w*?)ProblemE")
 THREADS = {"factor_scalars": 128, "metric_weights": 128, "prepare": 128, "update_rms": 32}
 DEFAULT_THREADS = 256
 
@@ -51,7 +51,7 @@ class GemmShape:
 
     @property
     def dynamic_shared_bytes(self) -> int:
-        """SharedLayout::kBytes of csrc/cuda/gemm_tile.cuh."""
+        """SharedLayout::kBytes of csrc/cuda/kernels/gemm_tile.cuh."""
 
         def tile(length: int, along_k: bool) -> int:
             return length * (self.k + 4) if along_k else self.k * (length + 8)
@@ -77,8 +77,8 @@ def short_name(name: str) -> str:
         return f"gemm {gemm.m}x{gemm.n} {gemm.form} {gemm.precision}"
     match = KERNEL_NAME.search(name)
     kernel = match[1] if match else name
-    op = re.search(r"ElementOpE(\d)", name)
-    return f"{kernel} {ELEMENT_OPS[int(op[1])]}" if op else kernel
+    op = ELEMENT_NAME.search(name)
+    return f"{kernel} {re.sub('(?<=[a-z])(?=[A-Z][a-z])', ' ', op[1]).lower()}" if op else kernel
 
 
 def unit_of(op: str) -> str:
@@ -184,7 +184,7 @@ class Kernel:
     threads: int
     blocks: int
     limit: str
-    loop: MainLoop | None  # of a product
+    loop: MainLoop | None  # of a matrix multiplication
     wide: int  # global accesses of 16 bytes per thread
     narrow: int
     local: int

@@ -6,7 +6,7 @@ from bench.sass.kernels import Kernel
 
 BEGIN, END = "<!-- sass: begin -->", "<!-- sass: end -->"
 
-PRODUCTS_HEAD = """\
+GEMM_HEAD = """\
 | kernel | registers | shared KiB | threads | blocks/SM (limit) | HMMA | LDSM | LDS | LDGSTS | \
 instructions | bound | limit |
 |---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---|
@@ -17,7 +17,7 @@ OTHERS_HEAD = """\
 """
 
 
-def product_row(kernel: Kernel) -> str:
+def gemm_row(kernel: Kernel) -> str:
     loop = kernel.loop
     assert loop is not None
     counts = [loop.mix.get(u, 0) for u in ("HMMA", "LDSM", "LDS", "LDGSTS128")]
@@ -50,13 +50,13 @@ def other_row(kernel: Kernel) -> str:
 
 
 def tables(kernels: list[Kernel]) -> str:
-    """Returns Markdown: products and the other kernels, per architecture."""
+    """Returns Markdown: matrix multiplications and the other kernels, per architecture."""
     text = ""
     for arch in sorted({k.arch for k in kernels}):
         here = sorted((k for k in kernels if k.arch == arch), key=lambda k: k.name)
-        products = [k for k in here if k.loop is not None]
-        text += f"\n### sm_{arch}, products\n\n" + PRODUCTS_HEAD
-        text += "".join(map(product_row, products))
+        gemms = [k for k in here if k.loop is not None]
+        text += f"\n### sm_{arch}, matrix multiplications\n\n" + GEMM_HEAD
+        text += "".join(map(gemm_row, gemms))
         text += f"\n### sm_{arch}, other kernels\n\n" + OTHERS_HEAD
         text += "".join(other_row(k) for k in here if k.loop is None)
     return text

@@ -112,7 +112,7 @@ def compile_unit(csrc: Path, source: Path, arch: int, out: Path) -> Unit:
 def compile_all(csrc: Path, archs: list[int], out: Path) -> list[Unit]:
     """Compiles every source for every architecture, NUM_JOBS at a time."""
     out.mkdir(parents=True, exist_ok=True)
-    sources = sorted((csrc / "cuda").glob("*.cu"))
+    sources = sorted((csrc / "cuda" / "kernels").glob("*.cu"))
     tasks = [(csrc, source, arch, out) for arch in archs for source in sources]
     with ThreadPoolExecutor(NUM_JOBS) as pool:
         return list(pool.map(lambda task: compile_unit(*task), tasks))

@@ -122,8 +122,8 @@ class FactorUpdate {
     return x.div(per_matrix(norm.to(batch_.dtype())));
   }
 
-  // H^T with each row of the other side's metric times its weight: clamp(diag F / mean, 1e-4)^power
-  // with mean 1. `dim` is the dimension of H that F's side is not.
+  // H in the metric of the other side's factor F: each column of H (dim -2), or row (dim -1), times
+  // clamp(diag F / mean, 1e-4)^power, with mean 1.
   at::Tensor weighed(Array factor, int64_t dim) const {
     if (options_.metric_power == 0) return H_;
     const at::Tensor diagonal = batch_.get(factor).diagonal(0, 1, 2).to(batch_.wide_dtype());

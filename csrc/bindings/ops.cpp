@@ -6,7 +6,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "aten/ops.h"
-#include "bindings/device_ops.h"
+#include "bindings/on_cuda.h"
 #include "bindings/problems.h"
 #include "bindings/register.h"
 
@@ -22,7 +22,7 @@ Inputs with_grads(const TensorList& grads, const States& states) {
 }
 
 // Runs the operation without the GIL, apart from what torch is told outside:
-// on_cpu(ProblemList<T>&) for each element type that occurs, on_cuda(DeviceGroup),
+// on_cpu(ProblemList<T>&) for each element type that occurs, on_cuda(CudaGroup),
 // on_aten(matrices, inputs).
 template <typename OnCpu, typename OnCuda, typename OnAten>
 void run(Problems& problems, const Options& parsed, const OnCpu& on_cpu,
@@ -33,7 +33,7 @@ void run(Problems& problems, const Options& parsed, const OnCpu& on_cpu,
   if (!problems.wide.matrices.empty()) on_cpu(problems.wide);
 #if defined(DYKAF_WITH_CUDA)
   if (!problems.cuda.matrices.empty()) {
-    on_cuda(DeviceGroup{problems.cuda.matrices, parsed, problems.device(), parsed.precision});
+    on_cuda(CudaGroup{problems.cuda.matrices, parsed, problems.device(), parsed.precision});
   }
 #endif
   if (!problems.aten.matrices.empty()) {
@@ -85,8 +85,7 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
       },
       [&](const auto& group) {
         const std::vector<float*> in = matrix_pointers(problems.cuda, inputs);
-        rotate_on_device(group, rotation, in.data(),
-                         matrix_pointers(problems.cuda, outputs).data());
+        rotate_on_cuda(group, rotation, in.data(), matrix_pointers(problems.cuda, outputs).data());
       },
       [&](const auto& matrices, const auto& given) { aten::rotate(matrices, given, rotation); });
   return outputs;
@@ -106,7 +105,7 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
       },
       [&](auto group) {
         group.grad_max = inputs.grad_max;
-        adam_update_on_device_(group, matrix_pointers(problems.cuda, updates).data());
+        adam_update_on_cuda_(group, matrix_pointers(problems.cuda, updates).data());
       },
       [](const auto& matrices, const auto& given) { aten::adam_update_(matrices, given); });
   return updates;
@@ -125,7 +124,7 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
       },
       [&](const auto& group) {
         const std::vector<float*> pointers = matrix_pointers(problems.cuda, updates);
-        apply_update_on_device_(group, pointers.data());
+        apply_update_on_cuda_(group, pointers.data());
       },
       [](const auto& matrices, const auto& given) { aten::apply_update_(matrices, given); });
 }
@@ -140,7 +139,7 @@ void factor_update_op(const TensorList& grads, const States& states, const py::d
       [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.matrices, parsed); },
       [&](auto group) {
         group.grad_max = inputs.grad_max;
-        factor_update_on_device_(group);
+        factor_update_on_cuda_(group);
       },
       [](const auto& matrices, const auto& given) { aten::factor_update_(matrices, given); });
 }
@@ -157,7 +156,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
       [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.matrices, parsed); },
       [&](auto group) {
         group.grad_max = inputs.grad_max;
-        initialize_on_device_(group);
+        initialize_on_cuda_(group);
       },
       [](const auto& matrices, const auto& given) { aten::initialize_(matrices, given); });
 }
@@ -172,7 +171,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
       [&]<typename T>(ProblemList<T>& list) {
         cpu::refresh_basis_<T>(list.matrices, parsed, which);
       },
-      [&](const auto& group) { refresh_basis_on_device_(group, which); },
+      [&](const auto& group) { refresh_basis_on_cuda_(group, which); },
       [&](const auto& matrices, const auto& given) {
         aten::refresh_basis_(matrices, given, which);
       });
@@ -190,7 +189,7 @@ void refresh_due_op(const States& states, const Offsets& offsets, const py::dict
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::refresh_due_<T>(list.matrices, parsed); },
-      [](const auto& group) { refresh_due_on_device_(group); },
+      [](const auto& group) { refresh_due_on_cuda_(group); },
       [](const auto& matrices, const auto& given) { aten::refresh_due_(matrices, given); });
   const py::gil_scoped_release no_gil;
   const Apart apart;

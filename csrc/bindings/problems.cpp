@@ -7,7 +7,7 @@
 #include <sstream>
 
 #include "aten/ops.h"
-#include "bindings/device_ops.h"
+#include "bindings/on_cuda.h"
 #include "bindings/state_reader.h"
 #include "dykaf/ops.h"
 
@@ -165,7 +165,7 @@ at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts)
   }
   const std::vector<Gradient> parts = gradients_of(grads, counts);
 #if defined(DYKAF_WITH_CUDA)
-  if (backend == Backend::kCuda) return grad_max_on_device(parts, device);
+  if (backend == Backend::kCuda) return grad_max_on_cuda(parts, device);
 #endif
   at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
   cpu::grad_max(parts, maxima.mutable_data_ptr<double>());
@@ -278,9 +278,9 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
     const std::vector<int64_t> counts = count_matrices(states);
     const auto num = std::accumulate(counts.begin(), counts.end(), int64_t{0});
     const at::Tensor& maxima = *inputs.grad_max;
-    const bool is_known = maxima.scalar_type() == at::kDouble ||
-                          (maxima.scalar_type() == at::kFloat &&
-                           backend_of("grad_max", maxima) == Backend::kAten);
+    const bool is_known =
+        maxima.scalar_type() == at::kDouble ||
+        (maxima.scalar_type() == at::kFloat && backend_of("grad_max", maxima) == Backend::kAten);
     if (maxima.numel() != num || !is_known || maxima.device() != device_ ||
         !maxima.is_contiguous()) {
       fail("grad_max",

@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "aten/ops.h"
-#include "bindings/device_ops.h"
+#include "bindings/on_cuda.h"
 #include "bindings/problems.h"
 #include "bindings/register.h"
 #include "dykaf/ops.h"
@@ -38,7 +38,7 @@ class Part {
   const std::vector<int64_t> places;
 };
 
-// BackendStep is cpu::Step, aten::Step or DeviceStep.
+// BackendStep is cpu::Step, aten::Step or CudaStep.
 template <typename BackendStep>
 class PartOf : public Part {
  public:
@@ -99,9 +99,9 @@ class Job {
     });
 #if defined(DYKAF_WITH_CUDA)
     add(problems_.cuda, [&](const auto& list) {
-      return DeviceStep({list, options_, device(), options_.precision,
-                         maxima_of(problems_.cuda.places), skip_, amp_scale_, lr_},
-                        refreshes_);
+      return CudaStep({list, options_, device(), options_.precision,
+                       maxima_of(problems_.cuda.places), skip_, amp_scale_, lr_},
+                      refreshes_);
     });
 #endif
   }

@@ -1,7 +1,7 @@
 // Lists of matrices as operations take them, and checks of a plan's run over them.
 #pragma once
 
-#include "cuda/scalars.h"
+#include "cuda/kernels/matrices.h"
 #include "matrix_case.h"
 
 namespace kernel_check {

@@ -31,7 +31,7 @@ HOST_FLAGS = [
 ]
 if platform.machine() in ("x86_64", "AMD64"):
     HOST_FLAGS.append("-march=x86-64-v3")
-FLAGS = ["-x", "c++", *HOST_FLAGS, "-include", str(SIMT / "cuda_on_host.h")]
+KERNEL_FLAGS = ["-x", "c++", *HOST_FLAGS, "-include", str(SIMT / "cuda_on_host.h")]
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", f"-I{SIMT}"]
 
 MODES = {
@@ -45,16 +45,17 @@ SANITIZER_OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=0",
 }
 
-KERNEL_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA = ROOT / "csrc" / "cuda"
+CUDA_SOURCES = sorted([*CUDA.glob("kernels/*.cu"), *CUDA.glob("plan/*.cpp")])
 CHECK_SOURCES = sorted(SIMT.glob("check_*.cpp"))
 PROGRAMS = {
-    "check_kernels": [*KERNEL_SOURCES, *CHECK_SOURCES],
+    "check_kernels": [*CUDA_SOURCES, *CHECK_SOURCES],
     "test_executor": [SIMT / "test_executor.cpp"],
 }
 
 # Under the sanitizers fewer schedules are run: what they look for hardly hangs on the schedule.
 NUM_SEEDS = {"release": 3, "asan": 0, "tsan": 0}
-QUICK_CHECKS = ["product highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"]
+QUICK_CHECKS = ["gemm highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"]
 
 
 @dataclass
@@ -65,14 +66,17 @@ class Object:
     mode: str
     folder: Path
     includes: Sequence[str] = tuple(INCLUDES)
-    flags: Sequence[str] = tuple(FLAGS)
+    flags: Sequence[str] | None = None  # None: as the source's place asks
 
     @property
     def path(self) -> Path:
         return self.folder / f"{self.source.name}.o"
 
     def command(self) -> list[str]:
-        flags = [*self.flags, *MODES[self.mode], *self.includes, "-MMD", "-c"]
+        # Planning is plain C++: nothing gives it CUDA's names.
+        is_plan = self.source.parent.name == "plan"
+        flags = self.flags or (HOST_FLAGS if is_plan else KERNEL_FLAGS)
+        flags = [*flags, *MODES[self.mode], *self.includes, "-MMD", "-c"]
         return [COMPILER, *flags, str(self.source), "-o", str(self.path)]
 
     def dependencies(self) -> list[Path]:
@@ -120,7 +124,7 @@ def build(mode: str, program: str) -> Path:
 def make(objects: Sequence[Object], binary: Path, link_flags: Sequence[str]) -> None:
     """Compiles the objects that are not up to date and links all; exits on an error."""
     old = [obj for obj in objects if not obj.is_up_to_date()]
-    # The slowest first: the products.
+    # The slowest first.
     old.sort(key=lambda obj: not obj.source.name.startswith("gemm_"))
     with ThreadPoolExecutor(NUM_JOBS) as pool:
         for obj, errors in zip(old, pool.map(Object.compile, old), strict=True):

@@ -1,8 +1,10 @@
-// Products that end in Adam and in the parameter's update, in every block shape.
+// Matrix multiplications that end in Adam and in the parameter's update, in every block shape.
 #include "batch.h"
-#include "cuda/gemm.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/elements.h"
+#include "cuda/kernels/gemm.h"
+#include "cuda/kernels/prepare.h"
+#include "cuda/plan/on_device.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
 namespace {
@@ -24,7 +26,7 @@ Scenario scenario_of(TileClass tile_class) {
   return scenario;
 }
 
-// The operands of each matrix's product [m, k] [k, n]: the same for plan and reference.
+// The operands [m, k] and [k, n] of each matrix: the same for plan and reference.
 struct Operands {
   std::vector<Array<float>> A, B;
 
@@ -42,8 +44,8 @@ struct Operands {
   }
 };
 
-// The scalars, then all products in one launch. As in a step, Adam's product is the gradient over
-// tau and goes to D, here scratch.
+// The scalars, then all multiplications in one launch. As in a step, Adam's product is the gradient
+// over tau and goes to D, here scratch.
 Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& operands,
           TileClass tile_class, Epilogue epilogue) {
   const auto num = static_cast<int32_t>(b.problems.size());
@@ -69,34 +71,37 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
       g.D = reinterpret_cast<float*>(take(p.size() * 4));
       g.update = b.update_pointers[i];
       g.partials = reinterpret_cast<double*>(
-          take(num_tiles(tile_class, ProductForm::kNN, p.m, p.n) * kNumSums * 8));
+          take(num_tiles(tile_class, GemmForm::kNN, p.m, p.n) * kNumSums * 8));
     }
     problems->push_back(g);
   }
   const int64_t grid = assign_tiles(*problems, [&](const GemmProblem& g) {
-    return num_tiles(tile_class, ProductForm::kNN, g.m, g.n);
+    return num_tiles(tile_class, GemmForm::kNN, g.m, g.n);
   });
-  const Array<Problem<float>> matrices(b.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(b.problems));
+  const auto group = [=] {  // keeps the matrices
+    return Group{matrices.get(), scalars, num, adam_options(scenario.options)};
+  };
   made.launches.push_back([=, inputs = b.inputs](const std::byte*, Stream stream) {
-    return launch_prepare({matrices.get(), scalars, num}, scenario.options, inputs,
+    return launch_prepare(group(), scenario.options, inputs,
                           epilogue == Epilogue::kAdam ? StepCount::kAdvance : StepCount::kKeep,
                           stream);
   });
   made.launches.push_back([=](const std::byte*, Stream stream) {
     const Array<GemmProblem> device_problems(*problems);
-    const GemmLaunch launch{device_problems.get(), matrices.get(), scalars, num, grid};
-    return launch_gemm(MatmulPrecision::kHighest, ProductForm::kNN, tile_class, launch, stream);
+    const Array<AdamOptions> adam(std::vector{group().adam});
+    const GemmLaunch launch{device_problems.get(), matrices.get(), scalars, num, grid, adam.get()};
+    return launch_gemm(MatmulPrecision::kHighest, GemmForm::kNN, tile_class, launch, stream);
   });
   if (epilogue == Epilogue::kAdam) {
     made.launches.push_back([=](const std::byte*, Stream stream) {
       std::vector<RmsProblem> sums;
       for (const GemmProblem& g : *problems) {
-        const auto tiles = static_cast<int32_t>(num_tiles(tile_class, ProductForm::kNN, g.m, g.n));
+        const auto tiles = static_cast<int32_t>(num_tiles(tile_class, GemmForm::kNN, g.m, g.n));
         sums.push_back({g.partials, tiles, kNumSums, g.matrix_idx});
       }
       const Array<RmsProblem> device_sums(sums);
-      return launch_update_rms({device_sums.get(), num, num}, {matrices.get(), scalars, num},
-                               stream);
+      return launch_update_rms({device_sums.get(), num, num}, group(), stream);
     });
   }
   return made;

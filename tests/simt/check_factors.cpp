@@ -1,7 +1,8 @@
 // The integrator step of the factors, and what keeps them from harm.
 #include "batch.h"
-#include "cuda/gemm.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/factor_scalars.h"
+#include "cuda/kernels/gemm.h"
+#include "cuda/plan/on_device.h"
 
 namespace kernel_check {
 namespace {
@@ -193,11 +194,11 @@ std::vector<std::byte> many_tiles() {
   FactorProblem f{};
   f.left = partials[0].get();
   f.right = partials[1].get();
-  f.inner = partials[2].get();
-  f.left_tiles = f.right_tiles = f.inner_tiles = kTiles;
+  f.coupling = partials[2].get();
+  f.left_tiles = f.right_tiles = f.coupling_tiles = kTiles;
   f.stage = FactorStage::kBug;
   const Array<FactorProblem> problems(std::vector<FactorProblem>{f});
-  const Array<Problem<float>> matrices(batch.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(batch.problems));
   const Array<MatrixScalars> scalars(std::vector<MatrixScalars>(1));
   MatrixScalars& s = scalars[0];
   s.active = 1;
@@ -205,14 +206,17 @@ std::vector<std::byte> many_tiles() {
   const double beta = scenario.options.factor_beta;
   const double a = beta * batch.cases[0].rho[0] * batch.cases[0].rho[0] / 4;
   const double b = 1 - beta;
-  require("launch", launch_factor_scalars({problems.get(), 1, 1},
-                                          {matrices.get(), scalars.get(), 1}, beta, nullptr) == 0);
-  const auto& [left, right, inner] = sums;
+  require("launch",
+          launch_factor_scalars({problems.get(), 1, 1},
+                                {matrices.get(), scalars.get(), 1, adam_options(scenario.options)},
+                                beta, nullptr) == 0);
+  const auto& [left, right, coupling] = sums;
   const auto norm = [&](const double (&x)[kNumSums]) {
     return std::sqrt(a * a * x[0] + 2 * a * b * x[1] + b * b * x[2]);
   };
-  const double galerkin = a * (a * left[0] + b * left[1]) * (a * right[0] + b * right[1]) +
-                          b * (a * a * left[1] + a * b * (left[2] + right[2]) + b * b * inner[1]);
+  const double galerkin =
+      a * (a * left[0] + b * left[1]) * (a * right[0] + b * right[1]) +
+      b * (a * a * left[1] + a * b * (left[2] + right[2]) + b * b * coupling[1]);
   const double rho = 2 * std::sqrt(galerkin / (norm(left) * norm(right)));
   require_close("rho", batch.cases[0].rho[0], rho, rho * 1e-12);  // doubles, a few hundred of them
   require_close("keep of L", double{s.keep_factor[0]}, a / norm(left), kRoundoff);

@@ -1,6 +1,7 @@
-// Products as the hardware meets them: free of bank conflicts, and with sums that are truncated.
-#include "cuda/gemm.h"
-#include "cuda/grouped.h"
+// Matrix multiplications as the hardware meets them: free of bank conflicts, and with sums that are
+// truncated.
+#include "cuda/kernels/gemm.h"
+#include "cuda/plan/plan_builder.h"
 #include "kernel_check.h"
 
 namespace kernel_check {
@@ -11,7 +12,7 @@ using namespace dykaf::cuda;
 
 // D = op(A) op(B), D [n, n], of one matrix.
 void multiply(const Array<float>& A, const Array<float>& B, const Array<float>& D, int n, int k,
-              ProductForm form, TileClass tile_class, MatmulPrecision precision) {
+              GemmForm form, TileClass tile_class, MatmulPrecision precision) {
   GemmProblem p{};
   p.A = A.get();
   p.B = B.get();
@@ -19,12 +20,13 @@ void multiply(const Array<float>& A, const Array<float>& B, const Array<float>& 
   p.m = p.n = n;
   p.k = k;
   const Array<GemmProblem> problem(std::vector<GemmProblem>{p});
-  const GemmLaunch launch{problem.get(), nullptr, nullptr, 1, num_tiles(tile_class, form, n, n)};
+  const GemmLaunch launch{problem.get(), nullptr, nullptr, 1, num_tiles(tile_class, form, n, n),
+                          nullptr};
   require("launch", launch_gemm(precision, form, tile_class, launch, nullptr) == 0);
 }
 
-bool has_kernel(ProductForm form, TileClass tile_class) {
-  const bool symmetric = form == ProductForm::kSymmetricNT || form == ProductForm::kSymmetricTN;
+bool has_kernel(GemmForm form, TileClass tile_class) {
+  const bool symmetric = is_symmetric(form);
   return !symmetric || tile_class == TileClass::kLarge || tile_class == TileClass::kMedium;
 }
 
@@ -35,10 +37,10 @@ void no_conflicts(MatmulPrecision precision, TileClass tile_class) {
   const Array<float> D(kSize * kSize);
   simt::options().check_banks = true;
   for (int form = 0; form < kNumForms; ++form) {
-    const auto product_form = static_cast<ProductForm>(form);
-    if (!has_kernel(product_form, tile_class)) continue;
+    const auto gemm_form = static_cast<GemmForm>(form);
+    if (!has_kernel(gemm_form, tile_class)) continue;
     simt::reset();
-    multiply(A, A, D, kSize, kSize, product_form, tile_class, precision);
+    multiply(A, A, D, kSize, kSize, gemm_form, tile_class, precision);
     const simt::Stats& stats = simt::stats();
     const std::string where = "form " + std::to_string(form);
     require(where + ": shared memory is read", stats.ldmatrix + stats.shared_loads > 0);
@@ -66,7 +68,7 @@ std::vector<std::byte> truncated_sums() {
   for (int64_t i = 0; i < A.size(); ++i) A[i] = uniform(rng);
   const Array<float> D(kSize * kSize);
   simt::options().round_toward_zero = true;
-  multiply(A, A, D, kSize, kDepth, ProductForm::kNT, TileClass::kMedium, MatmulPrecision::kHighest);
+  multiply(A, A, D, kSize, kDepth, GemmForm::kNT, TileClass::kMedium, MatmulPrecision::kHighest);
   simt::options().round_toward_zero = false;
   double largest = 0;
   double mean = 0;

@@ -6,7 +6,7 @@
 #include "kernel_check.h"
 
 namespace kernel_check {
-void check_products();
+void check_gemms();
 void check_epilogues();
 void check_hardware();
 void check_grad_max();
@@ -27,7 +27,7 @@ int main(int argc, char** argv) {
       kernel_check::g_num_seeds = std::atoi(argv[i]);
     }
   }
-  kernel_check::check_products();
+  kernel_check::check_gemms();
   kernel_check::check_epilogues();
   kernel_check::check_hardware();
   kernel_check::check_grad_max();

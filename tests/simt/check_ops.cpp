@@ -1,7 +1,8 @@
-// The operations between the products: rotations, Adam, the parameters' update.
+// The operations on their own: rotations, Adam, the parameters' update.
 #include "batch.h"
-#include "cuda/grouped.h"
-#include "cuda/kernels.h"
+#include "cuda/kernels/second_moment.h"
+#include "cuda/plan/on_device.h"
+#include "cuda/plan/plan_builder.h"
 
 namespace kernel_check {
 namespace {
@@ -192,7 +193,7 @@ std::vector<std::byte> moment_sums(SecondMoment second_moment) {
   MatrixScalars active{};
   active.active = 1;
   const Array<MatrixScalars> scalars(std::vector<MatrixScalars>(batch.cases.size(), active));
-  const Array<Problem<float>> matrices(batch.problems);
+  const Array<MatrixOnDevice> matrices(matrices_on_device(batch.problems));
   Rng rng(12);
   std::vector<Array<float>> H;
   std::vector<Array<double>> rows, cols, u;
@@ -219,9 +220,10 @@ std::vector<std::byte> moment_sums(SecondMoment second_moment) {
     });
     const Array<MomentProblem> device_problems(problems);
     const auto num = static_cast<int32_t>(problems.size());
-    require("launch", launch_moment(stage, {device_problems.get(), num, grid},
-                                    {matrices.get(), scalars.get(), num}, scenario.options.beta2,
-                                    nullptr) == 0);
+    require("launch",
+            launch_moment(stage, {device_problems.get(), num, grid},
+                          {matrices.get(), scalars.get(), num, adam_options(scenario.options)},
+                          scenario.options.beta2, nullptr) == 0);
   }
   std::vector<std::byte> bytes;
   for (size_t i = 0; i < H.size(); ++i) {

@@ -149,6 +149,34 @@ void check_grids() {
   });
 }
 
+// A matrix's part of the workspace is what a group is cut into passes by: no more than a twentieth,
+// for sums, vectors and alignment, comes on top.
+void check_workspace() {
+  check_once("plan workspace", [] {
+    Scenario scenario;
+    const std::vector<CaseSpec> specs = {
+        {300, 200},
+        {300, 200, Sides::kLeft},
+        {300, 200, Sides::kRight},
+        {1, 60000, Sides::kNone},
+        {16, 2000, Sides::kLeft, DType::kFloat32, Master::kNo, 0, 1, 12}};
+    for (const Integrator integrator :
+         {Integrator::kKsl, Integrator::kBug, Integrator::kDiagonal}) {
+      scenario.options.integrator = integrator;
+      for (const CaseSpec& spec : specs) {
+        scenario.specs = {spec};
+        Batch batch(scenario);
+        const int64_t expected = step_workspace_bytes(batch.problems[0]);
+        const int64_t found = step_plan(batch, scenario, nullptr).workspace_bytes;
+        const int64_t size = spec.m * spec.n * static_cast<int64_t>(sizeof(float));
+        require(std::to_string(spec.m) + " x " + std::to_string(spec.n) + ": expected " +
+                    std::to_string(expected) + " bytes, found " + std::to_string(found),
+                expected <= found && found <= expected + expected / 20 + size / 20);
+      }
+    }
+  });
+}
+
 void check_nothing() {
   check_once("plan of nothing", [] {
     const Scenario scenario;
@@ -163,6 +191,7 @@ void check_plans() {
   for (const Form& form : kForms) check_launch_counts(form);
   check_skinny_launches();
   check_grids();
+  check_workspace();
   check_nothing();
 }
 

@@ -13,7 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from build import HOST_FLAGS, INCLUDES, KERNEL_SOURCES, OUT, ROOT, SIMT, Object, make
+from build import CUDA_SOURCES, HOST_FLAGS, INCLUDES, OUT, ROOT, SIMT, Object, make
 from torch.utils import cpp_extension
 
 PACKAGE = OUT / "package" / "dykaf"
@@ -47,7 +47,7 @@ def build() -> Path:
     ]
     flags += [f"-D{name}={value}" for name, value in DEFINITIONS.items()]
     includes_flags = [*INCLUDES, *(flag for path in includes for flag in ("-isystem", path))]
-    objects = [Object(source, "release", OUT / "release") for source in KERNEL_SOURCES]
+    objects = [Object(source, "release", OUT / "release") for source in CUDA_SOURCES]
     for source in HOST_SOURCES:
         folder = OUT / "package" / source.parent.name
         objects.append(Object(source, "release", folder, tuple(includes_flags), tuple(flags)))

@@ -23,7 +23,6 @@ from mutants import MUTANTS, Mutant
 
 NUM_JOBS = 2
 OUT = build.OUT / "mutants"
-CUDA = build.ROOT / "csrc" / "cuda"
 NUM_SEEDS = {"release": 6, "asan": 0, "tsan": 0}
 TIMEOUT = 240
 BUILDING = Lock()
@@ -41,7 +40,7 @@ class Result:
 
 
 def mutated_text(mutant: Mutant) -> str:
-    text = (CUDA / mutant.file).read_text()
+    text = (build.CUDA / mutant.file).read_text()
     num_found = text.count(mutant.old)
     if num_found != 1:
         sys.exit(
@@ -50,12 +49,12 @@ def mutated_text(mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def products_source(mutant: Mutant) -> str:
+def gemm_source(mutant: Mutant) -> str:
     """launch_gemm_* with the kernels that the mutant's checks need, and no others."""
-    lines = ['#include "cuda/gemm.cuh"', "namespace dykaf::cuda {"]
+    lines = ['#include "cuda/kernels/gemm.cuh"', "namespace dykaf::cuda {"]
     for precision in ("Highest", "High", "Medium"):
         lines.append(
-            f"int launch_gemm_{precision.lower()}(ProductForm form, TileClass tile_class, "
+            f"int launch_gemm_{precision.lower()}(GemmForm form, TileClass tile_class, "
             "const GemmLaunch& launch, Stream stream) {"
         )
         for tile in mutant.tiles if precision == mutant.precision else ():
@@ -74,21 +73,21 @@ def objects_of(mutant: Mutant, folder: Path, mode: str) -> tuple[list[build.Obje
     includes = (f"-I{folder / 'source'}", *build.INCLUDES)
     new: list[build.Object] = []
     old: list[Path] = []
-    slim_products = False
+    with_slim_gemm = False
     for source in build.PROGRAMS["check_kernels"]:
         base = build.Object(source, mode, build.OUT / mode)
-        is_affected = CUDA / mutant.file in base.dependencies()
-        is_products = re.fullmatch(r"gemm_(highest|high|medium)\.cu", source.name) is not None
+        is_affected = build.CUDA / mutant.file in base.dependencies()
+        is_gemm = re.fullmatch(r"gemm_(highest|high|medium)\.cu", source.name) is not None
         if not is_affected:
             old.append(base.path)
-        elif is_products:
-            slim_products = True
+        elif is_gemm:
+            with_slim_gemm = True
         else:
-            actual = mutated if source == CUDA / mutant.file else source
+            actual = mutated if source == build.CUDA / mutant.file else source
             new.append(build.Object(actual, mode, folder / mode, includes))
-    if slim_products:
-        slim = folder / "source" / "slim_products.cu"
-        slim.write_text(products_source(mutant))
+    if with_slim_gemm:
+        slim = folder / "source" / "slim_gemm.cu"
+        slim.write_text(gemm_source(mutant))
         new.append(build.Object(slim, mode, folder / mode, includes))
     return new, old
 

@@ -66,4 +66,8 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
 
+// What plan_step takes of the workspace for a matrix, but for sums and vectors, which are small
+// beside it; at a step that does not update the factors it is less.
+int64_t step_workspace_bytes(const Problem<float>& p);
+
 }  // namespace dykaf::cuda

@@ -13,7 +13,7 @@ Left out is what changes nothing that can be observed:
 
 from .elements import DEVICE, ELEMENT_KERNELS
 from .fault import Mutant
-from .products import EPILOGUES, FRAGMENTS, MAIN_LOOP, TILE_LOADER
+from .gemm import EPILOGUES, FRAGMENTS, MAIN_LOOP, TILE_LOADER
 from .scalars import FACTOR_SCALARS, GRAD_MAX, PLANS, PREPARE, SECOND_MOMENT
 from .skinny import SKINNY
 

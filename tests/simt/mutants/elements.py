@@ -7,8 +7,8 @@ FACTORS = ("factors", "skip factors")
 
 DEVICE = (
     faults(
-        "device/reduce.cuh",
-        ("adam full", "product highest medium NN sums"),
+        "kernels/device/reduce.cuh",
+        ("adam full", "gemm highest medium NN sums"),
         (
             "no barrier before the sum",
             "  }\n  __syncthreads();\n#pragma unroll\n",
@@ -22,18 +22,18 @@ DEVICE = (
         ),
     )
     + faults(
-        "device/reduce.cuh",
+        "kernels/device/reduce.cuh",
         ("factors many tiles",),
         ("no barrier after the sum", "  }\n  __syncthreads();\n}", "  }\n}"),
     )
     + faults(
-        "device/lookup.cuh",
-        ("product highest medium NN", "adam full"),
+        "kernels/device/lookup.cuh",
+        ("gemm highest medium NN", "adam full"),
         ("first tile belongs to the problem before", ".tile_begin <= tile", ".tile_begin < tile"),
         ("last problem is not found", "hi = num_problems - 1", "hi = max(0, num_problems - 2)"),
     )
     + faults(
-        "device/vector.cuh",
+        "kernels/device/vector.cuh",
         ("adam", "apply", "grad_max", "epilogue parameter medium"),
         ("reads beyond a float unit", "i < count ? p[i] : 0.0f", "p[i]"),
         ("reads beyond a 16-bit unit", "i < count ? p[i] : uint16_t{0}", "p[i]"),
@@ -62,12 +62,12 @@ DEVICE = (
         ),
     )
     + faults(
-        "device/elements.cuh",
+        "kernels/device/elements.cuh",
         ("adam", "apply", "epilogue parameter medium"),
         (
             "eps is corrected too",
-            "sqrtf(exp_avg_sq[i]) * s.correction2 + s.eps",
-            "(sqrtf(exp_avg_sq[i]) + s.eps) * s.correction2",
+            "sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps",
+            "(sqrtf(exp_avg_sq[i]) + o.eps) * s.correction2",
         ),
         ("gradient without tau", "0.0f : s.adam_tau * h;", "0.0f : h;"),
         ("rounding counts", "fabsf(h) < s.noise ? 0.0f : ", ""),
@@ -103,7 +103,7 @@ DEVICE = (
 
 ELEMENT_KERNELS = (
     faults(
-        "elements.cu",
+        "kernels/elements.cu",
         ELEMENTS,
         (
             "units cross rows",
@@ -117,8 +117,16 @@ ELEMENT_KERNELS = (
             "ratio",
         ),
         ("gradient is not scaled", "x[i] *= s.load_scale;", "x[i] *= 1.0f / s.tau;"),
-        ("input taken for aligned", "is_aligned(e.in, place.start, 4), x);", "true, x);"),
-        ("output taken for aligned", "is_aligned(e.out, place.start, 4),", "true,"),
+        (
+            "input taken for aligned",
+            "load_unit(array + place.start, place.count, is_aligned(array, place.start, 4)",
+            "load_unit(array + place.start, place.count, true",
+        ),
+        (
+            "output taken for aligned",
+            "store_unit(array + place.start, place.count, is_aligned(array, place.start, 4)",
+            "store_unit(array + place.start, place.count, true",
+        ),
         (
             "gradient taken for aligned",
             "is_aligned(p.grad, place.start, element_size(p.dtype))",
@@ -149,13 +157,13 @@ ELEMENT_KERNELS = (
         ),
         (
             "update_rms ignores the skip flag",
-            "if (matrices.scalars[r.matrix_idx].active == 0) return;",
+            "if (group.scalars[r.matrix_idx].active == 0) return;",
             "",
         ),
         ("update_rms of a row", "static_cast<double>(p.m * p.n)", "static_cast<double>(p.n)"),
     )
     + faults(
-        "elements.cu",
+        "kernels/elements.cu",
         ("epilogue adam medium", "step long sides"),
         (
             "update_rms adds every sum",
@@ -169,9 +177,9 @@ ELEMENT_KERNELS = (
         ),
     )
     + faults(
-        "elements.cu",
+        "kernels/elements.cu",
         FACTORS,
-        ("columns weighed by a row's weight", "x[i] *= e.row[place.row];", "x[i] *= e.row[0];"),
+        ("columns weighed by a row's weight", "x[i] *= row[place.row];", "x[i] *= row[0];"),
         ("columns are not weighed", "x[i] *= weights[i];", "x[i] *= 1.0f;"),
         ("increment of NaN is added", "if (keep == 1.0f && gain == 0.0f) return;", ""),
         ("zero gradient blends", "s.zero_gradient != 0 || ", ""),

@@ -12,7 +12,7 @@ class Mutant:
     old: str  # occurs once in the file
     new: str
     checks: tuple[str, ...]  # prefixes of their names
-    # Of the products' kernels, where they are affected, the ones that are compiled.
+    # Of the gemm kernels, where they are affected, the ones that are compiled.
     tiles: tuple[str, ...] = ("Medium",)
     precision: str = "Highest"
 

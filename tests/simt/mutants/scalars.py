@@ -5,7 +5,7 @@ from .fault import faults
 FACTORS = ("factors", "skip factors")
 
 FACTOR_SCALARS = faults(
-    "factor_scalars.cu",
+    "kernels/factor_scalars.cu",
     FACTORS,
     (
         "ksl: c without a",
@@ -29,11 +29,6 @@ FACTOR_SCALARS = faults(
     ),
     ("average: never stops", "if (!(norm > 0)) {", "if (norm < 0) {"),
     (
-        "average: rho of one side",
-        "(p.L != nullptr && p.R != nullptr) || p.is_skinny()",
-        "(p.L != nullptr || p.R != nullptr) || p.is_skinny()",
-    ),
-    (
         "average: not over the size",
         "average(s, p, side, left, a, b / f.size)",
         "average(s, p, side, left, a, b)",
@@ -49,7 +44,7 @@ FACTOR_SCALARS = faults(
     ("skip flag ignored", "  if (s.active == 0) return;\n", ""),
     (
         "weights ignore the skip flag",
-        "  if (matrices.scalars[p.matrix_idx].active == 0) return;\n",
+        "  if (group.scalars[p.matrix_idx].active == 0) return;\n",
         "",
     ),
     (
@@ -71,7 +66,7 @@ FACTOR_SCALARS = faults(
 )
 
 PREPARE = faults(
-    "prepare.cu",
+    "kernels/prepare.cu",
     ("adam", "apply", "factors", "skip", "step amp", "step many"),
     ("amp_scale ignored", "if (inputs.amp_scale != nullptr) scale", "if (false) scale"),
     ("lr on the device ignored", "inputs.lr == nullptr ?", "true ?"),
@@ -106,13 +101,13 @@ PREPARE = faults(
     ),
     ("one random stream", "rounding_key(options.seed, p.stream,", "rounding_key(options.seed, 0,"),
     ("the same random numbers each step", "static_cast<uint64_t>(*p.step))", "0)"),
-    ("a matrix too many", "if (idx >= matrices.num) return;", "if (idx > matrices.num) return;"),
+    ("a matrix too many", "if (idx >= group.num) return;", "if (idx > group.num) return;"),
     ("gradient not over tau", "scale / static_cast<double>(s.tau)", "scale"),
     ("no weight decay", "1 - lr * options.weight_decay", "1.0"),
 )
 
 SECOND_MOMENT = faults(
-    "second_moment.cu",
+    "kernels/second_moment.cu",
     ("adam rank_one", "adam factored", "skip adam"),
     ("a row too many", "if (row >= p.m) return;", "if (row > p.m) return;"),
     (
@@ -155,13 +150,13 @@ SECOND_MOMENT = faults(
     ("weights without tau", "(1 - beta2) * new_part * new_part", "(1 - beta2)"),
     (
         "row sums ignore the skip flag",
-        "if (matrices.scalars[q.matrix_idx].active == 0) return;\n"
+        "if (group.scalars[q.matrix_idx].active == 0) return;\n"
         "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int64_t row",
         "const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int64_t row",
     ),
     (
         "column sums ignore the skip flag",
-        "if (matrices.scalars[q.matrix_idx].active == 0) return;\n"
+        "if (group.scalars[q.matrix_idx].active == 0) return;\n"
         "  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int warp",
         "const int lane = static_cast<int>(threadIdx.x) % kWarpSize;\n  const int warp",
     ),
@@ -174,7 +169,7 @@ SECOND_MOMENT = faults(
 )
 
 GRAD_MAX = faults(
-    "grad_max.cu",
+    "kernels/grad_max.cu",
     ("grad_max",),
     ("NaN lost between lanes", "a > b || a != a ? a : b", "a > b ? a : b"),
     (
@@ -217,12 +212,12 @@ GRAD_MAX = faults(
 
 PLANS = (
     faults(
-        "gemm_plan.cu",
+        "kernels/gemm.cu",
         ("plan", "step ksl"),
         (
-            "a symmetric product's grid is full",
-            "symmetric ? tiles_m * (tiles_m + 1) / 2",
-            "symmetric ? tiles_m * tiles_m",
+            "a symmetric result's grid is full",
+            "is_symmetric(form) ? tiles_m * (tiles_m + 1) / 2",
+            "is_symmetric(form) ? tiles_m * tiles_m",
         ),
         (
             "tiles rounded down",
@@ -231,14 +226,23 @@ PLANS = (
         ),
     )
     + faults(
-        "step.cu",
+        "plan/on_device.h",
+        ("factors diagonal", "factors one-sided"),
+        (
+            "average: rho of one side",
+            "(p.L != nullptr && p.R != nullptr) ||",
+            "(p.L != nullptr || p.R != nullptr) ||",
+        ),
+    )
+    + faults(
+        "plan/step.cpp",
         ("step ksl", "step rank_one"),
-        ("gradient overwritten, two bases", "both ? update : product", "product"),
-        ("gradient overwritten, one basis", "both ? update : product", "update"),
+        ("gradient overwritten, two bases", "both ? update : scratch", "scratch"),
+        ("gradient overwritten, one basis", "both ? update : scratch", "update"),
         ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
     )
     + faults(
-        "factor_update.cu",
+        "plan/factor_update.cpp",
         ("factors bug", "factors ksl", "factors diagonal"),
         (
             "bug: the left factor moves too early",
@@ -247,17 +251,17 @@ PLANS = (
         ),
         (
             "weights of the other side",
-            "weigh_left_.back().col = w_R",
-            "weigh_left_.back().row = w_L",
+            "/*row=*/nullptr, /*col=*/w_R",
+            "/*row=*/w_L, /*col=*/nullptr",
         ),
     )
     + faults(
-        "adam_update.cu",
+        "plan/adam_update.cpp",
         ("adam",),
         (
             "roots swapped",
-            "e.row = q.row_root;\n    e.col = q.col_root;",
-            "e.row = q.col_root;\n    e.col = q.row_root;",
+            "q.row_root, q.col_root,",
+            "q.col_root, q.row_root,",
         ),
     )
 )

@@ -6,7 +6,7 @@ CHECKS = ("skinny step", "skip skinny")
 
 SKINNY = (
     faults(
-        "skinny.cu",
+        "kernels/skinny.cu",
         CHECKS,
         (
             "no barrier before the rows",
@@ -31,7 +31,7 @@ SKINNY = (
             "(col + e) * kStride + row;",
             "(row + e) * kStride + col;",
         ),
-        ("momentum without tau", "gradient_of(x[e], s), s)", "x[e], s)"),
+        ("momentum without tau", "gradient_of(x[e], s), o)", "x[e], o)"),
         (
             "rounding enters the basis",
             "fabsf(x[e]) < s.noise ? 0.0f : x[e]",
@@ -60,7 +60,7 @@ SKINNY = (
         ("rows beyond the matrix", "if (i >= num_rows) return;", ""),
         ("no warp sum", "  total = warp_sum(total);\n", ""),
         ("what V sees is not taken off", "fmax(total - inside,", "fmax(total,"),
-        ("no floor", "fmax(total - inside, s.least_outside * total)", "total - inside"),
+        ("no floor", "fmax(total - inside, o.least_outside * total)", "total - inside"),
         ("mean over all directions", "(l - q.inner)", "(l)"),
         (
             "the rest without tau",
@@ -75,8 +75,8 @@ SKINNY = (
         ),
         (
             "no bias correction",
-            "(sqrtf(second_moment) * s.correction2 + s.eps)",
-            "(sqrtf(second_moment) + s.eps)",
+            "(sqrtf(second_moment) * s.correction2 + o.eps)",
+            "(sqrtf(second_moment) + o.eps)",
         ),
         ("core does not decay", "*= decay;\n  }", "*= 1.0f;\n  }"),
         ("flat does not decay", "*p.flat *= decay;", ""),
@@ -88,7 +88,7 @@ SKINNY = (
         ("skipped steps move on", "if (s.active == 0) return;\n  const Part", "const Part"),
     )
     + faults(
-        "skinny_update.cu",
+        "plan/skinny_update.cpp",
         CHECKS,
         (
             "V has all rows in use",
@@ -97,8 +97,8 @@ SKINNY = (
         ),
         (
             "beyond along the wrong side",
-            "(p.is_wide() ? e.row : e.col)",
-            "(p.m > p.n ? e.row : e.col)",
+            "(p.is_wide() ? beyond.row : beyond.col)",
+            "(p.m > p.n ? beyond.row : beyond.col)",
         ),
         (
             "long factor before the moments",
@@ -107,7 +107,7 @@ SKINNY = (
         ),
     )
     + faults(
-        "elements.cu",
+        "kernels/elements.cu",
         CHECKS,
         (
             "the rest without bias correction",
@@ -117,7 +117,7 @@ SKINNY = (
         ("what V sees is lost", "(within[i] + update[i])", "update[i]"),
     )
     + faults(
-        "factor_scalars.cu",
+        "plan/on_device.h",
         CHECKS,
         ("both sides take the short one's rho", " || p.is_skinny()", ""),
     )

@@ -1,0 +1,242 @@
+#include "bindings/on_cuda.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+
+#include "aten/ops.h"
+#include "dykaf/schedule.h"
+
+#if defined(DYKAF_WITH_CUDA)
+
+namespace dykaf::bindings {
+namespace {
+
+// The scratch memory of one pass over a group; a group that needs more goes in several passes, each
+// with enough work to fill a GPU.
+#if defined(DYKAF_SIMT)
+constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 10;  // tests are to see several passes
+#else
+constexpr int64_t kMaxWorkspaceBytes = int64_t{1} << 29;
+#endif
+
+template <typename T>
+const T* pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+cuda::DeviceInputs inputs_of(const CudaGroup& group) {
+  return {.grad_max = pointer<double>(group.grad_max),
+          .skip = pointer<int32_t>(group.skip),
+          .amp_scale = pointer<float>(group.amp_scale),
+          .lr = pointer<float>(group.lr)};
+}
+
+// The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
+CudaGroup subgroup(const CudaGroup& group, const std::vector<int64_t>& indices,
+                   std::vector<Problem<float>>& problems) {
+  problems.clear();
+  for (int64_t i : indices) problems.push_back(group.problems[static_cast<size_t>(i)]);
+  CudaGroup part{problems, group.options, group.device, group.precision};
+  part.skip = group.skip;
+  part.amp_scale = group.amp_scale;
+  part.lr = group.lr;
+  return part;
+}
+
+// Those of the group's maxima that belong to `indices`, which ascend. Where they are a range
+// nothing is copied to the device, as a captured step must not.
+at::Tensor maxima_of(const CudaGroup& group, const std::vector<int64_t>& indices) {
+  const auto num = static_cast<int64_t>(indices.size());
+  if (num == 0 || indices.back() - indices.front() == num - 1) {
+    return group.grad_max->narrow(0, num == 0 ? 0 : indices.front(), num);
+  }
+  return group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
+}
+
+// `indices` of the group in passes that keep to kMaxWorkspaceBytes.
+std::vector<std::vector<int64_t>> passes_of(const CudaGroup& group,
+                                            const std::vector<int64_t>& indices) {
+  std::vector<std::vector<int64_t>> passes;
+  for (size_t begin = 0; begin < indices.size();) {
+    int64_t bytes = 0;
+    size_t end = begin;
+    while (end < indices.size()) {
+      bytes += cuda::step_workspace_bytes(group.problems[static_cast<size_t>(indices[end])]);
+      if (end > begin && bytes > kMaxWorkspaceBytes) break;
+      ++end;
+    }
+    passes.emplace_back(indices.begin() + begin, indices.begin() + end);
+    begin = end;
+  }
+  return passes;
+}
+
+// Rows that a skipped step did not write weigh nothing: their part of `core` is zero.
+void count_rows(const CudaGroup& group, const std::vector<int64_t>& indices) {
+  for (int64_t i : indices) {
+    const Problem<float>& p = group.problems[static_cast<size_t>(i)];
+    if (p.is_skinny() && updates_factors(p, group.options)) p.rows[1] += p.short_side();
+  }
+}
+
+}  // namespace
+
+at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Device& device) {
+  const at::Tensor maxima = at::empty({static_cast<int64_t>(gradients.size())},
+                                      at::TensorOptions().dtype(at::kDouble).device(device));
+  run_plan(device, [&](void* workspace) {
+    return cuda::plan_grad_max(gradients, maxima.mutable_data_ptr<double>(), workspace);
+  });
+  return maxima;
+}
+
+void rotate_on_cuda(const CudaGroup& group, Rotation rotation, const float* const* inputs,
+                    float* const* outputs) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_rotate(group.problems, rotation, inputs, outputs, group.precision, workspace);
+  });
+}
+
+void adam_update_on_cuda_(const CudaGroup& group, float* const* updates) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_adam_update(group.problems, group.options, inputs_of(group), updates,
+                                  workspace);
+  });
+}
+
+void apply_update_on_cuda_(const CudaGroup& group, const float* const* updates) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_apply_update(group.problems, group.options, inputs_of(group), updates,
+                                   workspace);
+  });
+}
+
+void factor_update_on_cuda_(const CudaGroup& group) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_factor_update(group.problems, group.options, inputs_of(group),
+                                    group.precision, workspace);
+  });
+}
+
+namespace {
+
+aten::Inputs aten_inputs(const CudaGroup& group) {
+  return {group.options, group.skip, group.amp_scale, group.lr};
+}
+
+aten::Matrices matrices_of(std::span<const Problem<float>> problems, const CudaGroup& group) {
+  aten::Matrices matrices;
+  for (const Problem<float>& p : problems) matrices.emplace_back(p, group.device);
+  return matrices;
+}
+
+}  // namespace
+
+void initialize_on_cuda_(const CudaGroup& group) {
+  aten::Matrices matrices = matrices_of(group.problems, group);
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    matrices[i].grad_max = group.grad_max->select(0, static_cast<int64_t>(i));
+  }
+  aten::initialize_(matrices, aten_inputs(group));
+}
+
+void reset_on_cuda_(const CudaGroup& group, const Problem<float>& p) {
+  const c10::DeviceGuard guard(group.device);
+  aten::reset_(aten::Matrix(p, group.device));
+}
+
+void refresh_basis_on_cuda_(const CudaGroup& group, Side side) {
+  aten::refresh_basis_(matrices_of(group.problems, group), aten_inputs(group), side);
+}
+
+std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
+  const auto due = take_due(group.problems, group.options);
+  std::vector<size_t> failures;
+  for (const Side side : {Side::kLeft, Side::kRight}) {
+    const auto& problems = due[static_cast<size_t>(side)];
+    const aten::Matrices matrices = matrices_of(problems, group);
+    for (const size_t place : aten::refresh_basis_(matrices, aten_inputs(group), side)) {
+      for (size_t i = 0; i < group.problems.size(); ++i) {
+        if (group.problems[i].step == problems[place].step) failures.push_back(i);
+      }
+    }
+  }
+  return failures;
+}
+
+CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
+    : group_(group), refreshes_(refreshes) {
+  for (size_t i = 0; i < group.problems.size(); ++i) {
+    const Problem<float>& p = group.problems[i];
+    if (!p.is_unsided() && p.next_refresh[0] == kSawZero) {
+      waiting_.push_back(i);
+    } else {
+      (awaits_first_gradient(p) ? fresh_ : running_).push_back(static_cast<int64_t>(i));
+    }
+  }
+  const c10::DeviceGuard guard(group.device);
+  for (const std::vector<int64_t>& indices : passes_of(group, running_)) {
+    Pass& pass = passes_.emplace_back();
+    subgroup(group, indices, pass.problems);
+    pass.grad_max = maxima_of(group, indices);
+    const CudaGroup part = group_of(pass);
+    const cuda::Plan plan =
+        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
+    workspace_bytes_ = std::max(workspace_bytes_, plan.workspace_bytes);
+  }
+}
+
+CudaGroup CudaStep::group_of(Pass& pass) const {
+  CudaGroup part = group_;
+  part.problems = pass.problems;
+  part.grad_max = pass.grad_max;
+  return part;
+}
+
+void CudaStep::plan(void* workspace) {
+  const c10::DeviceGuard guard(group_.device);
+  for (Pass& pass : passes_) {
+    const CudaGroup part = group_of(pass);
+    pass.plan =
+        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, workspace);
+    pass.image = copy_to_device(pass.plan.image, group_.device);
+  }
+}
+
+void CudaStep::initialize_() {
+  std::vector<Problem<float>> problems;
+  for (const std::vector<int64_t>& indices : passes_of(group_, fresh_)) {
+    CudaGroup part = subgroup(group_, indices, problems);
+    part.grad_max = maxima_of(group_, indices);
+    initialize_on_cuda_(part);
+  }
+}
+
+void CudaStep::reset_() {
+  for (int64_t i : fresh_) reset_on_cuda_(group_, group_.problems[static_cast<size_t>(i)]);
+}
+
+StepReport CudaStep::run_() {
+  const c10::DeviceGuard guard(group_.device);
+  for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
+  StepReport report;
+  report.waiting = waiting_;
+  for (int64_t i : fresh_) {
+    const auto place = static_cast<size_t>(i);
+    if (group_.problems[place].next_refresh[0] == kSawZero) report.waiting.push_back(place);
+  }
+  if (refreshes_ == Refreshes::kApart) return report;
+  count_rows(group_, running_);
+  std::vector<Problem<float>> problems;
+  for (size_t i : refresh_due_on_cuda_(subgroup(group_, running_, problems))) {
+    report.stayed.push_back(static_cast<size_t>(running_[i]));
+  }
+  return report;
+}
+
+}  // namespace dykaf::bindings
+
+#endif

@@ -1,0 +1,71 @@
+// What happens to one element: Adam, and the parameter's update in its dtype.
+#pragma once
+
+#include "cuda/kernels/device/vector.cuh"
+#include "cuda/kernels/matrices.h"
+
+namespace dykaf::cuda {
+
+DYKAF_DEVICE float blend_momentum(float exp_avg, float g, const AdamOptions& o) {
+  return o.beta1 * exp_avg + o.one_minus_beta1 * g;
+}
+
+DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
+  return fabsf(h) < s.noise ? 0.0f : s.adam_tau * h;
+}
+
+// Adam on a unit with the gradient of h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
+DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
+                            const float (&h)[kUnit], const MatrixScalars& s, const AdamOptions& o,
+                            float (&update)[kUnit]) {
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    const float g = gradient_of(h[i], s);
+    exp_avg[i] = blend_momentum(exp_avg[i], g, o);
+    exp_avg_sq[i] = o.beta2 * exp_avg_sq[i] + o.one_minus_beta2 * g * g;
+    const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;
+    update[i] = exp_avg[i] * s.correction1 / denominator;
+  }
+}
+
+DYKAF_DEVICE uint16_t nearest(float x, DType dtype) {
+  return dtype == DType::kBFloat16 ? nearest_bfloat16(x) : nearest_float16(x);
+}
+
+DYKAF_DEVICE uint16_t stochastic(float x, DType dtype, uint32_t random) {
+  // round_to_float16 leaves nothing to round.
+  return dtype == DType::kBFloat16 ? round_to_bfloat16(x, random)
+                                   : nearest_float16(round_to_float16(x, random));
+}
+
+// param <- param (1 - lr weight_decay) - lr update for the unit from element `start`. `aligned` and
+// `master_aligned` say whether whole units of the parameter and of the master may move at once.
+DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s, int64_t start,
+                              int count, bool aligned, bool master_aligned,
+                              const float (&update)[kUnit]) {
+  float value[kUnit];
+  if (p.master != nullptr) {
+    load_unit(p.master + start, count, master_aligned, value);
+  } else {
+    load_unit(p.param, p.dtype, start, count, aligned, value);
+  }
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) value[i] = value[i] * s.keep - s.lr * update[i];
+
+  if (p.master != nullptr) store_unit(p.master + start, count, master_aligned, value);
+  if (p.dtype == DType::kFloat32) {
+    store_unit(static_cast<float*>(p.param) + start, count, aligned, value);
+    return;
+  }
+  uint16_t bits[kUnit];
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    const uint64_t element = static_cast<uint64_t>(start + i);
+    bits[i] = p.master != nullptr
+                  ? nearest(value[i], p.dtype)
+                  : stochastic(value[i], p.dtype, random_bits(s.rounding_key, element));
+  }
+  store_unit_bits(static_cast<uint16_t*>(p.param) + start, count, aligned, bits);
+}
+
+}  // namespace dykaf::cuda

@@ -1,0 +1,92 @@
+// Element-wise work: a struct for each operation says what it reads and writes, beside the state of
+// the matrix.
+#pragma once
+
+#include "cuda/kernels/matrices.h"
+
+namespace dykaf::cuda {
+
+// What an element operation works on: an [m, n] array of a matrix. Where rows do not matter it is
+// one row of all elements.
+struct ElementArray {
+  int64_t m;
+  int64_t n;
+  int32_t matrix_idx;
+  int32_t tile_begin;
+};
+
+// H = load_scale grad; one row.
+struct LoadProblem : ElementArray {
+  float* H;
+};
+
+// Adam with the full second moment; one row.
+struct AdamProblem : ElementArray {
+  const float* H;  // the gradient over tau
+  float* update;
+  double* partials;  // [num_tiles], sums of update^2
+};
+
+// Adam with row_root col_root^T in place of the root of exp_avg_sq.
+struct CompactAdamProblem : ElementArray {
+  const float* H;
+  const float* row_root;  // [m]
+  const float* col_root;  // [n]
+  float* update;
+  double* partials;  // [num_tiles], sums of update^2
+};
+
+// The parameter's update; one row.
+struct ApplyProblem : ElementArray {
+  const float* update;
+};
+
+// AdamW of a parameter without factors, from its gradient; one row.
+struct AdamWProblem : ElementArray {
+  double* partials;  // [num_tiles], sums of update^2
+};
+
+// weighed = diag(row) H diag(col); null: the identity.
+struct WeighProblem : ElementArray {
+  const float* H;
+  const float* row;  // [m]
+  const float* col;  // [n]
+  float* weighed;
+};
+
+// update <- update + diag(row) exp_avg diag(col), bias-corrected; one of row and col is null.
+// Before, the update of a skinny matrix is the part of it in V.
+struct BeyondProblem : ElementArray {
+  float* update;
+  const float* row;  // [m]
+  const float* col;  // [n]
+  double* partials;  // [num_tiles], sums of update^2
+};
+
+int64_t element_tiles(int64_t m, int64_t n);
+
+// For each of the operations above.
+template <typename ElementProblem>
+int launch_elements(const Grouped<ElementProblem>& launch, const Group& group, Stream stream);
+
+// factor <- keep factor + gain increment.
+struct BlendProblem {
+  float* factor;           // [size]
+  const float* increment;  // [size]
+  int64_t size;
+  Side side;
+  int32_t matrix_idx;
+  int32_t tile_begin;
+};
+int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream stream);
+
+// update_rms from the partial sums of update^2; one block per matrix.
+struct RmsProblem {
+  const double* partials;  // [num_partials, stride], the first of each row counts
+  int32_t num_partials;
+  int32_t stride;
+  int32_t matrix_idx;
+};
+int launch_update_rms(const Grouped<RmsProblem>& launch, const Group& group, Stream stream);
+
+}  // namespace dykaf::cuda

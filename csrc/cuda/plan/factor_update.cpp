@@ -1,0 +1,234 @@
+// Planning of the integrator step: increments, then scalars, then the factors' new values.
+#include <cmath>
+
+#include "cuda/kernels/factor_scalars.h"
+#include "cuda/plan/group_plan.h"
+#include "cuda/plan/step_arrays.h"
+
+namespace dykaf::cuda {
+namespace {
+
+// The state of planning: what each launch site works on.
+class FactorUpdatePlan {
+ public:
+  FactorUpdatePlan(GroupPlan& plan, const Options& options, MatmulPrecision precision)
+      : plan_(plan), options_(options), precision_(precision) {}
+
+  void add(int32_t i, const float* H, float* scratch) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool both = p.L != nullptr && p.R != nullptr;
+    FactorProblem left{};
+    left.matrix_idx = i;
+    FactorProblem right = left;
+    if (!both) {
+      const auto other = static_cast<double>(p.L != nullptr ? p.n : p.m);
+      const double size = p.is_skinny() ? other : std::sqrt(other);
+      if (p.L != nullptr) average_left(i, H, H, size, left);
+      if (p.R != nullptr) average_right(i, H, H, size, right);
+      return;
+    }
+    switch (options_.integrator) {
+      case Integrator::kKsl:
+        first_.add(gemm_problem(H, p.R, scratch, p.m, p.n, p.n, i), plan_.builder());
+        increment_left(i, scratch, H, left);
+        finish_left(FactorStage::kKslLeft, left);
+        second_.add(gemm_problem(p.L, H, scratch, p.m, p.n, p.m, i), plan_.builder());
+        increment_right(i, H, scratch, right);
+        finish_right(FactorStage::kKslRight, right);
+        break;
+      case Integrator::kBug:
+        bug(i, H, scratch, right);
+        break;
+      case Integrator::kDiagonal:
+        diagonal(i, H, scratch, left, right);
+        break;
+    }
+  }
+
+  void launch() {
+    metric_weights();
+    plan_.elements(weigh_left_);
+    plan_.gemms(first_, precision_);
+    plan_.gemms(left_, precision_);
+    scalars(left_scalars_);
+    blend(left_blends_);
+    plan_.elements(weigh_right_);
+    plan_.gemms(second_, precision_);
+    plan_.gemms(right_, precision_);
+    plan_.gemms(coupling_first_, precision_);
+    plan_.gemms(coupling_, precision_);
+    scalars(right_scalars_);
+    blend(right_blends_);
+  }
+
+ private:
+  // L's increment A B^T, with the sums that its scalars need.
+  void increment_left(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
+    const Problem<float>& p = plan_.problem(i);
+    float* increment = plan_.builder().take<float>(StepArrays(p).left_increment);
+    GemmProblem sums = gemm_problem(A, B, increment, p.m, p.m, p.n, i);
+    sums.C = p.L;
+    sums.epilogue = Epilogue::kSums;
+    scalars_of.left = left_.add(sums, plan_.builder()).partials;
+    scalars_of.left_tiles = left_.num_partials(sums);
+    left_increment_ = increment;
+  }
+
+  // R's increment A^T B.
+  void increment_right(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
+    const Problem<float>& p = plan_.problem(i);
+    float* increment = plan_.builder().take<float>(StepArrays(p).right_increment);
+    GemmProblem sums = gemm_problem(A, B, increment, p.n, p.n, p.m, i);
+    sums.C = p.R;
+    sums.epilogue = Epilogue::kSums;
+    scalars_of.right = right_.add(sums, plan_.builder()).partials;
+    scalars_of.right_tiles = right_.num_partials(sums);
+    right_increment_ = increment;
+  }
+
+  void finish_left(FactorStage stage, FactorProblem& scalars_of) {
+    scalars_of.stage = stage;
+    left_scalars_.push_back(scalars_of);
+    blend_of(Side::kLeft, scalars_of.matrix_idx, left_increment_, left_blends_);
+  }
+
+  void finish_right(FactorStage stage, FactorProblem& scalars_of) {
+    scalars_of.stage = stage;
+    right_scalars_.push_back(scalars_of);
+    blend_of(Side::kRight, scalars_of.matrix_idx, right_increment_, right_blends_);
+  }
+
+  void average_left(int32_t i, const float* A, const float* B, double size, FactorProblem& left) {
+    left.size = size;
+    increment_left(i, A, B, left);
+    finish_left(FactorStage::kAverageLeft, left);
+  }
+
+  void average_right(int32_t i, const float* A, const float* B, double size, FactorProblem& right) {
+    right.size = size;
+    increment_right(i, A, B, right);
+    finish_right(FactorStage::kAverageRight, right);
+  }
+
+  // Both increments from the old factors, then <A H, H B> with A and B the increments.
+  void bug(int32_t i, const float* H, float* scratch, FactorProblem& both) {
+    const Problem<float>& p = plan_.problem(i);
+    first_.add(gemm_problem(H, p.R, scratch, p.m, p.n, p.n, i), plan_.builder());
+    increment_left(i, scratch, H, both);
+    second_.add(gemm_problem(p.L, H, scratch, p.m, p.n, p.m, i), plan_.builder());
+    increment_right(i, H, scratch, both);
+    coupling_first_.add(gemm_problem(left_increment_, H, scratch, p.m, p.n, p.m, i),
+                        plan_.builder());
+    GemmProblem inner = gemm_problem(H, right_increment_, nullptr, p.m, p.n, p.n, i);
+    inner.C = scratch;
+    inner.epilogue = Epilogue::kInner;
+    both.coupling = coupling_.add(inner, plan_.builder()).partials;
+    both.coupling_tiles = coupling_.num_partials(inner);
+    blend_of(Side::kLeft, i, left_increment_, right_blends_);
+    finish_right(FactorStage::kBug, both);
+  }
+
+  // A metric of power 0 is the identity.
+  void diagonal(int32_t i, const float* H, float* scratch, FactorProblem& left,
+                FactorProblem& right) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool is_weighed = options_.metric_power != 0;
+    if (is_weighed) weigh(i, H, scratch);
+    const float* weighed = is_weighed ? scratch : H;
+    average_left(i, weighed, H, static_cast<double>(p.n), left);
+    average_right(i, H, weighed, static_cast<double>(p.m), right);
+  }
+
+  // scratch = H diag(w_R) for L's increment, diag(w_L) H for R's.
+  void weigh(int32_t i, const float* H, float* scratch) {
+    const Problem<float>& p = plan_.problem(i);
+    float* w_L = plan_.builder().take<float>(p.m);
+    float* w_R = plan_.builder().take<float>(p.n);
+    metrics_.push_back({p.L, w_L, static_cast<int32_t>(p.m), i});
+    metrics_.push_back({p.R, w_R, static_cast<int32_t>(p.n), i});
+    weigh_left_.push_back({matrix_array(p, i), H, /*row=*/nullptr, /*col=*/w_R, scratch});
+    weigh_right_.push_back({matrix_array(p, i), H, /*row=*/w_L, /*col=*/nullptr, scratch});
+  }
+
+  void blend_of(Side side, int32_t i, const float* increment, std::vector<BlendProblem>& blends) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool left = side == Side::kLeft;
+    blends.push_back(
+        {left ? p.L : p.R, increment, left ? p.m * p.m : p.n * p.n, side, i, /*tile_begin=*/0});
+  }
+
+  void scalars(const std::vector<FactorProblem>& problems) {
+    plan_.one_block_each(problems, [beta = options_.factor_beta](
+                                       const auto& launch, const Group& group, Stream stream) {
+      return launch_factor_scalars(launch, group, beta, stream);
+    });
+  }
+
+  void blend(const std::vector<BlendProblem>& problems) {
+    plan_.tiled(
+        problems, [](const BlendProblem& b) { return element_tiles(1, b.size); },
+        [](const auto& launch, const Group& group, Stream stream) {
+          return launch_blend(launch, group, stream);
+        });
+  }
+
+  void metric_weights() {
+    plan_.one_block_each(metrics_, [power = options_.metric_power](
+                                       const auto& launch, const Group& group, Stream stream) {
+      return launch_metric_weights(launch, group, power, stream);
+    });
+  }
+
+  GroupPlan& plan_;
+  const Options& options_;
+  MatmulPrecision precision_;
+  std::vector<MetricProblem> metrics_;
+  std::vector<WeighProblem> weigh_left_;
+  std::vector<WeighProblem> weigh_right_;
+  GemmSite first_{GemmForm::kNN};           // H R
+  GemmSite left_{GemmForm::kSymmetricNT};   // (.) H^T
+  GemmSite second_{GemmForm::kNN};          // L H
+  GemmSite right_{GemmForm::kSymmetricTN};  // H^T (.)
+  GemmSite coupling_first_{GemmForm::kNN};  // A H
+  GemmSite coupling_{GemmForm::kNN};        // H B
+  std::vector<FactorProblem> left_scalars_;
+  std::vector<FactorProblem> right_scalars_;
+  std::vector<BlendProblem> left_blends_;
+  std::vector<BlendProblem> right_blends_;
+  float* left_increment_ = nullptr;  // of the matrix that is being added
+  float* right_increment_ = nullptr;
+};
+
+}  // namespace
+
+void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+                       const std::vector<const float*>& H, const std::vector<float*>& scratch) {
+  FactorUpdatePlan update(plan, options, precision);
+  for (int32_t i = 0; i < plan.num(); ++i) {
+    const auto idx = static_cast<size_t>(i);
+    if (H[idx] != nullptr) update.add(i, H[idx], scratch[idx]);
+  }
+  update.launch();
+}
+
+Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
+                        const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
+  GroupPlan plan(problems, workspace);
+  plan.prepare(options, inputs, StepCount::kKeep);
+  std::vector<LoadProblem> loads;
+  std::vector<const float*> H;
+  std::vector<float*> scratch;
+  for (int32_t i = 0; i < plan.num(); ++i) {
+    const Problem<float>& p = plan.problem(i);
+    const StepArrays arrays(p);
+    auto* gradient = plan.builder().take<float>(arrays.H);
+    loads.push_back({flat_array(p, i), gradient});
+    H.push_back(gradient);
+    scratch.push_back(plan.builder().take<float>(arrays.scratch));
+  }
+  plan.elements(loads);
+  add_factor_update(plan, options, precision, H, scratch);
+  return plan.finish();
+}
+
+}  // namespace dykaf::cuda

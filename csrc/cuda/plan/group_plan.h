@@ -1,0 +1,212 @@
+// Collects the work of one list of matrices and turns it into launches.
+#pragma once
+
+#include <utility>
+
+#include "cuda/kernels/elements.h"
+#include "cuda/kernels/prepare.h"
+#include "cuda/plan/gemm_plan.h"
+#include "cuda/plan/on_device.h"
+#include "cuda/plan/plan_builder.h"
+
+namespace dykaf::cuda {
+
+// A group whose matrices lie in the image. Scalars and options are those of `prepare`; without it
+// no launch may read them.
+struct GroupInImage {
+  size_t matrices;
+  int32_t num;
+  MatrixScalars* scalars = nullptr;
+  AdamOptions adam = {};
+  size_t adam_place = 0;  // in the image
+
+  Group at(const std::byte* image) const {
+    return {as<MatrixOnDevice>(image + matrices), scalars, num, adam};
+  }
+};
+
+class GroupPlan {
+ public:
+  GroupPlan(std::span<const Problem<float>> problems, void* workspace)
+      : problems_(problems),
+        builder_(workspace),
+        group_{.matrices = builder_.add(matrices_on_device(problems)), .num = num()} {}
+
+  int32_t num() const { return static_cast<int32_t>(problems_.size()); }
+  const Problem<float>& problem(int32_t i) const { return problems_[static_cast<size_t>(i)]; }
+  PlanBuilder& builder() { return builder_; }
+  Plan finish() { return builder_.finish(); }
+
+  // The scalars of every matrix and the options of Adam; all that reads them comes after.
+  void prepare(const Options& options, const DeviceInputs& inputs, StepCount step_count) {
+    group_.scalars = builder_.take<MatrixScalars>(num());
+    group_.adam = adam_options(options);
+    group_.adam_place = builder_.add(std::vector{group_.adam});
+    builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
+      return launch_prepare(group.at(image), options, inputs, step_count, stream);
+    });
+  }
+
+  // One launch over `problems` with num_tiles(problem) blocks each.
+  template <typename GroupedProblem, typename NumTiles, typename LaunchGrouped>
+  void tiled(std::vector<GroupedProblem> problems, const NumTiles& num_tiles,
+             const LaunchGrouped& launch_grouped) {
+    const int64_t grid = assign_tiles(problems, num_tiles);
+    launch(problems, grid, launch_grouped);
+  }
+
+  // One launch over `problems` with one block each.
+  template <typename GroupedProblem, typename LaunchGrouped>
+  void one_block_each(const std::vector<GroupedProblem>& problems,
+                      const LaunchGrouped& launch_grouped) {
+    launch(problems, static_cast<int64_t>(problems.size()), launch_grouped);
+  }
+
+  template <typename ElementProblem>
+  void elements(std::vector<ElementProblem> problems) {
+    tiled(
+        std::move(problems), [](const ElementProblem& e) { return element_tiles(e.m, e.n); },
+        [](const auto& launch, const Group& group, Stream stream) {
+          return launch_elements(launch, group, stream);
+        });
+  }
+
+  void update_rms(const std::vector<RmsProblem>& problems) {
+    one_block_each(problems, [](const auto& launch, const Group& group, Stream stream) {
+      return launch_update_rms(launch, group, stream);
+    });
+  }
+
+  // One launch for each block shape that occurs.
+  void gemms(const GemmSite& site, MatmulPrecision precision) {
+    for (int i = 0; i < kNumTileClasses; ++i) {
+      const auto tile_class = static_cast<TileClass>(i);
+      const GemmForm form = site.form();
+      std::vector<GemmProblem> problems = site.problems(tile_class);
+      const int64_t grid = assign_tiles(
+          problems, [&](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); });
+      if (problems.empty()) continue;
+      const size_t offset = builder_.add(problems);
+      const auto count = static_cast<int32_t>(problems.size());
+      builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
+        const GemmLaunch launch{as<GemmProblem>(image + offset),
+                                as<MatrixOnDevice>(image + group.matrices),
+                                group.scalars,
+                                count,
+                                grid,
+                                as<AdamOptions>(image + group.adam_place)};
+        return launch_gemm(precision, form, tile_class, launch, stream);
+      });
+    }
+  }
+
+ private:
+  template <typename GroupedProblem, typename LaunchGrouped>
+  void launch(const std::vector<GroupedProblem>& problems, int64_t grid,
+              const LaunchGrouped& launch_grouped) {
+    if (problems.empty()) return;
+    const size_t offset = builder_.add(problems);
+    const auto count = static_cast<int32_t>(problems.size());
+    builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
+      return launch_grouped(
+          Grouped<GroupedProblem>{as<GroupedProblem>(image + offset), count, grid}, group.at(image),
+          stream);
+    });
+  }
+
+  std::span<const Problem<float>> problems_;
+  PlanBuilder builder_;
+  GroupInImage group_;
+};
+
+// D = op(A) op(B), D [m, n], of the matrix `matrix_idx`.
+inline GemmProblem gemm_problem(const float* A, const float* B, float* D, int64_t m, int64_t n,
+                                int64_t k, int32_t matrix_idx) {
+  GemmProblem p{};
+  p.A = A;
+  p.B = B;
+  p.D = D;
+  p.m = static_cast<int32_t>(m);
+  p.n = static_cast<int32_t>(n);
+  p.k = static_cast<int32_t>(k);
+  p.matrix_idx = matrix_idx;
+  p.epilogue = Epilogue::kStore;
+  return p;
+}
+
+// An array of a matrix, and the same as one row.
+inline ElementArray matrix_array(const Problem<float>& p, int32_t matrix_idx) {
+  return {p.m, p.n, matrix_idx, /*tile_begin=*/0};
+}
+inline ElementArray flat_array(const Problem<float>& p, int32_t matrix_idx) {
+  return {1, p.size(), matrix_idx, /*tile_begin=*/0};
+}
+
+// The blocks of a launch over the array.
+inline int32_t num_blocks(const ElementArray& array) {
+  return static_cast<int32_t>(element_tiles(array.m, array.n));
+}
+
+// What Adam of one matrix takes and leaves where it is not part of a multiplication.
+struct AdamArrays {
+  int32_t matrix_idx;
+  const float* H;    // [m, n], the gradient over tau
+  float* update;     // [m, n]
+  double* partials;  // one for each block of the launch over [m, n]
+};
+
+// The two multiplications that rotate a matrix.
+class RotationGemms {
+ public:
+  explicit RotationGemms(Rotation rotation)
+      : into_(rotation == Rotation::kIntoBasis),
+        left_(into_ ? GemmForm::kTN : GemmForm::kNN),
+        right_(into_ ? GemmForm::kNN : GemmForm::kNT) {}
+
+  // Q_L^T in Q_R or Q_L in Q_R^T to `out`, through `scratch` where there are two bases; `finish`
+  // completes the last multiplication's description. One basis at least; `in` and `out` do not
+  // overlap. Returns the last multiplication as it runs and the number of its partials.
+  template <typename Finish>
+  std::pair<GemmProblem, int32_t> add(GroupPlan& plan, int32_t matrix_idx, const float* in,
+                                      float* scratch, float* out, const Finish& finish) {
+    const Problem<float>& p = plan.problem(matrix_idx);
+    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
+    if (p.Q_L != nullptr) {
+      GemmProblem left = gemm_problem(p.Q_L, in, both ? scratch : out, p.m, p.n, p.m, matrix_idx);
+      if (!both) return add_last(left_, plan, left, finish);
+      left_.add(left, plan.builder());
+      in = scratch;
+    }
+    return add_last(right_, plan, gemm_problem(in, p.Q_R, out, p.m, p.n, p.n, matrix_idx), finish);
+  }
+
+  const GemmSite& left() const { return left_; }
+  const GemmSite& right() const { return right_; }
+
+ private:
+  template <typename Finish>
+  static std::pair<GemmProblem, int32_t> add_last(GemmSite& site, GroupPlan& plan, GemmProblem last,
+                                                  const Finish& finish) {
+    finish(last);
+    return {site.add(last, plan.builder()), site.num_partials(last)};
+  }
+
+  bool into_;
+  GemmSite left_;
+  GemmSite right_;
+};
+
+// Adds the launches of the factor update; H[i] [m, n] is the rotated gradient over tau, scratch[i]
+// [m, n], for each matrix of the plan; null H: not this one.
+void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+                       const std::vector<const float*>& H, const std::vector<float*>& scratch);
+
+// Adds the launches of Adam with a compact second moment.
+void add_compact_adam(GroupPlan& plan, const Options& options,
+                      const std::vector<AdamArrays>& adams);
+
+// The same of skinny matrices, H being rotated on the short side, with the long side's factor.
+void add_skinny_update(GroupPlan& plan, const Options& options,
+                       const std::vector<AdamArrays>& adams);
+
+}  // namespace dykaf::cuda

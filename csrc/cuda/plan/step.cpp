@@ -1,0 +1,118 @@
+// Planning of the whole step, and running of plans.
+#include "cuda/plan/group_plan.h"
+#include "cuda/plan/step_arrays.h"
+#include "dykaf/schedule.h"
+
+namespace dykaf::cuda {
+namespace {
+
+// One step over all matrices: with factors, and without.
+class StepPlan {
+ public:
+  StepPlan(std::span<const Problem<float>> problems, const Options& options,
+           const DeviceInputs& inputs, MatmulPrecision precision, void* workspace)
+      : plan_(problems, workspace), options_(options), inputs_(inputs), precision_(precision) {}
+
+  Plan build() {
+    plan_.prepare(options_, inputs_, StepCount::kAdvance);
+    for (int32_t i = 0; i < plan_.num(); ++i) {
+      if (plan_.problem(i).is_unsided()) {
+        add_adamw(i);
+      } else {
+        add_matrix(i);
+      }
+    }
+    plan_.elements(adamws_);
+    plan_.elements(loads_);
+    plan_.gemms(into_.left(), precision_);
+    plan_.gemms(into_.right(), precision_);
+    if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
+    if (!skinny_.empty()) add_skinny_update(plan_, options_, skinny_);
+    plan_.update_rms(sums_);
+    plan_.gemms(out_of_.left(), precision_);
+    plan_.gemms(out_of_.right(), precision_);
+    add_factor_update(plan_, options_, precision_, H_, scratch_);
+    return plan_.finish();
+  }
+
+ private:
+  void add_adamw(int32_t i) {
+    const ElementArray array = flat_array(plan_.problem(i), i);
+    auto* partials = plan_.builder().take<double>(num_blocks(array));
+    adamws_.push_back({array, partials});
+    sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
+    H_.push_back(nullptr);
+    scratch_.push_back(nullptr);
+  }
+
+  void add_matrix(int32_t i) {
+    const Problem<float>& p = plan_.problem(i);
+    const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
+    const StepArrays arrays(p);
+    auto* H = plan_.builder().take<float>(arrays.H);
+    auto* scratch = plan_.builder().take<float>(arrays.scratch);
+    auto* update = plan_.builder().take<float>(arrays.update);
+    H_.push_back(updates_factors(p, options_) ? H : nullptr);
+    scratch_.push_back(scratch);
+
+    // With one basis the update must not land where the multiplication still reads the gradient.
+    float* loaded = both ? update : scratch;
+    loads_.push_back({flat_array(p, i), loaded});
+    if (p.exp_avg_sq != nullptr && !p.is_skinny()) {
+      const auto [adam, num_partials] =
+          into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
+            last.epilogue = Epilogue::kAdam;
+            last.update = update;
+          });
+      sums_.push_back({adam.partials, num_partials, kNumSums, i});
+    } else {
+      into_.add(plan_, i, loaded, scratch, H, [](GemmProblem&) {});
+      add_adam(i, H, update, p.is_skinny() ? skinny_ : compact_);
+    }
+    out_of_.add(plan_, i, update, scratch, nullptr,
+                [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
+  }
+
+  void add_adam(int32_t i, const float* H, float* update, std::vector<AdamArrays>& adams) {
+    const int32_t num_partials = num_blocks(matrix_array(plan_.problem(i), i));
+    auto* partials = plan_.builder().take<double>(num_partials);
+    adams.push_back({i, H, update, partials});
+    sums_.push_back({partials, num_partials, /*stride=*/1, i});
+  }
+
+  GroupPlan plan_;
+  const Options& options_;
+  const DeviceInputs& inputs_;
+  MatmulPrecision precision_;
+  RotationGemms into_{Rotation::kIntoBasis};
+  RotationGemms out_of_{Rotation::kOutOfBasis};
+  std::vector<AdamWProblem> adamws_;
+  std::vector<LoadProblem> loads_;
+  std::vector<AdamArrays> compact_;
+  std::vector<AdamArrays> skinny_;
+  std::vector<RmsProblem> sums_;
+  std::vector<const float*> H_;
+  std::vector<float*> scratch_;
+};
+
+}  // namespace
+
+int Plan::run(const void* device_image, Stream stream) const {
+  for (const Launch& launch : launches) {
+    const int error = launch(static_cast<const std::byte*>(device_image), stream);
+    if (error != 0) return error;
+  }
+  return 0;
+}
+
+Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
+               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
+  return StepPlan(problems, options, inputs, precision, workspace).build();
+}
+
+int64_t step_workspace_bytes(const Problem<float>& p) {
+  if (p.is_unsided()) return 0;
+  return StepArrays(p).total() * static_cast<int64_t>(sizeof(float));
+}
+
+}  // namespace dykaf::cuda
