@@ -209,6 +209,7 @@ def run(
     Returns:
         Whether none failed or was stopped; one that cannot run here does not count.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of `&` and nohup ignores it
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.json"  # of earlier calls, for other parts
     results = {r["step"]: Result(**r) for r in json.loads(read(file) or "[]")}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,13 @@ from bench.gpu_day import Step
 @pytest.fixture(autouse=True)
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_day, "GRACE", 1.0)
+
+
+@pytest.fixture(autouse=True)
+def same_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def step(name: str, code: str, limit: float = 60, missing: str = "") -> Step:
@@ -98,10 +108,12 @@ def test_the_limit_ends_a_step_with_its_children_and_the_next_runs(
     assert not is_running(child)
 
 
+@pytest.mark.parametrize("of_shell", [signal.default_int_handler, signal.SIG_IGN])
 def test_an_interrupt_comes_before_the_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_shell: Any
 ) -> None:
-    """A benchmark writes its JSON then."""
+    """A benchmark writes its JSON then; a shell's background jobs begin with interrupts ignored."""
+    signal.signal(signal.SIGINT, of_shell)
     monkeypatch.setattr(gpu_day, "GRACE", 60.0)
     code = "import json, time\ntry:\n    time.sleep(300)\nexcept KeyboardInterrupt:\n"
     code += f"    json.dump({{'records': [1, 2]}}, open({str(tmp_path / 'a.json')!r}, 'w'))"
