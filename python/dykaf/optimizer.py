@@ -88,6 +88,8 @@ class DyKAF(Optimizer):
         metric_power: power of the diagonal metric: 1 the paper's metric, 0 Shampoo's and SOAP's.
         init: "identity", or "rank_one" from the top singular pair of the first gradient.
         second_moment: "full" [m, n], "rank_one" or "factored" (m + n numbers each).
+        nesterov: momentum of matrices with factors as Nesterov's, beta1 exp_avg + (1 - beta1) G~.
+        orthogonalize: Newton-Schulz steps on the update of such a matrix; 0: none.
         refresh_schedule: "geometric" (often at the start, then every precondition_frequency steps)
             or "fixed".
         rescale_exp_avg_sq: at a refresh, scale the second moment by the change of the factors'
@@ -138,6 +140,8 @@ class DyKAF(Optimizer):
         metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
+        nesterov: bool = False,
+        orthogonalize: int = 0,
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
         refresh_stagger: bool = True,

@@ -35,6 +35,8 @@ class StepOptions(TypedDict):
     refresh_stagger: bool
     matmul_precision: str | None
     state_dtype: str
+    nesterov: bool
+    orthogonalize: int
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ RULES: dict[str, _Rule] = {
     "init": _one_of("identity", "rank_one"),
     "second_moment": _one_of("full", "rank_one", "factored"),
     "refresh_schedule": _one_of("geometric", "fixed"),
+    "nesterov": _FLAG,
+    "orthogonalize": _integer(lambda value: 0 <= value <= 20, "an integer in [0, 20]"),
     "rescale_exp_avg_sq": _FLAG,
     "refresh_stagger": _FLAG,
     "matmul_precision": _one_of(None, "highest", "high", "medium"),
@@ -210,4 +214,6 @@ def step_options(
         "refresh_stagger": plain["refresh_stagger"],
         "matmul_precision": plain["matmul_precision"],
         "state_dtype": plain["state_dtype"],
+        "nesterov": plain["nesterov"],
+        "orthogonalize": plain["orthogonalize"],
     }
