@@ -22,6 +22,7 @@ Equations (beta is the factor decay, A the Van Loan rearrangement of the target)
 import math
 
 import torch
+from orthogonal_reference import orthogonalized
 from torch import Tensor
 
 # ---- Dense objects -------------------------------------------------------------------------------
@@ -234,16 +235,6 @@ def next_refresh(t: int, interval: int, offset: int | None) -> int:
 # ---- The optimizer -------------------------------------------------------------------------------
 
 
-def orthogonalized(U: Tensor, steps: int) -> Tensor:
-    """0.2 sqrt(max(m, n)) times U with its singular values, over ||U||, mapped `steps` times by the
-    quintic a s + b s^3 + c s^5 of Muon: Newton-Schulz steps without their products."""
-    left, singular_values, right = torch.linalg.svd(U, full_matrices=False)
-    s = singular_values / singular_values.norm().clamp_min(1e-300)
-    for _ in range(steps):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return 0.2 * math.sqrt(max(U.shape)) * (left * s) @ right
-
-
 class ReferenceDyKAF:
     """DyKAF for one m x n matrix in textbook form, float64.
 
@@ -269,6 +260,7 @@ class ReferenceDyKAF:
         precondition_frequency: int = 10,
         factor_update_every: int = 1,
         max_precond_dim: int = 10000,
+        one_sided_ratio: float = math.inf,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",
@@ -292,6 +284,8 @@ class ReferenceDyKAF:
         self.nesterov, self.orthogonalize = nesterov, orthogonalize
         m, n = self.W.shape
         self.kept = [side for side, d in enumerate((m, n)) if d <= max_precond_dim]
+        if len(self.kept) == 2 and max(m, n) >= one_sided_ratio * min(m, n):
+            self.kept = [0 if m <= n else 1]
         self.second_moment = second_moment if self.kept else "full"  # neither side kept: AdamW
         self.started = not self.kept  # AdamW steps from its first gradient on
         self.t = 0

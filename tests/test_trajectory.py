@@ -42,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True, "lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6},
     "one side": {"max_precond_dim": 16},
     "no side": {"max_precond_dim": 0},
+    "one side of all": {"one_sided_ratio": 1.0, "orthogonalize": 3, "nesterov": True},
+    "one side from 2 to 1": {"one_sided_ratio": 2.0},
     "nesterov": {"nesterov": True},
     "nesterov, factored moment": {"nesterov": True, "second_moment": "factored"},
     "orthogonalize 3": {"orthogonalize": 3, "nesterov": True},

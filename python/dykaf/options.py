@@ -124,6 +124,7 @@ RULES: dict[str, _Rule] = {
     ),
     "factor_update_every": _integer(lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"),
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
+    "one_sided_ratio": _number(lambda value: value >= 1, "a number >= 1"),
     "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
     "integrator": _one_of("ksl", "bug", "diagonal"),
     "metric_power": _number(lambda value: -1 <= value <= 1, "a number in [-1, 1]"),
