@@ -3,7 +3,7 @@
 For betas with beta1^2 < beta2 the entries of an update in the basis are at most `update_bound`, 1
 for equal betas. Rotations keep lengths, so the root mean square of W_t - W_(t-1) of a matrix is at
 most lr times that without weight decay, and an entry at most sqrt(d) times as large, d being the
-product of the sides with a factor.
+product of the sides with a factor. Orthogonalised, the singular values of an update are bounded.
 """
 
 from __future__ import annotations
@@ -39,9 +39,17 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def update_bound(betas: tuple[float, float], t: int) -> float:
+# The largest value of Newton-Schulz's quintic on [0, 1], and on what it maps that to.
+QUINTIC = 1.2025
+
+
+def update_bound(betas: tuple[float, float], t: int, nesterov: bool = False) -> float:
     """Of an entry of the update in the basis, after bias correction."""
-    return math.sqrt(momentum_bound(betas, t) * (1 - betas[1] ** t)) / (1 - betas[0] ** t)
+    left = 1 - betas[1] ** t
+    bound = math.sqrt(momentum_bound(betas, t) * left) / (1 - betas[0] ** t)
+    if not nesterov:
+        return bound
+    return betas[0] * bound + (1 - betas[0]) * math.sqrt(left / (1 - betas[1]))
 
 
 def departure(size: int, dtype: torch.dtype) -> float:
@@ -112,7 +120,14 @@ class BoundedSteps:
         # terms do not cancel where the bound is reached, by 4 u in each step.
         share = (4 * self.steps + 2 * sum(move.shape)) * u
         share += sum(departure(F.shape[-1], F.dtype) for F in factors)
-        bound = float(group["lr"]) * update_bound(group["betas"], t)
+        lr = float(group["lr"])
+        if group["orthogonalize"] and "rho" in state and "basis" not in state:
+            # Singular values of at most QUINTIC, times 0.2 sqrt(max(m, n)).
+            spectral = lr * 0.2 * QUINTIC * math.sqrt(max(move.shape)) * (1 + share)
+            rounding = 2 * u * largest * math.sqrt(move.numel())
+            assert float(torch.linalg.matrix_norm(move, 2)) <= spectral + rounding
+            return
+        bound = lr * update_bound(group["betas"], t, group["nesterov"] and "rho" in state)
         # W - update rounds as well.
         limit = bound * (1 + share) + 2 * u * largest
         assert float(move.square().mean().sqrt()) <= limit

@@ -22,6 +22,7 @@ Equations (beta is the factor decay, A the Van Loan rearrangement of the target)
 import math
 
 import torch
+from orthogonal_reference import orthogonalized
 from torch import Tensor
 
 # ---- Dense objects -------------------------------------------------------------------------------
@@ -259,10 +260,13 @@ class ReferenceDyKAF:
         precondition_frequency: int = 10,
         factor_update_every: int = 1,
         max_precond_dim: int = 10000,
+        one_sided_ratio: float = math.inf,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
+        nesterov: bool = False,
+        orthogonalize: int = 0,
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
         stagger_offsets: tuple[int, int, int] | None = None,
@@ -277,8 +281,11 @@ class ReferenceDyKAF:
         self.integrator, self.metric_power, self.init = integrator, metric_power, init
         self.refresh_schedule, self.rescale_exp_avg_sq = refresh_schedule, rescale_exp_avg_sq
         self.stagger_offsets, self.maximize, self.dense = stagger_offsets, maximize, dense
+        self.nesterov, self.orthogonalize = nesterov, orthogonalize
         m, n = self.W.shape
         self.kept = [side for side, d in enumerate((m, n)) if d <= max_precond_dim]
+        if len(self.kept) == 2 and max(m, n) >= one_sided_ratio * min(m, n):
+            self.kept = [0 if m <= n else 1]
         self.second_moment = second_moment if self.kept else "full"  # neither side kept: AdamW
         self.started = not self.kept  # AdamW steps from its first gradient on
         self.t = 0
@@ -333,13 +340,21 @@ class ReferenceDyKAF:
         beta1, beta2 = self.betas
         self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * G
         root = self._update_second_moment(self._rotate(G)) / math.sqrt(1 - beta2**self.t)
-        D = (self._rotate(self.exp_avg) / (1 - beta1**self.t)) / (root + self.eps)
+        momentum = self.exp_avg / (1 - beta1**self.t)
+        if self.nesterov and self.kept:
+            momentum = beta1 * momentum + (1 - beta1) * G
+        D = self._rotate(momentum) / (root + self.eps)
         if self.second_moment != "full":  # which row and column means do not bound
             C = momentum_bound(self.betas, self.t)
             bound = math.sqrt(C * (1 - beta2**self.t)) / (1 - beta1**self.t)
+            if self.nesterov:
+                bound = beta1 * bound + (1 - beta1) * math.sqrt((1 - beta2**self.t) / (1 - beta2))
             D = D.clamp(-bound, bound)
-        self.update_rms = float(D.square().mean().sqrt())
-        self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self._rotate_back(D)
+        update = self._rotate_back(D)
+        if self.orthogonalize and self.kept:
+            update = orthogonalized(update, self.orthogonalize)
+        self.update_rms = float(update.square().mean().sqrt())
+        self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * update
         offset = 0 if self.stagger_offsets is None else self.stagger_offsets[2]
         if self.kept and (self.t + offset) % self.factor_update_every == 0:
             self._update_factors(G)

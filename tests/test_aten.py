@@ -196,3 +196,28 @@ def test_the_choice_of_a_process_and_of_a_part_of_it() -> None:
         )
         found[asked] = result.stdout.split()
     assert found == {"": ["cpu", "aten", "cpu"], "aten": ["aten", "aten", "aten"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_round_to_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    """Random bits in integer operations on tensors; magnitudes of every kind, infinity and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 17, (64, 96), generator=generator)
+    start = torch.ldexp(torch.randn(64, 96, generator=generator), exponents).to(dtype)
+    start[0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    update = torch.ldexp(torch.randn(64, 96, generator=generator), exponents - 9)
+    group = DyKAF([start], seed=3, lr=0.5).param_groups[0]
+    results = []
+    for native in (False, True):
+        param = start.clone()
+        state = new_state(param, Layout.of(param, group))
+        state["step"].fill_(7)
+        ops._C.use_aten_alone(not native)
+        ops.apply_update_([param], [update], [state], [5], step_options(group))
+        results.append(param.view(torch.int16))
+    ops._C.use_aten_alone(True)
+    of_numbers = torch.ones(64, 96, dtype=torch.bool)
+    of_numbers[0, 2] = False  # NaN's payload is nobody's
+    assert torch.equal(results[0][of_numbers], results[1][of_numbers])
+    assert all(bool(result.view(dtype)[0, 2].isnan()) for result in results)
+    assert not torch.equal(results[0][of_numbers], start.view(torch.int16)[of_numbers])

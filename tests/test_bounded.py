@@ -44,6 +44,8 @@ OPTIONS = st.fixed_dictionaries(
         "state_dtype": st.sampled_from(["float32", "float32", "bfloat16"]),
         "factor_update_every": st.sampled_from([1, 1, 2]),
         "skinny_rank": st.sampled_from([4, 0]),  # it applies to sides of 80
+        "nesterov": st.booleans(),
+        "orthogonalize": st.sampled_from([0, 0, 3]),
     }
 )
 METRICS = [{"integrator": "diagonal", "metric_power": power} for power in (0.0, 1.0, -0.5)]

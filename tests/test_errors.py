@@ -99,6 +99,9 @@ BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
     "second_moment": ("one of 'full', 'rank_one', 'factored'", ["half", None, 1, True]),
     "refresh_schedule": ("one of 'geometric', 'fixed'", ["linear", None, 1]),
     "rescale_exp_avg_sq": (FLAG, [0, 1, None, "True"]),
+    "one_sided_ratio": ("a number >= 1", [0.5, math.nan, "1", None, True]),
+    "nesterov": (FLAG, [0, 1, None, "True"]),
+    "orthogonalize": ("an integer in [0, 20]", [-1, 21, 1.0, True, None, "3"]),
     "refresh_stagger": (FLAG, [0, 1, None, "True"]),
     "matmul_precision": (
         "one of None, 'highest', 'high', 'medium'",

@@ -76,6 +76,21 @@ def test_directions_without_a_gradient(matrices: Matrices, num_zero: int) -> Non
     assert float(after[rank:].norm()) <= gamma(SIZE, matrices.dtype)
 
 
+def test_a_direction_of_rounding_does_not_turn(matrices: Matrices) -> None:
+    """Its entries are what a sum of gradients leaves beside a row without one."""
+    F = matrices.factor(SIZE).double()
+    tiny = torch.ones(SIZE, dtype=torch.float64)
+    tiny[0] = 4 * torch.finfo(matrices.dtype).eps
+    F = tiny[:, None] * F * tiny
+    state = matrices.state(SIZE, 3)
+    state["L"].copy_((F + F.T) / (F + F.T).norm())
+    old = state["Q_L"].clone()
+    ops.refresh_basis_([state], "left", matrices.options())
+    assert state["refresh_fallbacks"] == 0
+    assert torch.equal(state["Q_L"][:, -1], old[:, 0])  # the least eigenvalue comes last
+    assert not torch.equal(state["Q_L"][:, 0], old[:, 1])
+
+
 def test_columns_of_every_dependence(matrices: Matrices) -> None:
     """From clearly independent to dependent to rounding, with all that lies between."""
     U = matrices.orthogonal(SIZE).double()

@@ -42,6 +42,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "maximize": {"maximize": True, "lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6},
     "one side": {"max_precond_dim": 16},
     "no side": {"max_precond_dim": 0},
+    "one side of all": {"one_sided_ratio": 1.0, "orthogonalize": 3, "nesterov": True},
+    "one side from 2 to 1": {"one_sided_ratio": 2.0},
+    "nesterov": {"nesterov": True},
+    "nesterov, factored moment": {"nesterov": True, "second_moment": "factored"},
+    "orthogonalize 3": {"orthogonalize": 3, "nesterov": True},
+    "orthogonalize 5, ksl": {**KSL, "orthogonalize": 5},
+    "orthogonalize, one side": {"orthogonalize": 2, "max_precond_dim": 16},
+    "orthogonalize, no side": {"orthogonalize": 3, "nesterov": True, "max_precond_dim": 0},
 }
 
 

@@ -7,6 +7,13 @@
 
 namespace dykaf::aten {
 
+at::Tensor rms_of(const Batch& batch, const at::Tensor& updates) {
+  return updates.square()
+      .mean(at::IntArrayRef({1, 2}), false, batch.wide_dtype())
+      .sqrt_()
+      .to(at::kFloat);
+}
+
 at::Tensor adam_update_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients) {
   const Options& options = inputs.options;
   const Matrix& first = batch.first();
@@ -29,6 +36,9 @@ at::Tensor adam_update_(Batch& batch, const Inputs& inputs, const ScaledGradient
   const at::Tensor exp_avg =
       batch.get(&Matrix::exp_avg).mul(options.beta1).add_(G, 1 - options.beta1);
   at::Tensor update = exp_avg.mul(correction1);
+  if (options.nesterov && !first.is_unsided()) {
+    update.mul_(options.beta1).add_(G, 1 - options.beta1);
+  }
   if (first.exp_avg_sq.defined()) {
     const at::Tensor exp_avg_sq =
         batch.get(&Matrix::exp_avg_sq).mul(options.beta2).addcmul_(G, G, 1 - options.beta2);
@@ -44,10 +54,7 @@ at::Tensor adam_update_(Batch& batch, const Inputs& inputs, const ScaledGradient
   }
   batch.set(&Matrix::step, step);
   batch.set(&Matrix::exp_avg, exp_avg);
-  batch.set(&Matrix::update_rms, update.square()
-                                     .mean(at::IntArrayRef({1, 2}), false, batch.wide_dtype())
-                                     .sqrt_()
-                                     .to(at::kFloat));
+  batch.set(&Matrix::update_rms, rms_of(batch, update));
   return update;
 }
 

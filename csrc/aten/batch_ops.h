@@ -22,6 +22,9 @@ at::Tensor rotated(const Batch& batch, const at::Tensor& X, Rotation rotation,
 // Adam in the basis, with rotated gradients; returns D [b, m, n].
 at::Tensor adam_update_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients);
 
+// Root mean square of each of [b, m, n].
+at::Tensor rms_of(const Batch& batch, const at::Tensor& updates);
+
 // Root of the compact second moment, advanced with the gradients tau H, as factors: row_i col_j.
 struct RootFactors {
   at::Tensor row;  // [b, m]
@@ -29,6 +32,9 @@ struct RootFactors {
 };
 RootFactors compact_second_moment_(Batch& batch, const Options& options, const at::Tensor& H,
                                    const at::Tensor& tau);
+
+// The updates [b, m, n] after Newton-Schulz steps, times dykaf/newton_schulz.h's scale.
+at::Tensor orthogonalized_(Batch& batch, const Options& options, const at::Tensor& updates);
 
 // W <- W (1 - lr weight_decay) - lr update, with updates [b, m, n].
 void apply_update_(Batch& batch, const Inputs& inputs, const at::Tensor& updates);

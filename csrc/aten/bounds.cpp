@@ -20,10 +20,12 @@ at::Tensor momentum_floors(const Options& options, const at::Tensor& steps) {
 
 at::Tensor update_bounds(const Options& options, const at::Tensor& steps) {
   const at::Tensor left = at::pow(options.beta2, steps).neg_().add_(1);
-  return momentum_bounds(options, steps)
-      .mul_(left)
-      .sqrt_()
-      .div_(at::pow(options.beta1, steps).neg_().add_(1));
+  const at::Tensor bounds = momentum_bounds(options, steps)
+                                .mul_(left)
+                                .sqrt_()
+                                .div_(at::pow(options.beta1, steps).neg_().add_(1));
+  if (!options.nesterov) return bounds;
+  return bounds.mul_(options.beta1).add_(left.div(1 - options.beta2).sqrt_(), 1 - options.beta1);
 }
 
 at::Tensor without_noise(const at::Tensor& x, const at::Tensor& noise) {

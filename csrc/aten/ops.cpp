@@ -81,6 +81,14 @@ void adam_update_(const Matrices& matrices, const Inputs& inputs) {
   });
 }
 
+void orthogonalize_(const Matrices& matrices, const Inputs& inputs) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+    batch.set(&Matrix::update, orthogonalized_(batch, inputs.options, batch.get(&Matrix::update)));
+    batch.commit(inputs.skip);
+  });
+}
+
 void apply_update_(const Matrices& matrices, const Inputs& inputs) {
   const c10::OptionalDeviceGuard guard(device_of(matrices));
   for_each_batch(pointers(matrices), together, [&](Batch batch) {
@@ -168,6 +176,9 @@ void step_(Batch& batch, const Inputs& inputs, FactorUpdates factor_updates) {
   } else {
     if (has_factors) gradients.H = rotated(batch, gradients.H, Rotation::kIntoBasis, precision);
     update = adam_update_(batch, inputs, gradients);
+    if (has_factors && inputs.options.orthogonalize > 0) {
+      update = orthogonalized_(batch, inputs.options, update);
+    }
     if (has_factors) update = rotated(batch, update, Rotation::kOutOfBasis, precision);
     if (factor_updates == FactorUpdates::kThisStep) factor_update_(batch, inputs, gradients);
   }

@@ -24,6 +24,9 @@ void rotate(const Matrices& matrices, const Inputs& inputs, Rotation rotation);
 // Of rotated gradients `grad`; writes D to `update`.
 void adam_update_(const Matrices& matrices, const Inputs& inputs);
 
+// Of `update`, in place.
+void orthogonalize_(const Matrices& matrices, const Inputs& inputs);
+
 // Of `update`.
 void apply_update_(const Matrices& matrices, const Inputs& inputs);
 

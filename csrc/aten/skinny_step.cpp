@@ -57,7 +57,7 @@ class SkinnyStep {
     const at::Tensor left = at::pow(options_.beta1, t).neg_().add_(1);
     const at::Tensor correction = of_matrix(left);
     const at::Tensor root = of_matrix(at::pow(options_.beta2, t).neg_().add_(1).sqrt_());
-    const at::Tensor bound = of_matrix(update_bounds(options_, t).mul_(left));
+    const at::Tensor bound = of_matrix(update_bounds(options_, t));
 
     const at::Tensor moments = batch_.get(&Matrix::exp_avg_sq).clone();
     const auto inverse_root = [&](at::Tensor moment, const at::Tensor& x) {
@@ -70,17 +70,16 @@ class SkinnyStep {
     const at::Tensor exp_avg = oriented(batch_.get(&Matrix::exp_avg))
                                    .mul(options_.beta1)
                                    .add_(X_.mul(tau), 1 - options_.beta1);
+    at::Tensor M = exp_avg.div(correction);
+    if (options_.nesterov) M.mul_(options_.beta1).add_(X_.mul(tau), 1 - options_.beta1);
     // (M V^T within) V + (M - M V^T V) beyond.
-    const at::Tensor MV = momentum_in(V, exp_avg);
+    const at::Tensor MV = momentum_in(V, M);
     const at::Tensor of_V = MV.mul(within).clamp(bound.neg(), bound).sub_(MV.mul(beyond));
-    const at::Tensor update = exp_avg.mul(beyond).add_(full_product(of_V, V)).div_(correction);
+    const at::Tensor update = M.mul(beyond).add_(full_product(of_V, V));
     batch_.set(&Matrix::step, step);
     batch_.set(&Matrix::exp_avg, oriented(exp_avg));
     batch_.set(&Matrix::exp_avg_sq, moments);
-    batch_.set(&Matrix::update_rms, update.square()
-                                        .mean(at::IntArrayRef({1, 2}), false, batch_.wide_dtype())
-                                        .sqrt_()
-                                        .to(at::kFloat));
+    batch_.set(&Matrix::update_rms, rms_of(batch_, update));
     return update;
   }
 

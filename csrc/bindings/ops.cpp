@@ -74,7 +74,7 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
                      .needs_factors = true,
                      .needs_dense = true,
                      .grads_name = "inputs"},
-                    parsed.second_moment);
+                    parsed);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(
       problems, parsed,
@@ -97,7 +97,7 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
   inputs.needs_dense = true;
   TensorList updates = allocate_like(grads);
   inputs.updates = updates;
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, inputs, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -111,11 +111,23 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
   return updates;
 }
 
+void orthogonalize_op(const TensorList& updates, const States& states, const py::dict& options) {
+  const Options parsed = parse_options(options, device_of(states));
+  Problems problems(states, {.updates = updates, .needs_factors = true, .needs_dense = true},
+                    parsed);
+  run(
+      problems, parsed,
+      [&]<typename T>(ProblemList<T>& list) {
+        cpu::orthogonalize_<T>(list.matrices, parsed, matrix_pointers(list, updates).data());
+      },
+      [](const auto&) {},
+      [](const auto& matrices, const auto& given) { aten::orthogonalize_(matrices, given); });
+}
+
 void apply_update_op(const TensorList& params, const TensorList& updates, const States& states,
                      const std::vector<uint64_t>& streams, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.params = params, .updates = updates, .streams = streams},
-                    parsed.second_moment);
+  Problems problems(states, {.params = params, .updates = updates, .streams = streams}, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -133,7 +145,7 @@ void factor_update_op(const TensorList& grads, const States& states, const py::d
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.needs_factors = inputs.needs_dense = true;
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, inputs, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.matrices, parsed); },
@@ -150,7 +162,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
   inputs.needs_factors = true;
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, inputs, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.matrices, parsed); },
@@ -165,7 +177,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
   const Options parsed = parse_options(options, device_of(states));
   if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
   const Side which = side == "left" ? Side::kLeft : Side::kRight;
-  Problems problems(states, {.needs_factors = true}, parsed.second_moment);
+  Problems problems(states, {.needs_factors = true}, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -180,7 +192,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
 void refresh_due_op(const States& states, const Offsets& offsets, const py::dict& options,
                     const TensorList& kept, const TensorList& full) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.offsets = offsets}, parsed.second_moment);
+  Problems problems(states, {.offsets = offsets}, parsed);
   {
     const py::gil_scoped_release no_gil;
     const Apart apart;
@@ -210,6 +222,8 @@ void register_ops(py::module_& module) {
   module.def("rotate", &rotate_op, py::arg("inputs"), py::arg("states"), py::arg("into_basis"),
              py::arg("options"));
   module.def("adam_update_", &adam_update_op, py::arg("grads"), py::arg("states"),
+             py::arg("options"));
+  module.def("orthogonalize_", &orthogonalize_op, py::arg("updates"), py::arg("states"),
              py::arg("options"));
   module.def("apply_update_", &apply_update_op, py::arg("params"), py::arg("updates"),
              py::arg("states"), py::arg("streams"), py::arg("options"));

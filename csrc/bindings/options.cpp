@@ -85,6 +85,8 @@ Options parse_options(const py::dict& options, const at::Device& device) {
       .refresh_stagger = read<bool>(options, "refresh_stagger"),
       .precision = read_precision(options, device),
       .basis_rounding = read<std::string>(options, "state_dtype") == "bfloat16" ? 0x1p-9 : 0.0,
+      .nesterov = read<bool>(options, "nesterov"),
+      .orthogonalize = read<int64_t>(options, "orthogonalize"),
   };
 }
 

@@ -187,7 +187,7 @@ void Problems::write_back() {
 
 template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,
-                      const Inputs& inputs, SecondMoment second_moment) {
+                      const Inputs& inputs, const Options& options) {
   const StateReader state(index, state_dict, device_);
   const bool factored = state.has("rho");
   if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
@@ -196,8 +196,8 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();
-  Matrix p =
-      factored ? read_factored<Matrix>(state, second_moment, batch) : read_unsided<Matrix>(state);
+  Matrix p = factored ? read_factored<Matrix>(state, options.second_moment, batch)
+                      : read_unsided<Matrix>(state);
   state.read(p.step, "step", batch, at::kFloat);
   state.read(p.update_rms, "update_rms", batch, at::kFloat);
   const int64_t count = step.numel();
@@ -266,7 +266,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
 }
 
 Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
-                   SecondMoment second_moment)
+                   const Options& options)
     : device_(device_of(states)) {
   const Apart apart;
   check_length("params", inputs.params, states.size());
@@ -291,19 +291,23 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
   for (size_t i = 0; i < states.size(); ++i) {
     const StateReader state(i, states[i], device_);
     const at::Tensor exp_avg = state.tensor("exp_avg");
-    switch (backend_of(state.name("exp_avg"), exp_avg)) {
+    Backend backend = backend_of(state.name("exp_avg"), exp_avg);
+    // The kernels do not orthogonalise.
+    const bool is_known = (!options.nesterov && options.orthogonalize == 0) || !state.has("rho");
+    if (backend == Backend::kCuda && !is_known) backend = Backend::kAten;
+    switch (backend) {
       case Backend::kCpu:
         if (exp_avg.scalar_type() == at::kDouble) {
-          append(wide, i, states[i], inputs, second_moment);
+          append(wide, i, states[i], inputs, options);
         } else {
-          append(single, i, states[i], inputs, second_moment);
+          append(single, i, states[i], inputs, options);
         }
         break;
       case Backend::kCuda:
-        append(cuda, i, states[i], inputs, second_moment);
+        append(cuda, i, states[i], inputs, options);
         break;
       case Backend::kAten:
-        append(aten, i, states[i], inputs, second_moment);
+        append(aten, i, states[i], inputs, options);
         break;
     }
   }

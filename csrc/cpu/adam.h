@@ -17,6 +17,10 @@ struct AdamScalars {
     this->tau = std::min(tau, static_cast<T>(largest_adam_tau<T>(p.m, p.n)));
     const double largest = p.grad_max * std::abs(options.grad_scale) / static_cast<double>(tau);
     noise = static_cast<T>(largest * rounding_share<T>(p.rotated_side()));
+    if (options.nesterov && !p.is_unsided()) {
+      of_momentum *= beta1;
+      of_gradient = one_minus_beta1;
+    }
   }
 
   AdamScalars(const Options& options, double step)
@@ -24,7 +28,7 @@ struct AdamScalars {
         one_minus_beta1(static_cast<T>(1 - options.beta1)),
         beta2(static_cast<T>(options.beta2)),
         one_minus_beta2(static_cast<T>(1 - options.beta2)),
-        correction1(static_cast<T>(1 / (1 - std::pow(options.beta1, step)))),
+        of_momentum(static_cast<T>(1 / (1 - std::pow(options.beta1, step)))),
         correction2(static_cast<T>(1 / std::sqrt(1 - std::pow(options.beta2, step)))),
         eps(static_cast<T>(options.eps)),
         bound(static_cast<T>(update_bound(options, step))) {}
@@ -33,8 +37,9 @@ struct AdamScalars {
   T one_minus_beta1;
   T beta2;
   T one_minus_beta2;
-  T correction1;  // of exp_avg
-  T correction2;  // of the root of exp_avg_sq
+  T of_momentum;      // the update's numerator is of_momentum exp_avg + of_gradient g:
+  T of_gradient = 0;  // exp_avg after bias correction, or Nesterov's mean of that and g
+  T correction2;      // of the root of exp_avg_sq
   T eps;
   T bound;      // of the update's entries
   T tau = 1;    // the gradient is tau h
@@ -61,7 +66,7 @@ DYKAF_WIDE void adam_range_(T* exp_avg, T* exp_avg_sq, const T* h, T* update, in
     exp_avg[i] = blend_momentum(exp_avg[i], g, s);
     exp_avg_sq[i] = s.beta2 * exp_avg_sq[i] + s.one_minus_beta2 * g * g;
     const T denominator = std::sqrt(exp_avg_sq[i]) * s.correction2 + s.eps;
-    update[i] = exp_avg[i] * s.correction1 / denominator;
+    update[i] = (exp_avg[i] * s.of_momentum + g * s.of_gradient) / denominator;
   }
 }
 

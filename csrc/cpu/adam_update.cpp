@@ -30,9 +30,10 @@ double compact_update_(const Problem<T>& p, const Options& options, const AdamSc
       const int64_t begin = i * p.n;
       for (int64_t j = 0; j < p.n; ++j) {
         T& exp_avg = p.exp_avg[begin + j];
-        exp_avg = blend_momentum(exp_avg, gradient_of(H[begin + j], s), s);
+        const T g = gradient_of(H[begin + j], s);
+        exp_avg = blend_momentum(exp_avg, g, s);
         // Row and column means can be far below an entry's own second moment.
-        const T ratio = exp_avg * s.correction1 / (row * root.col[j] + s.eps);
+        const T ratio = (exp_avg * s.of_momentum + g * s.of_gradient) / (row * root.col[j] + s.eps);
         update[begin + j] = std::clamp(ratio, -s.bound, s.bound);
       }
       row_sums[i] = dot(update + begin, update + begin, p.n);

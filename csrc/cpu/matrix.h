@@ -41,6 +41,11 @@ void rotate(const Problem<T>& p, Rotation rotation, MatmulPrecision precision, c
 template <typename T>
 void adam_update_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update);
 
+// Uses `product` and `turned`.
+template <typename T>
+void orthogonalize_(const Problem<T>& p, const Options& options, T* update,
+                    const Workspace<T>& workspace);
+
 template <typename T>
 void apply_update_(const Problem<T>& p, const Options& options, const T* update);
 

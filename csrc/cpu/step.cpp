@@ -47,6 +47,7 @@ void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>
   }
   rotate(p, Rotation::kIntoBasis, options.precision, H, H, workspace);
   adam_update_(p, options, H, tau, update);
+  if (options.orthogonalize > 0) orthogonalize_(p, options, update, workspace);
   rotate(p, Rotation::kOutOfBasis, options.precision, update, update, workspace);
   apply_update_(p, options, update);
   if (updates_factors(p, options)) factor_update_(p, options, H, tau, workspace);

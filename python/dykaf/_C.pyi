@@ -16,6 +16,9 @@ def rotate(
 def adam_update_(
     grads: Sequence[Tensor], states: Sequence[State], options: StepOptions
 ) -> list[Tensor]: ...
+def orthogonalize_(
+    updates: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> None: ...
 def apply_update_(
     params: Sequence[Tensor],
     updates: Sequence[Tensor],

@@ -82,6 +82,21 @@ def adam_update_(
     return _C.adam_update_(grads, states, options)
 
 
+def orthogonalize_(
+    updates: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> None:
+    """Newton-Schulz steps towards the nearest orthogonal matrix, times 0.2 sqrt(max(m, n)).
+
+    Args:
+        updates: changed in place; in the basis or out of it, for the steps commute with rotations.
+        states: of matrices with factors, none of them skinny; ``update_rms`` is set.
+        options: the group's; ``orthogonalize`` is the number of steps.
+
+    Source: Jordan et al. 2024 (Muon) for the coefficients.
+    """
+    _C.orthogonalize_(updates, states, options)
+
+
 def apply_update_(
     params: Sequence[Tensor],
     updates: Sequence[Tensor],

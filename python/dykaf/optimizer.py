@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -31,7 +31,7 @@ from dykaf.state import (
     bytes_by_kind,
     host_entries_,
 )
-from dykaf.work import GroupWork, Layouts, NewStates, Waiting, check_capture, named
+from dykaf.work import GroupWork, Layouts, NewStates, Waiting, check_capture, tell
 
 
 class DyKAF(Optimizer):
@@ -78,6 +78,8 @@ class DyKAF(Optimizer):
             weights factor_beta^k and 1 - factor_beta^k, so that they forget at the same pace; with
             ``refresh_stagger`` matrices take turns.
         max_precond_dim: a side longer than this gets no factor; 0 sends all matrices to AdamW.
+        one_sided_ratio: a matrix whose longer side is at least so many times the shorter keeps the
+            factor of the shorter alone; of a square one, at ratio 1, the left.
         skinny_rank: of a matrix with a side at least 16 times the other (LoRA's adapters), the rank
             at which the factor of the long side is kept, the rest of it as a multiple of the
             identity; 0: in full. It applies where the short side is at most, the long side at least
@@ -88,6 +90,8 @@ class DyKAF(Optimizer):
         metric_power: power of the diagonal metric: 1 the paper's metric, 0 Shampoo's and SOAP's.
         init: "identity", or "rank_one" from the top singular pair of the first gradient.
         second_moment: "full" [m, n], "rank_one" or "factored" (m + n numbers each).
+        nesterov: momentum of matrices with factors as Nesterov's, beta1 exp_avg + (1 - beta1) G~.
+        orthogonalize: Newton-Schulz steps on the update of such a matrix; 0: none.
         refresh_schedule: "geometric" (often at the start, then every precondition_frequency steps)
             or "fixed".
         rescale_exp_avg_sq: at a refresh, scale the second moment by the change of the factors'
@@ -133,11 +137,14 @@ class DyKAF(Optimizer):
         precondition_frequency: int = 10,
         factor_update_every: int = 1,
         max_precond_dim: int = 10000,
+        one_sided_ratio: float = math.inf,
         skinny_rank: int = 64,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
+        nesterov: bool = False,
+        orthogonalize: int = 0,
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
         refresh_stagger: bool = True,
@@ -248,7 +255,7 @@ class DyKAF(Optimizer):
         if skip is not None:
             self._skips.count_on_gpu(skip, firsts, work, captured)
         self._waiting.note(jobs, report.waiting)
-        self._report(report, owners)
+        tell(report, owners)
         return loss
 
     @torch.no_grad()
@@ -326,22 +333,6 @@ class DyKAF(Optimizer):
                 owners.append(item.names[part])
                 num_done += num_matrices
         return jobs, owners
-
-    def _report(self, report: ops.StepReport, owners: list[list[str]]) -> None:
-        """Says what a step that has changed something could not do."""
-        stayed = named(report.stayed, owners)
-        if stayed:
-            warnings.warn(
-                f"refresh of {', '.join(stayed)} failed: the old basis stays (refresh_fallbacks in "
-                "diagnostics() counts it)",
-                stacklevel=4,
-            )
-        failed = named(report.failed, owners)
-        if failed:
-            raise RuntimeError(
-                f"step: could not update {', '.join(failed)}, which are as before; all other "
-                "parameters were updated"
-            )
 
     def _collect(self) -> list[GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""

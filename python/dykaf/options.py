@@ -35,6 +35,8 @@ class StepOptions(TypedDict):
     refresh_stagger: bool
     matmul_precision: str | None
     state_dtype: str
+    nesterov: bool
+    orthogonalize: int
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,15 @@ RULES: dict[str, _Rule] = {
     ),
     "factor_update_every": _integer(lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"),
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
+    "one_sided_ratio": _number(lambda value: value >= 1, "a number >= 1"),
     "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
     "integrator": _one_of("ksl", "bug", "diagonal"),
     "metric_power": _number(lambda value: -1 <= value <= 1, "a number in [-1, 1]"),
     "init": _one_of("identity", "rank_one"),
     "second_moment": _one_of("full", "rank_one", "factored"),
     "refresh_schedule": _one_of("geometric", "fixed"),
+    "nesterov": _FLAG,
+    "orthogonalize": _integer(lambda value: 0 <= value <= 20, "an integer in [0, 20]"),
     "rescale_exp_avg_sq": _FLAG,
     "refresh_stagger": _FLAG,
     "matmul_precision": _one_of(None, "highest", "high", "medium"),
@@ -210,4 +215,6 @@ def step_options(
         "refresh_stagger": plain["refresh_stagger"],
         "matmul_precision": plain["matmul_precision"],
         "state_dtype": plain["state_dtype"],
+        "nesterov": plain["nesterov"],
+        "orthogonalize": plain["orthogonalize"],
     }

@@ -20,6 +20,7 @@ PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # and metric_power: where skinny_rank applies).
 STRUCTURAL_OPTIONS = (
     "max_precond_dim",
+    "one_sided_ratio",
     "skinny_rank",
     "integrator",
     "metric_power",
@@ -100,6 +101,9 @@ class Layout:
             and min(m, n) <= skinny_rank
             and max(m, n) >= max(2 * skinny_rank, SKINNY_RATIO * min(m, n))
         )
+        is_one_sided = left and right and not is_skinny
+        if is_one_sided and max(m, n) >= group["one_sided_ratio"] * min(m, n):
+            left, right = m <= n, m > n
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         low_precision = param.dtype in (torch.bfloat16, torch.float16)
         return cls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -173,6 +174,31 @@ def named(places: Sequence[Sequence[int]], owners: Sequence[Sequence[str]]) -> l
     """The names of parameters given by their places in each job, once each."""
     pairs = zip(places, owners, strict=True)
     return list(dict.fromkeys(names[idx] for indices, names in pairs for idx in indices))
+
+
+def tell(report: ops.StepReport, owners: Sequence[Sequence[str]]) -> None:
+    """Says what a step that has changed something could not do.
+
+    Args:
+        report: of the step.
+        owners: the names of the parameters of each job.
+
+    Raises:
+        RuntimeError: naming parameters that could not be updated.
+    """
+    stayed = named(report.stayed, owners)
+    if stayed:
+        warnings.warn(
+            f"refresh of {', '.join(stayed)} failed: the old basis stays (refresh_fallbacks in "
+            "diagnostics() counts it)",
+            stacklevel=4,
+        )
+    failed = named(report.failed, owners)
+    if failed:
+        raise RuntimeError(
+            f"step: could not update {', '.join(failed)}, which are as before; all other "
+            "parameters were updated"
+        )
 
 
 def check_capture(

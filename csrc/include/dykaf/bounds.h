@@ -26,10 +26,14 @@ DYKAF_HOST_DEVICE inline double momentum_floor(const Options& options, double st
 }
 
 // The largest magnitude of an entry of Adam's update in the basis, after bias correction: 1 for
-// equal betas.
+// equal betas. With Nesterov's momentum the gradient, whose square is at most exp_avg_sq over
+// 1 - beta2, has its part.
 DYKAF_HOST_DEVICE inline double update_bound(const Options& options, double step) {
-  return std::sqrt(momentum_bound(options, step) * (1 - std::pow(options.beta2, step))) /
-         (1 - std::pow(options.beta1, step));
+  const double left2 = 1 - std::pow(options.beta2, step);
+  const double bound =
+      std::sqrt(momentum_bound(options, step) * left2) / (1 - std::pow(options.beta1, step));
+  if (!options.nesterov) return bound;
+  return options.beta1 * bound + (1 - options.beta1) * std::sqrt(left2 / (1 - options.beta2));
 }
 
 // Entries of a rotated matrix below this multiple of its largest entry before the rotation are

@@ -36,6 +36,13 @@ void rotate(std::span<const Problem<T>> problems, Rotation rotation, MatmulPreci
 template <typename T>
 void adam_update_(std::span<const Problem<T>> problems, const Options& options, T* const* updates);
 
+// updates[i] [m, n], in the basis or out of it, towards the nearest orthogonal matrix by
+// Newton-Schulz steps, times dykaf/newton_schulz.h's scale; sets update_rms. Of matrices with
+// factors that are not skinny.
+template <typename T>
+void orthogonalize_(std::span<const Problem<T>> problems, const Options& options,
+                    T* const* updates);
+
 // param <- param (1 - lr weight_decay) - lr updates[i], updates: [m, n] in original coordinates.
 // bfloat16 and float16 parameters round stochastically, or to nearest from `master` if there is
 // one.

@@ -118,6 +118,8 @@ struct Options {
   bool refresh_stagger;
   MatmulPrecision precision;
   double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
+  bool nesterov;          // of matrices with factors
+  int64_t orthogonalize;  // Newton-Schulz steps on the update of a matrix with factors; 0: none
 };
 
 }  // namespace dykaf

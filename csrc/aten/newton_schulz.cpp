@@ -1,0 +1,30 @@
+#include "dykaf/newton_schulz.h"
+
+#include <ATen/ops/linalg_vector_norm.h>
+
+#include "aten/batch_ops.h"
+#include "aten/products.h"
+
+namespace dykaf::aten {
+
+at::Tensor orthogonalized_(Batch& batch, const Options& options, const at::Tensor& updates) {
+  const Matrix& first = batch.first();
+  const at::Tensor norm =
+      at::linalg_vector_norm(updates, 2, at::IntArrayRef({1, 2}), false, batch.wide_dtype());
+  // Zero stays zero.
+  const at::Tensor divisor = at::where(norm.gt(0), norm, at::ones_like(norm)).to(batch.dtype());
+  at::Tensor X = updates.div(per_matrix(divisor));
+  if (first.m > first.n) X = X.mT();
+  for (int64_t i = 0; i < options.orthogonalize; ++i) {
+    const at::Tensor A = product(X, X.mT(), options.precision);
+    const at::Tensor B =
+        A.mul(NewtonSchulz::kB).add_(product(A, A, options.precision), NewtonSchulz::kC);
+    X = X.mul(NewtonSchulz::kA).add_(product(B, X, options.precision));
+  }
+  if (first.m > first.n) X = X.mT();
+  const at::Tensor result = X.mul(orthogonal_scale(first.m, first.n));
+  batch.set(&Matrix::update_rms, rms_of(batch, result));
+  return result;
+}
+
+}  // namespace dykaf::aten
