@@ -78,9 +78,9 @@ void apply_update_(Batch& batch, const Inputs& inputs, const at::Tensor& updates
     batch.set(&Matrix::master, next);
   } else if (dtype == at::kBFloat16 || dtype == at::kHalf) {
     const at::Tensor random = random_bits(batch, options.seed);
-    const at::Tensor rounded =
+    // Infinity and the quiet NaN of arithmetic have no bits to round.
+    next =
         dtype == at::kHalf ? rounded_to_float16(next, random) : rounded_to_bfloat16(next, random);
-    next = at::where(at::isfinite(next), rounded, next);
   }
   batch.set(&Matrix::param, next.to(dtype));
 }
