@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -273,6 +274,7 @@ def layout(*shape: int, batch_dims: int = 0, max_precond_dim: int = 10_000) -> L
         "second_moment": "full",
         "state_dtype": "float32",
         "low_precision": "stochastic",
+        "one_sided_ratio": math.inf,
     }
     return Layout.of(torch.empty(shape, device="meta"), group)
 
