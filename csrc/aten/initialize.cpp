@@ -1,5 +1,6 @@
 // The first gradient of matrices: factors, first bases, first refresh dates. It waits for the
 // device, once per matrix in a training run.
+#include <ATen/Context.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/stack.h>
 #include <c10/core/DeviceGuard.h>
@@ -84,6 +85,7 @@ void initialize_(const Matrix& w, const Inputs& inputs) {
 void initialize_(const Matrices& matrices, const Inputs& inputs) {
   if (matrices.empty() || (inputs.skip && inputs.skip->item<int32_t>() != 0)) return;
   const c10::DeviceGuard guard(matrices[0].step.device());
+  const at::NoTF32Guard full_precision;
   std::vector<at::Tensor> scalars;
   for (const Matrix& w : matrices) scalars.push_back(w.grad_max);
   const at::Tensor maxima = at::stack(scalars).to(at::kCPU, at::kDouble);

@@ -1,5 +1,6 @@
 #include "aten/ops.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/stack.h>
@@ -107,6 +108,9 @@ void factor_update_(const Matrices& matrices, const Inputs& inputs) {
 
 std::vector<size_t> refresh_basis_(const Matrices& matrices, const Inputs& inputs, Side side) {
   const c10::OptionalDeviceGuard guard(device_of(matrices));
+  // Rounding would turn the bases away from orthogonality for good; where it gets by this guard the
+  // judgement of the decompositions sees it.
+  const at::NoTF32Guard full_precision;
   std::vector<const Matrix*> chosen;
   for (const Matrix& w : matrices) {
     if (w.has_factor(side)) chosen.push_back(&w);
