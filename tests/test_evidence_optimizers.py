@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evidence.kronecker import KroneckerOptimizer
+from bench.evidence.orthogonal import OrthogonalOptimizer
 
 
 def eigenbasis(S: torch.Tensor) -> torch.Tensor:
@@ -103,3 +104,60 @@ def test_soap_without_the_factor_of_a_long_side() -> None:
     assert torch.allclose(W.detach(), expected, rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="max_precond_dim: for SOAP alone, got 5"):
         KroneckerOptimizer([W], factors="kl", max_precond_dim=5)
+
+
+def polar_share(X: torch.Tensor, steps: int) -> torch.Tensor:
+    """Newton-Schulz by singular values."""
+    left, s, right = torch.linalg.svd(X / X.norm(), full_matrices=False)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (left * s) @ right
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 5)])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("form", ["muon", "adam", "normuon"])
+def test_orthogonal_steps(form: str, nesterov: bool, shape: tuple[int, int]) -> None:
+    """Three gradients; averages as sums of their terms."""
+    generator = torch.Generator().manual_seed(2)
+    gradients = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
+    beta1, beta2, lr, eps, decay, steps = 0.9, 0.8, 0.1, 1e-3, 0.5, 3
+    W = torch.nn.Parameter(start.clone())
+    optimizer = OrthogonalOptimizer(
+        [W], lr, (beta1, beta2), eps, decay, form=form, steps=steps, nesterov=nesterov
+    )
+    for G in gradients:
+        W.grad = G.clone()
+        optimizer.step()
+
+    def mean(terms: list[torch.Tensor], beta: float) -> torch.Tensor:
+        weights = [beta ** (len(terms) - 1 - i) for i in range(len(terms))]
+        return sum(w * x for w, x in zip(weights, terms, strict=True)) / sum(weights)
+
+    expected, squares = start, []
+    for t in range(3):
+        seen = list(gradients[: t + 1])
+        N = mean(seen, beta1)
+        if nesterov:
+            N = beta1 * N + (1 - beta1) * seen[-1]
+        if form == "adam":
+            root = mean([G.square() for G in seen], beta2).sqrt()
+            update = 0.2 * max(shape) ** 0.5 * polar_share(N / (root + eps), steps)
+        else:
+            update = 0.2 * max(shape) ** 0.5 * polar_share(N, steps)
+        if form == "normuon":
+            rows = polar_share(N, steps)
+            squares.append(rows.square().mean(1, keepdim=True))
+            rows = rows / (mean(squares, beta2).sqrt() + eps)
+            update = 0.2 * rows / rows.square().mean().sqrt()
+        expected = expected * (1 - lr * decay) - lr * update
+    assert torch.allclose(W.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_orthogonal_updates_of_nothing() -> None:
+    for form in ("muon", "adam", "normuon"):
+        W = torch.nn.Parameter(torch.ones(3, 2))
+        W.grad = torch.zeros(3, 2)
+        OrthogonalOptimizer([W], weight_decay=0.0, form=form).step()
+        assert torch.equal(W.detach(), torch.ones(3, 2))

@@ -13,6 +13,7 @@ from torch import nn
 
 from bench.evidence import EvidenceError
 from bench.evidence.kronecker import KroneckerOptimizer
+from bench.evidence.orthogonal import OrthogonalOptimizer
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -51,7 +52,10 @@ class Parts:
 
 
 def make_adamw(
-    parameters: list[nn.Parameter], lr: float, weight_decay: float
+    parameters: list[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, ...] = ADAMW_BETAS,
 ) -> torch.optim.Optimizer:
     """torch's AdamW with weight decay on everything but vectors."""
     groups = [
@@ -59,7 +63,7 @@ def make_adamw(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=ADAMW_BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 # What a contender of kind dykaf does not name, whatever the package's defaults are.
@@ -77,9 +81,9 @@ def make_optimizer(
     """The optimizer of a contender.
 
     Args:
-        options: `kind` ("adamw", "muon", "kronecker", "dykaf"), that optimizer's own options, and
-            `rest_lr`, the peak learning rate of all but the hidden weights, for others than
-            "adamw" (default: lr).
+        options: `kind` ("adamw", "muon", "orthogonal", "kronecker", "dykaf"), that optimizer's own
+            options, and for others than "adamw" of all but the hidden weights `rest_lr`, the peak
+            learning rate, or `rest_ratio`, the same over lr (default: 1), and `rest_betas`.
         model: its parameters that need a gradient are trained.
         hidden: names of the weights for the optimizer under test.
         lr: peak learning rate.
@@ -90,13 +94,14 @@ def make_optimizer(
     """
     options = dict(options)
     kind = options.pop("kind")
-    rest_lr = options.pop("rest_lr", lr)
+    rest_lr = options.pop("rest_lr", lr) * options.pop("rest_ratio", 1.0)
+    rest_betas = tuple(options.pop("rest_betas", ADAMW_BETAS))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = [named[name] for name in hidden]
     rest = [p for name, p in named.items() if name not in set(hidden)]
     if kind == "adamw":
         return Parts([make_adamw(weights + rest, lr, weight_decay)])
-    others = [make_adamw(rest, rest_lr, weight_decay)] if rest else []
+    others = [make_adamw(rest, rest_lr, weight_decay, rest_betas)] if rest else []
     if kind == "dykaf":
         try:
             import dykaf  # only here: the other optimizers run without it
@@ -105,7 +110,9 @@ def make_optimizer(
         options = {**DYKAF_BASE, **options}
         return Parts([dykaf.DyKAF(weights, lr=lr, weight_decay=weight_decay, **options), *others])
     views = MatrixViews(weights)
-    if kind == "kronecker":
+    if kind == "orthogonal":
+        matrix = OrthogonalOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
+    elif kind == "kronecker":
         matrix = KroneckerOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
     elif kind == "muon":
         if not hasattr(torch.optim, "Muon"):
@@ -115,5 +122,6 @@ def make_optimizer(
             views.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **options
         )
     else:
-        raise EvidenceError(f"contender kind: expected adamw, muon, kronecker or dykaf, got {kind}")
+        expected = "adamw, muon, orthogonal, kronecker or dykaf"
+        raise EvidenceError(f"contender kind: expected {expected}, got {kind}")
     return Parts([matrix, *others], views)
