@@ -54,8 +54,7 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
   Dense beyond(1, X.m);
   for (int64_t i = 0; i < X.m; ++i) {
     const Number total = sum_of_squares(X, i);
-    const double numerator_noise =
-        16 * kRoundoff * numerator.of(sqrt(sum_of_squares(exp_avg, i)), sqrt(total)).value;
+    const double momentum_noise = 16 * kRoundoff * sqrt(sum_of_squares(exp_avg, i)).value;
     const Number outside = total - sum_of_squares(XV, i);
     const Number floor = Number(4 * 0x1p-23) * total;
     const Number rest =
@@ -64,7 +63,7 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
     for (int64_t j = 0; j < p.inner; ++j) {
       const Number within = inverse_root(p.exp_avg_sq.at(i, j), XV.at(i, j));
       const Number known =
-          kernel_check::without_noise(numerator.of(MV.at(i, j), XV.at(i, j)), numerator_noise);
+          numerator.of(kernel_check::without_noise(MV.at(i, j), momentum_noise), XV.at(i, j));
       MV.at(i, j) = clamped(known * within, bound) - known * beyond.at(0, i);
     }
   }

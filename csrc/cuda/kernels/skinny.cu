@@ -156,10 +156,7 @@ __global__ void __launch_bounds__(kThreads)
   total = warp_sum(total);
   inside = warp_sum(inside);
   momentum_total = warp_sum(momentum_total);
-  // Of both parts of the numerator.
-  const auto numerator_noise =
-      static_cast<float>(rounding_share<float>(1) * (s.of_momentum * sqrt(momentum_total) +
-                                                     s.of_gradient * s.adam_tau * sqrt(total)));
+  const auto momentum_noise = static_cast<float>(rounding_share<float>(1) * sqrt(momentum_total));
 
   const auto inverse_root = [&](float& second_moment, float g) {
     second_moment = o.beta2 * second_moment + o.one_minus_beta2 * g * g;
@@ -176,8 +173,7 @@ __global__ void __launch_bounds__(kThreads)
     const float g = s.adam_tau * gradient_in(j);
     const float within = inverse_root(exp_avg_sq[j], g);
     float& MV = q.MV[place(j)];
-    float known = numerator(MV, g, s);
-    if (fabsf(known) < numerator_noise) known = 0.0f;
+    const float known = numerator(fabsf(MV) < momentum_noise ? 0.0f : MV, g, s);
     MV = fminf(fmaxf(known * within, -s.update_bound), s.update_bound) - known * beyond;
   }
 }

@@ -248,7 +248,6 @@ EPILOGUES = (
             "true ? static_cast<float>(kOrth",
         ),
         ("scale of the short side", "max(p_.m, p_.n)", "min(p_.m, p_.n)"),
-        ("sums over what is outside of X", "if (i < count) sums[0] += d[i]", "sums[0] += d[i]"),
         tiles=ALL_TILES,
     )
     + faults(

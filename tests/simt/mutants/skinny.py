@@ -41,8 +41,8 @@ SKINNY = (
         ("rounding as of one entry", "s.noise * sqrtf(static_cast<float>(l))", "s.noise"),
         (
             "momentum's rounding in V",
-            "if (fabsf(known) < numerator_noise) known = 0.0f;",
-            "",
+            "fabsf(MV) < momentum_noise ? 0.0f : MV",
+            "MV",
         ),
         ("no sum of the momentum", "  momentum_total = warp_sum(momentum_total);\n", ""),
         (
@@ -50,17 +50,11 @@ SKINNY = (
             "fminf(fmaxf(known * within, -s.update_bound), s.update_bound)",
             "known * within",
         ),
-        (
-            "noise before the correction",
-            "(s.of_momentum * sqrt(momentum_total)",
-            "(0.01 * sqrt(momentum_total)",
-        ),
-        ("noise of the momentum alone", "s.of_gradient * s.adam_tau * sqrt(total)", "0.0"),
-        ("Nesterov: nothing in V", "numerator(MV, g, s)", "numerator(MV, 0.0f, s)"),
+        ("Nesterov: nothing in V", ": MV, g, s);", ": MV, 0.0f, s);"),
         (
             "Nesterov: gradient over tau in V",
-            "numerator(MV, g, s)",
-            "numerator(MV, gradient_in(j), s)",
+            ": MV, g, s);",
+            ": MV, gradient_in(j), s);",
         ),
         (
             "sums of the first row",
