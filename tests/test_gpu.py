@@ -7,10 +7,11 @@ from typing import Any
 
 import backends
 import pytest
+import reference
 import torch
 from optim_helpers import bits, gradient, params_of, randn, run
 from reference import ReferenceDyKAF
-from tolerances import TRAJECTORY, gamma
+from tolerances import TRAJECTORY, gamma, newton_schulz_growth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,11 +74,17 @@ def amplification(factor: Tensor) -> float:
         {"factor_update_every": 2},
         {"factor_update_every": 3, "integrator": "ksl"},
         {"matmul_precision": "highest", "precondition_frequency": 1},
+        {"nesterov": True},
+        {"orthogonalize": 3, "nesterov": True},
+        {"orthogonalize": 5, "second_moment": "factored"},
+        {"orthogonalize": 2, "max_precond_dim": 6, "integrator": "ksl"},
     ],
-    ids=lambda options: " ".join(map(str, options.values())) or "default",
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()) or "default",
 )
 @pytest.mark.parametrize("shape", [(5, 7), (7, 4), (6, 6)])
-def test_trajectory(shape: tuple[int, int], options: dict[str, Any]) -> None:
+def test_trajectory(
+    shape: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """30 steps with refreshes, against the float64 reference in original coordinates.
 
     A step rounds G~, the update and the factors by sums of the sides' lengths, gamma of each. The
@@ -85,6 +92,11 @@ def test_trajectory(shape: tuple[int, int], options: dict[str, Any]) -> None:
     (where those of the first steps are closer, they are the prior's and no gradient has been
     there); eps is large enough that no entry of D is its own rounding. So every step errs by that
     share of its length, and rounds W.
+
+    With Newton-Schulz steps the update is 0.2 sqrt(max(m, n)) times an X that starts as D / ||D||,
+    which has twice D's relative error. That grows: at most by 3.4445 in a step where singular
+    values are small, and in all by what newton_schulz_growth says of the reference's D. Their own
+    rounding is less, a step of theirs being products of X, ||X|| <= 1.21, as D is one of H.
     """
     steps = 30
     W = randn(*shape, seed=3)
@@ -93,6 +105,14 @@ def test_trajectory(shape: tuple[int, int], options: dict[str, Any]) -> None:
     options = {"precondition_frequency": 5, "eps": 1e-2, **options}
     optimizer = DyKAF([param], **options)
     options.pop("matmul_precision", None)
+    updates: list[Tensor] = []  # the reference's, before it makes them orthogonal
+    orthogonalized = reference.orthogonalized
+
+    def recorded(U: Tensor, num_steps: int) -> Tensor:
+        updates.append(U)
+        return orthogonalized(U, num_steps)
+
+    monkeypatch.setattr(reference, "orthogonalized", recorded)
     ref = ReferenceDyKAF(
         W.float().double(), **options, stagger_offsets=optimizer._stagger_offsets()[0]
     )
@@ -106,6 +126,13 @@ def test_trajectory(shape: tuple[int, int], options: dict[str, Any]) -> None:
     turning = max(amplification(F) for F in (ref.L, ref.R) if F is not None)
     rounding = gamma(2 * sum(shape), torch.float32)
     length = steps * optimizer.param_groups[0]["lr"]
+    assert len(updates) == (ref.t if "orthogonalize" in options else 0)
+    if updates:
+        # Entries of D err by turning * rounding; those of X by what its norm may.
+        growths = [newton_schulz_growth(U / U.norm(), options["orthogonalize"]) for U in updates]
+        size = (shape[0] * shape[1]) ** 0.5
+        errors = [2 * size / float(U.norm()) * g for U, g in zip(updates, growths, strict=True)]
+        length *= 0.2 * max(shape) ** 0.5 * sum(errors) / len(errors)
     bound = turning * rounding * length + steps * gamma(1, torch.float32) * float(W.abs().max())
     assert float((param.cpu().double() - ref.W).abs().max()) <= bound
     for key in ("L", "R"):
@@ -268,14 +295,19 @@ def test_the_host_reads_nothing_in_a_step(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("where", ["matrix", "vector", "found_inf"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("start", [0, 6])
-def test_a_step_that_is_not_finite_is_skipped(where: str, bad: float, start: int) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"orthogonalize": 3, "nesterov": True}], ids=["", "orthogonal"]
+)
+def test_a_step_that_is_not_finite_is_skipped(
+    where: str, bad: float, start: int, options: dict[str, Any]
+) -> None:
     """Nothing but the count of the schedule moves, although a refresh is due at every step.
 
     tests/test_skinny.py tells what happens to skinny matrices.
     """
     params = parameters()[:-1]
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-2}]
-    optimizer = DyKAF(groups, precondition_frequency=1)
+    optimizer = DyKAF(groups, precondition_frequency=1, **options)
     run(optimizer, range(start))
     before = everything(optimizer) if start else [bits(param) for param in params]
     for idx, param in enumerate(params):

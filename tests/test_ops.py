@@ -24,19 +24,14 @@ from torch import Tensor
 
 from dykaf import ops
 
+pytestmark = pytest.mark.usefixtures("through_the_backend")
+
 SCALES = [1e-37, 1e-9, 1e18, 1e37]
 # Sizes at which the symmetric products switch to panels and the loops to several threads.
 LARGE_SHAPES = [(600, 40), (40, 600), (530, 530)]
 GRAD_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 factor_shapes = pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=shape_id)
-
-
-@pytest.fixture(autouse=True)
-def through_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    if backends.on_hardware():
-        for name in backends.OPS:
-            monkeypatch.setattr(ops, name, backends.through_gpu(getattr(ops, name)))
 
 
 def doubles(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -70,13 +70,13 @@ def initial(seed: int = 9) -> Tensor:
 
 @only_float64
 @pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize(("rescale", "nesterov"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("frequency", "every"), [(1, 1), (5, 1), (1000, 1), (5, 2), (1000, 3)])
-def test_trajectory(tall: bool, rescale: bool, frequency: int, every: int) -> None:
+def test_trajectory(tall: bool, rescale: bool, nesterov: bool, frequency: int, every: int) -> None:
     """Against the dense textbook form, also where the rows are full before a refresh is due."""
     W = initial()
     options = {"precondition_frequency": frequency, "rescale_exp_avg_sq": rescale}
-    options["factor_update_every"] = every
+    options["factor_update_every"], options["nesterov"] = every, nesterov
     ref = ReferenceSkinny(W, RANK, eps=1e-6, long_first=tall, **options)
     optimizer = make(W.T if tall else W, refresh_stagger=False, **options)
     travelled = 0.0
@@ -115,9 +115,14 @@ def step_errors(ref: ReferenceSkinny, G: Tensor, dtype: torch.dtype) -> dict[str
     X_error += torch.where(X.abs() <= noise + X_error, X.abs(), 0.0)
     M_error = 0.05 * X_error + 3 * u * (M.abs() + X.abs()) + lack_Q @ M.abs()
     M = 0.95 * M + 0.05 * X
-    XV, MV = X @ V, M @ V
+    # The numerator N, of exp_avg and the gradient; either is multiplied by V.
+    correction = 1 / (1 - 0.95 ** (ref.t + 1))
+    of_M, of_X = (0.95 * correction, 0.05) if ref.nesterov else (correction, 0.0)
+    N, terms = of_M * M + of_X * X, of_M * M.abs() + of_X * X.abs()
+    N_error = of_M * M_error + of_X * X_error + 4 * u * terms
+    XV, NV = X @ V, N @ V
     XV_error = gamma(long, dtype) * X.abs() @ V.abs() + X_error @ V.abs()
-    MV_error = gamma(long, dtype) * M.abs() @ V.abs() + M_error @ V.abs()
+    NV_error = gamma(long, dtype) * terms @ V.abs() + N_error @ V.abs()
     squares = X.square().sum(1)
     rest_error = 2 * (X.abs() * X_error).sum(1) + 2 * (XV.abs() * XV_error).sum(1)
     rest_error = (rest_error + (gamma(long + 8, dtype) + lack_V) * squares) / (long - inner)
@@ -132,17 +137,17 @@ def step_errors(ref: ReferenceSkinny, G: Tensor, dtype: torch.dtype) -> dict[str
 
     within, within_error = weight(v, v_error)
     beyond, beyond_error = (x[:, None] for x in weight(v_rest, v_rest_error))
-    coefficients = MV_error * (within + beyond) + MV.abs() * (within_error + beyond_error)
-    coefficients += gamma(inner + 2, dtype) * MV.abs() * (within + beyond)
-    D_error = coefficients @ V.T.abs() + M_error * beyond + M.abs() * beyond_error
-    D = MV * within @ V.T + (M - MV @ V.T) * beyond
+    coefficients = NV_error * (within + beyond) + NV.abs() * (within_error + beyond_error)
+    coefficients += gamma(inner + 2, dtype) * NV.abs() * (within + beyond)
+    D_error = coefficients @ V.T.abs() + N_error * beyond + N.abs() * beyond_error
+    D = NV * within @ V.T + (N - NV @ V.T) * beyond
     update_error = Q.abs() @ D_error + gamma(short + 2, dtype) * Q.abs() @ D.abs()
     gram = G.norm() * (X_error.norm() + float(lack_Q.norm()) * G.norm())
     return {
         "exp_avg": Q.abs() @ M_error,
         "v": v_error,
         "v_rest": v_rest_error,
-        "W": ref.lr * update_error / (1 - 0.95 ** (ref.t + 1)) + 4 * u * ref.W.abs(),
+        "W": ref.lr * update_error + 4 * u * ref.W.abs(),
         "L": (2 * gram + gamma(long, dtype) * G.norm() ** 2) / long + 8 * u * ref.L.norm(),
         "R": 2 * gram / short + 8 * u * ref.R.norm(),
     }
@@ -153,13 +158,14 @@ STEP_SHAPES = [(1, 40, 7), (4, 90, 16), (3, 515, 9), (16, 512, 48), (17, 290, 51
 
 
 @pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 2.0**-30])
+@pytest.mark.parametrize(("scale", "nesterov"), [(1.0, False), (2.0**-30, False), (1.0, True)])
 @pytest.mark.parametrize(("short", "long", "rank"), STEP_SHAPES)
-def test_a_step(short: int, long: int, rank: int, scale: float, tall: bool) -> None:
+def test_a_step(short: int, long: int, rank: int, scale: float, nesterov: bool, tall: bool) -> None:
     """From a state in the middle of a run, against the dense form in float64."""
-    options = {"eps": 1e-3 * scale, "skinny_rank": rank, "refresh_stagger": False}
+    options = {"eps": 1e-3 * scale, "nesterov": nesterov}
     W, *grads = (x.T if tall else x for x in gradients(5, (short, long)))
-    optimizer = make(W.float(), refresh_schedule="fixed", precondition_frequency=2, **options)
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 2, "refresh_stagger": False}
+    optimizer = make(W.float(), skinny_rank=rank, **schedule, **options)
     for G in grads:
         step(optimizer, scale * G)
     param, state = param_of(optimizer), optimizer.state[param_of(optimizer)]
@@ -167,11 +173,11 @@ def test_a_step(short: int, long: int, rank: int, scale: float, tall: bool) -> N
     optimizer.param_groups[0]["precondition_frequency"] = 1000
     state["next_refresh"].fill_(1000)
     G = scale * gradients(1, (short, long), seed=5)[0].float().double()
-    ref = ReferenceSkinny.from_state(param, state, eps=options["eps"])
+    ref = ReferenceSkinny.from_state(param, state, **options)
     bounds, W_before, V_before = step_errors(ref, G, torch.float32), ref.W, ref.V
     ref.step(G)
     step(optimizer, G.T if tall else G)
-    after = ReferenceSkinny.from_state(param, state, eps=options["eps"])
+    after = ReferenceSkinny.from_state(param, state, **options)
     for name, bound in bounds.items():
         error = getattr(after, name) - getattr(ref, name)
         if bound.dim() == 0:

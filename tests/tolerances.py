@@ -158,6 +158,54 @@ def orthogonality_bound(n: int, dtype: torch.dtype) -> float:
     return 16 * n * unit_roundoff(dtype)
 
 
+def newton_schulz_growth(X: Tensor, steps: int) -> float:
+    """By how much a small error of X grows in Newton-Schulz steps, in the Frobenius norm.
+
+    They map the singular values by f. The derivative scales what an error has between the i-th and
+    the j-th singular vectors by (f_i - f_j) / (s_i - s_j) and (f_i + f_j) / (s_i + s_j), f' for
+    i = j, and what it has beyond them by f_i / s_i (Noferini 2017). f' is 3.4445^steps at 0.
+    """
+    s = torch.linalg.svdvals(X)
+    f, derivative = s, torch.ones_like(s)
+    for _ in range(steps):
+        derivative = derivative * (3.4445 - 3 * 4.7750 * f**2 + 5 * 2.0315 * f**4)
+        f = 3.4445 * f - 4.7750 * f**3 + 2.0315 * f**5
+    rows, columns = torch.triu_indices(len(s), len(s), 1)
+    differences = (f[rows] - f[columns]) / (s[rows] - s[columns])
+    sums = (f[rows] + f[columns]) / (s[rows] + s[columns])
+    growths = torch.cat([derivative, differences, sums, f / s])
+    return float(growths.nan_to_num(0).abs().max())
+
+
+def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype) -> float:
+    """||error of ops.orthogonalize_||_F for a float64 U, which `dtype` holds.
+
+    X = U / ||U|| rounds by 4 u. In a step A and A^2 are sums as long as the short side's rows and
+    columns, and enter b A + c A^2, whose product with X is one more; coefficients and sums are 4 u
+    of each term. A GPU's 3xTF32 leaves out 16 u of each product. What each step adds grows in those
+    that follow; terms of second order are a tenth at most.
+    """
+    u = unit_roundoff(dtype)
+    short, long = sorted(U.shape)
+    X = U / U.norm()
+    X = X if U.shape[0] <= U.shape[1] else X.T
+    total = 4 * u * newton_schulz_growth(X, steps)
+    for step in range(steps):
+        A = X @ X.T
+        B = -4.7750 * A + 2.0315 * A @ A
+        error_A = gamma(long + 16, dtype) * float((X.abs() @ X.abs().T).norm())
+        error_B = 2.0315 * gamma(short + 16, dtype) * float((A.abs() @ A.abs()).norm())
+        error_B += 4 * u * (4.7750 * float(A.norm()) + 2.0315 * float((A @ A).norm()))
+        error_B += (4.7750 + 2 * 2.0315 * float(torch.linalg.matrix_norm(A, 2))) * error_A
+        error = gamma(short + 16, dtype) * float((B.abs() @ X.abs()).norm())
+        error += 4 * u * (3.4445 * float(X.norm()) + float((B @ X).norm()))
+        error += error_B * float(torch.linalg.matrix_norm(X, 2))
+        X = 3.4445 * X + B @ X
+        total += error * newton_schulz_growth(X, steps - step - 1)
+    scale = 0.2 * max(U.shape) ** 0.5
+    return 1.1 * scale * (total + 2 * u * float(X.norm()))
+
+
 # Largest relative error seen, ||actual - expected||_F / ||expected||_F, by test and dtype; pytest
 # --deviations prints it.
 DEVIATIONS: dict[tuple[str, str], float] = {}

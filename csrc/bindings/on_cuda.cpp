@@ -64,7 +64,8 @@ std::vector<std::vector<int64_t>> passes_of(const CudaGroup& group,
     int64_t bytes = 0;
     size_t end = begin;
     while (end < indices.size()) {
-      bytes += cuda::step_workspace_bytes(group.problems[static_cast<size_t>(indices[end])]);
+      bytes += cuda::step_workspace_bytes(group.problems[static_cast<size_t>(indices[end])],
+                                          group.options);
       if (end > begin && bytes > kMaxWorkspaceBytes) break;
       ++end;
     }
@@ -104,6 +105,13 @@ void adam_update_on_cuda_(const CudaGroup& group, float* const* updates) {
   run_plan(group.device, [&](void* workspace) {
     return cuda::plan_adam_update(group.problems, group.options, inputs_of(group), updates,
                                   workspace);
+  });
+}
+
+void orthogonalize_on_cuda_(const CudaGroup& group, float* const* updates) {
+  run_plan(group.device, [&](void* workspace) {
+    return cuda::plan_orthogonalize(group.problems, group.options, inputs_of(group),
+                                    group.precision, updates, workspace);
   });
 }
 

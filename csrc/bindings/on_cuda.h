@@ -28,6 +28,7 @@ at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Devic
 void rotate_on_cuda(const CudaGroup& group, Rotation rotation, const float* const* inputs,
                     float* const* outputs);
 void adam_update_on_cuda_(const CudaGroup& group, float* const* updates);
+void orthogonalize_on_cuda_(const CudaGroup& group, float* const* updates);
 void apply_update_on_cuda_(const CudaGroup& group, const float* const* updates);
 void factor_update_on_cuda_(const CudaGroup& group);
 

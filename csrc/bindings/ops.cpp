@@ -115,12 +115,15 @@ void orthogonalize_op(const TensorList& updates, const States& states, const py:
   const Options parsed = parse_options(options, device_of(states));
   Problems problems(states, {.updates = updates, .needs_factors = true, .needs_dense = true},
                     parsed);
+  if (parsed.orthogonalize == 0) return;
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
         cpu::orthogonalize_<T>(list.matrices, parsed, matrix_pointers(list, updates).data());
       },
-      [](const auto&) {},
+      [&](const auto& group) {
+        orthogonalize_on_cuda_(group, matrix_pointers(problems.cuda, updates).data());
+      },
       [](const auto& matrices, const auto& given) { aten::orthogonalize_(matrices, given); });
 }
 

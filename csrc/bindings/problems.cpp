@@ -291,11 +291,7 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
   for (size_t i = 0; i < states.size(); ++i) {
     const StateReader state(i, states[i], device_);
     const at::Tensor exp_avg = state.tensor("exp_avg");
-    Backend backend = backend_of(state.name("exp_avg"), exp_avg);
-    // The kernels do not orthogonalise.
-    const bool is_known = (!options.nesterov && options.orthogonalize == 0) || !state.has("rho");
-    if (backend == Backend::kCuda && !is_known) backend = Backend::kAten;
-    switch (backend) {
+    switch (backend_of(state.name("exp_avg"), exp_avg)) {
       case Backend::kCpu:
         if (exp_avg.scalar_type() == at::kDouble) {
           append(wide, i, states[i], inputs, options);

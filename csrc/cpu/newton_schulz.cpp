@@ -62,7 +62,10 @@ template <typename T>
 void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
                     const Workspace<T>& workspace) {
   const double length = norm(X, p.size());
-  if (!(length > 0)) return;
+  if (!(length > 0)) {
+    *p.update_rms = static_cast<float>(length);
+    return;
+  }
   combine_(X, X, 1 / length, 0, p.size());
   const int64_t s = p.short_side();
   const at::Tensor x = view(X, p.m, p.n);

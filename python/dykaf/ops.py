@@ -90,7 +90,7 @@ def orthogonalize_(
     Args:
         updates: changed in place; in the basis or out of it, for the steps commute with rotations.
         states: of matrices with factors, none of them skinny; ``update_rms`` is set.
-        options: the group's; ``orthogonalize`` is the number of steps.
+        options: the group's; ``orthogonalize`` is the number of steps, and 0 changes nothing.
 
     Source: Jordan et al. 2024 (Muon) for the coefficients.
     """

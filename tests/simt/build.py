@@ -122,7 +122,7 @@ def build(mode: str, program: str) -> Path:
 
 
 def make(objects: Sequence[Object], binary: Path, link_flags: Sequence[str]) -> None:
-    """Compiles the objects that are not up to date and links all; exits on an error."""
+    """Compiles and links what is not up to date; exits on an error."""
     old = [obj for obj in objects if not obj.is_up_to_date()]
     # The slowest first.
     old.sort(key=lambda obj: not obj.source.name.startswith("gemm_"))
@@ -130,7 +130,9 @@ def make(objects: Sequence[Object], binary: Path, link_flags: Sequence[str]) -> 
         for obj, errors in zip(old, pool.map(Object.compile, old), strict=True):
             if errors:
                 sys.exit(f"{obj.source}: does not compile ({obj.mode})\n{errors}")
-    if old or not binary.exists():
+    # Another program may have compiled some of the objects.
+    newest = max(obj.path.stat().st_mtime for obj in objects)
+    if not binary.exists() or binary.stat().st_mtime < newest:
         link([obj.path for obj in objects], binary, link_flags)
 
 

@@ -107,9 +107,10 @@ Plan plan(Batch& b, const Scenario& scenario, void* workspace, const Operands& o
   return made;
 }
 
-void check_epilogue(const std::string& name, TileClass tile_class, Epilogue epilogue, double eps) {
+void check_epilogue(const std::string& name, TileClass tile_class, Epilogue epilogue,
+                    const Options& options) {
   Scenario scenario = scenario_of(tile_class);
-  scenario.options.eps = eps;
+  scenario.options = options;
   const Operands operands(scenario);
   const MakePlan make_plan = [&](Batch& b, const Scenario& s, void* workspace) {
     return plan(b, s, workspace, operands, tile_class, epilogue);
@@ -141,11 +142,17 @@ void check_epilogues() {
                                                      {TileClass::kWide, "wide"},
                                                      {TileClass::kTall, "tall"}};
   for (const auto& [tile_class, name] : tiles) {
-    check_epilogue(std::string("adam ") + name, tile_class, Epilogue::kAdam, default_options().eps);
+    check_epilogue(std::string("adam ") + name, tile_class, Epilogue::kAdam, default_options());
     // What lies outside of the matrix is 0 / 0.
-    check_epilogue(std::string("adam ") + name + ", no eps", tile_class, Epilogue::kAdam, 0);
+    Options no_eps = default_options();
+    no_eps.eps = 0;
+    check_epilogue(std::string("adam ") + name + ", no eps", tile_class, Epilogue::kAdam, no_eps);
+    Options nesterov = default_options();
+    nesterov.nesterov = true;
+    check_epilogue(std::string("adam ") + name + ", nesterov", tile_class, Epilogue::kAdam,
+                   nesterov);
     check_epilogue(std::string("parameter ") + name, tile_class, Epilogue::kParameter,
-                   default_options().eps);
+                   default_options());
   }
 }
 

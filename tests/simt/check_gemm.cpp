@@ -2,6 +2,7 @@
 // sizes.
 #include "cuda/kernels/gemm.h"
 #include "cuda/plan/plan_builder.h"
+#include "dykaf/newton_schulz.h"
 #include "kernel_check.h"
 
 namespace kernel_check {
@@ -16,6 +17,11 @@ struct Shape {
   int c_shift = 0;  // of C and D beyond that: one of them may be aligned and the other not
   int d_shift = 0;
 };
+
+bool leaves_sums(Epilogue epilogue) {
+  return epilogue == Epilogue::kSums || epilogue == Epilogue::kInner ||
+         epilogue == Epilogue::kLastQuintic;
+}
 
 // An operand as the tensor cores see it.
 double rounded(float x, MatmulPrecision precision) {
@@ -53,6 +59,26 @@ GemmCase random_case(const Shape& s, GemmForm form, int64_t tiles, Rng& rng) {
   return p;
 }
 
+// D = of_C C + of_product A B.
+struct Combination {
+  double of_C;
+  double of_product;
+};
+
+Combination combination_of(Epilogue epilogue, const Shape& shape) {
+  const double scale = 0.2 * std::sqrt(std::max(shape.m, shape.n));
+  switch (epilogue) {
+    case Epilogue::kQuadratic:
+      return {NewtonSchulz::kB, NewtonSchulz::kC};
+    case Epilogue::kQuintic:
+      return {NewtonSchulz::kA, 1};
+    case Epilogue::kLastQuintic:
+      return {scale * NewtonSchulz::kA, scale};
+    default:
+      return {0, 1};
+  }
+}
+
 void require_right(const GemmCase& p, GemmForm form, MatmulPrecision precision, Epilogue epilogue) {
   const int m = p.shape.m;
   const int n = p.shape.n;
@@ -76,15 +102,21 @@ void require_right(const GemmCase& p, GemmForm form, MatmulPrecision precision, 
         total += std::fabs(a * b);
       }
       const size_t at = static_cast<size_t>(i) * n + j;
-      expected[at] = sum;
       // k sums to nearest; 3xTF32 leaves out 2^-22 of a product and rounds its parts by as much.
       bound[at] =
           total * ((k + 2) * 0x1p-24 + (precision == MatmulPrecision::kHighest ? 0x1p-20 : 0));
       const double c = p.C[static_cast<int64_t>(at)];
-      sums[0] += c * c;
+      // Two coefficients, two products, the scale and the sum round.
+      const auto [of_C, of_product] = combination_of(epilogue, p.shape);
+      expected[at] = of_C * c + of_product * sum;
+      bound[at] *= of_product;
+      if (of_C != 0) bound[at] += 6 * 0x1p-24 * (std::fabs(of_C * c) + std::fabs(of_product * sum));
+      const double square =
+          epilogue == Epilogue::kLastQuintic ? expected[at] * expected[at] : c * c;
+      sums[0] += square;
       sums[1] += c * sum;
       sums[2] += sum * sum;
-      magnitude += c * c + std::fabs(c * sum) + sum * sum;
+      magnitude += square + std::fabs(c * sum) + sum * sum;
     }
   }
   if (epilogue != Epilogue::kInner) require_close("D", p.D, expected, bound);
@@ -95,8 +127,9 @@ void require_right(const GemmCase& p, GemmForm form, MatmulPrecision precision, 
       }
     }
   }
-  if (epilogue == Epilogue::kStore) return;
-  for (int q = 0; q < kNumSums; ++q) {
+  if (!leaves_sums(epilogue)) return;
+  const int num_sums = epilogue == Epilogue::kLastQuintic ? 1 : kNumSums;  // the first is D^2
+  for (int q = 0; q < num_sums; ++q) {
     double actual = 0;
     for (int64_t t = q; t < p.partials.size(); t += kNumSums) actual += p.partials[t];
     require_close("sum " + std::to_string(q), actual, sums[q], magnitude * 1e-5);
@@ -116,7 +149,7 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
     problem.B = p.B.get();
     problem.C = epilogue == Epilogue::kStore ? nullptr : p.C.get();
     problem.D = epilogue == Epilogue::kInner ? nullptr : p.D.get();
-    problem.partials = epilogue == Epilogue::kStore ? nullptr : p.partials.get();
+    problem.partials = leaves_sums(epilogue) ? p.partials.get() : nullptr;
     problem.m = s.m;
     problem.n = s.n;
     problem.k = s.k;
@@ -141,6 +174,12 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
     append_bytes(outputs, p.partials);
   }
   return outputs;
+}
+
+bool occurs(Epilogue epilogue, GemmForm form) {
+  if (epilogue == Epilogue::kQuadratic) return form == GemmForm::kSymmetricNT;
+  if (epilogue == Epilogue::kStore || epilogue == Epilogue::kSums) return true;
+  return form == GemmForm::kNN;
 }
 
 std::vector<Shape> shapes_of(GemmForm form, TileClass tile_class) {
@@ -171,9 +210,12 @@ void check_gemms() {
         const auto tile_class = static_cast<TileClass>(tile);
         const bool square = tile_class == TileClass::kLarge || tile_class == TileClass::kMedium;
         if (is_symmetric(gemm_form) && !square) continue;
-        for (const Epilogue epilogue : {Epilogue::kStore, Epilogue::kSums, Epilogue::kInner}) {
-          if (epilogue == Epilogue::kInner && gemm_form != GemmForm::kNN) continue;
-          const char* const epilogues[] = {"store", "", "", "sums", "inner"};
+        for (const Epilogue epilogue :
+             {Epilogue::kStore, Epilogue::kSums, Epilogue::kInner, Epilogue::kQuadratic,
+              Epilogue::kQuintic, Epilogue::kLastQuintic}) {
+          if (!occurs(epilogue, gemm_form)) continue;
+          const char* const epilogues[] = {"store", "",          "",        "sums",
+                                           "inner", "quadratic", "quintic", "last quintic"};
           check_schedules(
               std::string("gemm ") + kPrecisionNames[precision] + " " + kTileNames[tile] + " " +
                   kFormNames[form] + " " + epilogues[static_cast<int>(epilogue)],

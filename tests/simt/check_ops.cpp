@@ -134,6 +134,9 @@ void check_adam() {
                             [](Batch& batch) {
                               for (const MatrixCase& c : batch.cases) c.step[0] = 0;
                             });
+    Scenario nesterov = scenario;
+    nesterov.options.nesterov = true;
+    check_against_reference(prefix + " nesterov", nesterov, adam_plan, adam_reference);
     // What lies outside of the matrix is 0 / 0.
     Scenario no_eps = scenario;
     no_eps.options.eps = 0;
@@ -249,6 +252,45 @@ std::vector<std::byte> moment_sums(SecondMoment second_moment) {
   return bytes;
 }
 
+Plan orthogonalize_plan(Batch& b, const Scenario& s, void* workspace) {
+  return plan_orthogonalize(b.problems, s.options, b.inputs, s.precision, b.update_pointers.data(),
+                            workspace);
+}
+
+void check_orthogonalize() {
+  Scenario scenario;
+  for (CaseSpec spec : shapes()) {
+    spec.sides = Sides::kBoth;  // no use for factors
+    scenario.specs.push_back(spec);
+  }
+  const Batch batch(scenario);
+  const auto expected = [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
+    const CaseSpec& spec = scenario.specs[i];
+    return reference::orthogonalized(p, dense(batch.updates[i], spec.m, spec.n), s);
+  };
+  for (const MatmulPrecision precision :
+       {MatmulPrecision::kHighest, MatmulPrecision::kHigh, MatmulPrecision::kMedium}) {
+    scenario.precision = precision;
+    for (const int64_t num_steps : {1, 2}) {
+      scenario.options.orthogonalize = num_steps;
+      check_against_reference("orthogonalize " + std::to_string(static_cast<int>(precision)) +
+                                  ", steps " + std::to_string(num_steps),
+                              scenario, orthogonalize_plan, expected);
+    }
+  }
+  scenario.precision = MatmulPrecision::kHighest;
+  check_skip("orthogonalize", scenario, orthogonalize_plan);
+  check_against_reference(
+      "orthogonalize zero", scenario, orthogonalize_plan,
+      [&](reference::Matrix& p, const reference::Settings&, size_t i) {
+        p.update_rms = 0;
+        return Dense(scenario.specs[i].m, scenario.specs[i].n);
+      },
+      [](Batch& b) {
+        for (const Array<float>& update : b.updates) std::fill_n(update.get(), update.size(), 0.0f);
+      });
+}
+
 Plan apply_plan(Batch& b, const Scenario& s, void* workspace) {
   return plan_apply_update(b.problems, s.options, b.inputs, b.update_pointers.data(), workspace);
 }
@@ -314,6 +356,7 @@ void check_ops() {
   check_rank_one_start();
   check_schedules("adam rank_one sums", [] { return moment_sums(SecondMoment::kRankOne); });
   check_schedules("adam factored sums", [] { return moment_sums(SecondMoment::kFactored); });
+  check_orthogonalize();
   check_apply();
 }
 

@@ -43,6 +43,7 @@ struct Form {
   size_t mixed;
   size_t all;
   double metric_power = 1;
+  int64_t orthogonalize = 0;
 };
 
 // Medium: scalars, load, two products into the basis, update_rms, two products out of it are 7; ksl
@@ -54,6 +55,8 @@ struct Form {
 // in a step, ksl 2 more, bug 4 more. One-sided matrices are averaged, which gives bug a launch of
 // scalars and of blending more.
 // All: one grid more for every product, with two symmetric ones.
+// Orthogonalisation: normalising and update_rms; each of three steps has a Gram matrix, its square
+// and a product, of mixed shapes two kinds of Gram matrix and three grids of the product.
 constexpr Form kForms[] = {
     {"ksl", Integrator::kKsl, SecondMoment::kFull, 15, 28, 36},
     {"bug", Integrator::kBug, SecondMoment::kFull, 15, 34, 44},
@@ -61,6 +64,8 @@ constexpr Form kForms[] = {
     {"power 0", Integrator::kDiagonal, SecondMoment::kFull, 13, 22, 28, 0},
     {"rank_one", Integrator::kKsl, SecondMoment::kRankOne, 20, 33, 41},
     {"factored", Integrator::kKsl, SecondMoment::kFactored, 19, 32, 40},
+    {"orthogonalize", Integrator::kKsl, SecondMoment::kFull, 17 + 3 * 3, 30 + 3 * 6, 38 + 3 * 9, 1,
+     3},
 };
 
 // Large matrices are planned and not run.
@@ -86,6 +91,7 @@ void check_launch_counts(const Form& form) {
     scenario.options.integrator = form.integrator;
     scenario.options.second_moment = form.second_moment;
     scenario.options.metric_power = form.metric_power;
+    scenario.options.orthogonalize = form.orthogonalize;
     for (const int times : {1, 3}) {
       scenario.specs = repeated(medium, times);
       require_count("medium", launches_of(scenario).size(), form.medium);
@@ -151,6 +157,17 @@ void check_grids() {
 
 // A matrix's part of the workspace is what a group is cut into passes by: no more than a twentieth,
 // for sums, vectors and alignment, comes on top.
+void require_workspace(Scenario scenario, const CaseSpec& spec) {
+  scenario.specs = {spec};
+  Batch batch(scenario);
+  const int64_t expected = step_workspace_bytes(batch.problems[0], scenario.options);
+  const int64_t found = step_plan(batch, scenario, nullptr).workspace_bytes;
+  const int64_t size = spec.m * spec.n * static_cast<int64_t>(sizeof(float));
+  require(std::to_string(spec.m) + " x " + std::to_string(spec.n) + ": expected " +
+              std::to_string(expected) + " bytes, found " + std::to_string(found),
+          expected <= found && found <= expected + expected / 20 + size / 20);
+}
+
 void check_workspace() {
   check_once("plan workspace", [] {
     Scenario scenario;
@@ -163,15 +180,9 @@ void check_workspace() {
     for (const Integrator integrator :
          {Integrator::kKsl, Integrator::kBug, Integrator::kDiagonal}) {
       scenario.options.integrator = integrator;
-      for (const CaseSpec& spec : specs) {
-        scenario.specs = {spec};
-        Batch batch(scenario);
-        const int64_t expected = step_workspace_bytes(batch.problems[0]);
-        const int64_t found = step_plan(batch, scenario, nullptr).workspace_bytes;
-        const int64_t size = spec.m * spec.n * static_cast<int64_t>(sizeof(float));
-        require(std::to_string(spec.m) + " x " + std::to_string(spec.n) + ": expected " +
-                    std::to_string(expected) + " bytes, found " + std::to_string(found),
-                expected <= found && found <= expected + expected / 20 + size / 20);
+      for (const int64_t orthogonalize : {0, 5}) {
+        scenario.options.orthogonalize = orthogonalize;
+        for (const CaseSpec& spec : specs) require_workspace(scenario, spec);
       }
     }
   });

@@ -136,6 +136,11 @@ void check_skinny() {
                           step_plan, step_reference, within_the_basis);
   check_against_reference("skinny step noise", scenario_of(MatmulPrecision::kHighest), step_plan,
                           step_reference, noise);
+  Scenario nesterov = scenario_of(MatmulPrecision::kHighest);
+  nesterov.options.nesterov = true;
+  nesterov.options.orthogonalize = 1;  // of the others alone
+  check_against_reference("skinny step nesterov", nesterov, step_plan, step_reference);
+  check_against_reference("skinny step nesterov noise", nesterov, step_plan, step_reference, noise);
   Scenario zero = scenario_of(MatmulPrecision::kHighest);
   check_against_reference("skinny step zero gradients", zero, step_plan, step_reference,
                           zero_gradients);

@@ -32,6 +32,8 @@ struct Form {
   Integrator integrator;
   SecondMoment second_moment;
   MatmulPrecision precision = MatmulPrecision::kHighest;
+  int64_t orthogonalize = 0;
+  bool nesterov = false;
 };
 
 constexpr Form kForms[] = {
@@ -42,6 +44,10 @@ constexpr Form kForms[] = {
     {"diagonal", Integrator::kDiagonal, SecondMoment::kFull},
     {"rank_one", Integrator::kKsl, SecondMoment::kRankOne},
     {"factored", Integrator::kDiagonal, SecondMoment::kFactored},
+    {"nesterov", Integrator::kKsl, SecondMoment::kFull, MatmulPrecision::kHighest, 0, true},
+    {"orthogonalize", Integrator::kKsl, SecondMoment::kFull, MatmulPrecision::kHighest, 2},
+    {"orthogonalize factored", Integrator::kDiagonal, SecondMoment::kFactored,
+     MatmulPrecision::kHigh, 1, true},
 };
 
 Scenario scenario_of(const Form& form) {
@@ -49,6 +55,8 @@ Scenario scenario_of(const Form& form) {
   scenario.specs = mixed_group();
   scenario.options.integrator = form.integrator;
   scenario.options.second_moment = form.second_moment;
+  scenario.options.orthogonalize = form.orthogonalize;
+  scenario.options.nesterov = form.nesterov;
   scenario.precision = form.precision;
   return scenario;
 }

@@ -2,11 +2,13 @@
 #pragma once
 
 #include "bounded.h"
+#include "dykaf/newton_schulz.h"
 #include "dykaf/types.h"
 
 namespace kernel_check::reference {
 
 using dykaf::Integrator;
+using dykaf::NewtonSchulz;
 using dykaf::Options;
 using dykaf::Rotation;
 using dykaf::SecondMoment;
@@ -71,8 +73,25 @@ inline double update_bound(const Options& options, double step) {
   for (double k = 0; k < step; ++k) sum += std::pow(q, k);
   double C = (1 - options.beta1) * (1 - options.beta1) / (1 - options.beta2) * sum;
   if (q >= 1) C = std::min(C, 1.0);
-  return std::sqrt(C * (1 - std::pow(options.beta2, step))) / (1 - std::pow(options.beta1, step));
+  const double left = 1 - std::pow(options.beta2, step);
+  const double bound = std::sqrt(C * left) / (1 - std::pow(options.beta1, step));
+  if (!options.nesterov) return bound;
+  return options.beta1 * bound + (1 - options.beta1) * std::sqrt(left / (1 - options.beta2));
 }
+
+// Adam's numerator is momentum exp_avg + gradient G.
+struct Numerator {
+  Number momentum;
+  Number gradient;
+
+  Numerator(const Options& options, double step, bool has_factors) {
+    const bool is_nesterov = options.nesterov && has_factors;
+    const double correction = 1 / (1 - std::pow(options.beta1, step));
+    momentum = Number(is_nesterov ? options.beta1 * correction : correction).rounded();
+    if (is_nesterov) gradient = Number(1 - options.beta1).rounded();
+  }
+  Number of(Number exp_avg, Number g) const { return momentum * exp_avg + gradient * g; }
+};
 
 inline Dense rotate(const Matrix& p, Rotation rotation, Dense X, MatmulPrecision precision) {
   const bool into = rotation == Rotation::kIntoBasis;
@@ -171,7 +190,7 @@ inline Dense adam_update(Matrix& p, const Dense& G, const Settings& settings) {
   const Dense root = second_moment_root(p, G, known, options);
   const bool is_compact = p.exp_avg_sq.is_null();
   const double bound = update_bound(options, p.step);
-  const Number correction1 = Number(1 / (1 - std::pow(options.beta1, p.step))).rounded();
+  const Numerator numerator(options, p.step, !p.L.is_null() || !p.R.is_null());
   const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
   const Number beta1 = Number(options.beta1).rounded();
   const Number gain1 = Number(1 - options.beta1).rounded();
@@ -180,11 +199,33 @@ inline Dense adam_update(Matrix& p, const Dense& G, const Settings& settings) {
     p.exp_avg.x[i] = beta1 * p.exp_avg.x[i] + gain1 * known.x[i];
     // One rounding more for products that the device groups in another way.
     const Number denominator = (root.x[i] * correction2).rounded() + Number(options.eps).rounded();
-    D.x[i] = p.exp_avg.x[i] * correction1 / denominator;
+    D.x[i] = numerator.of(p.exp_avg.x[i], known.x[i]) / denominator;
     if (is_compact) D.x[i] = clamped(D.x[i], bound);
   }
   p.update_rms = sqrt(inner(D, D) / static_cast<double>(G.m * G.n));
   return D;
+}
+
+// 0.2 sqrt(max(m, n)) times D / ||D|| after Newton-Schulz steps.
+inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings) {
+  const auto size = static_cast<double>(D.m * D.n);
+  // Through update_rms in float32.
+  const Number norm =
+      sqrt(inner(D, D) / size).rounded() * Number(std::sqrt(size)).rounded().rounded();
+  const bool is_tall = D.m > D.n;
+  Dense X = is_tall ? transposed(D) : D;
+  if (norm.value != 0) X = scaled(1 / norm, X);
+  for (int64_t k = 0; k < settings.options.orthogonalize; ++k) {
+    const Dense A = multiplied(X, transposed(X), settings.precision);
+    const Dense B =
+        combined(Number(NewtonSchulz::kB).rounded(), A, Number(NewtonSchulz::kC).rounded(),
+                 multiplied(A, A, settings.precision));
+    X = combined(Number(NewtonSchulz::kA).rounded(), X, 1, multiplied(B, X, settings.precision));
+  }
+  X = scaled(Number(0.2 * std::sqrt(static_cast<double>(std::max(D.m, D.n)))).rounded().rounded(),
+             X);
+  p.update_rms = sqrt(inner(X, X) / size);
+  return is_tall ? transposed(X) : X;
 }
 
 inline void apply_update(Matrix& p, const Dense& D, const Settings& settings) {

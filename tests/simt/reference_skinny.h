@@ -36,7 +36,7 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
   const Options& options = settings.options;
   p.step += 1;
   const int64_t rank = p.exp_avg_sq.n - 1;
-  const Number correction1 = Number(1 / (1 - std::pow(options.beta1, p.step))).rounded();
+  const Numerator numerator(options, p.step, /*has_factors=*/true);
   const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
   const Number beta2 = Number(options.beta2).rounded();
   const Number gain2 = Number(1 - options.beta2).rounded();
@@ -50,12 +50,11 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
     second_moment = beta2 * second_moment + gain2 * g * g;
     return 1 / ((sqrt(second_moment) * correction2).rounded() + Number(options.eps).rounded());
   };
-  // Before the correction of exp_avg.
-  const double bound = update_bound(options, p.step) / correction1.value;
+  const double bound = update_bound(options, p.step);
   Dense beyond(1, X.m);
   for (int64_t i = 0; i < X.m; ++i) {
-    const double momentum_noise = 16 * kRoundoff * sqrt(sum_of_squares(exp_avg, i)).value;
     const Number total = sum_of_squares(X, i);
+    const double momentum_noise = 16 * kRoundoff * sqrt(sum_of_squares(exp_avg, i)).value;
     const Number outside = total - sum_of_squares(XV, i);
     const Number floor = Number(4 * 0x1p-23) * total;
     const Number rest =
@@ -63,14 +62,15 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
     beyond.at(0, i) = inverse_root(p.exp_avg_sq.at(i, rank), rest);
     for (int64_t j = 0; j < p.inner; ++j) {
       const Number within = inverse_root(p.exp_avg_sq.at(i, j), XV.at(i, j));
-      const Number known = kernel_check::without_noise(MV.at(i, j), momentum_noise);
+      const Number known =
+          numerator.of(kernel_check::without_noise(MV.at(i, j), momentum_noise), XV.at(i, j));
       MV.at(i, j) = clamped(known * within, bound) - known * beyond.at(0, i);
     }
   }
   Dense D = multiplied(MV, V, MatmulPrecision::kHighest);
   for (int64_t i = 0; i < D.m; ++i) {
     for (int64_t j = 0; j < D.n; ++j) {
-      D.at(i, j) = (D.at(i, j) + exp_avg.at(i, j) * beyond.at(0, i)) * correction1;
+      D.at(i, j) = D.at(i, j) + numerator.of(exp_avg.at(i, j), X.at(i, j)) * beyond.at(0, i);
     }
   }
   p.update_rms = sqrt(inner(D, D) / static_cast<double>(D.m * D.n));
@@ -121,9 +121,11 @@ inline void skinny_step(Matrix& p, const Settings& settings) {
 inline void step(Matrix& p, const Settings& settings) {
   if (!p.basis.is_null()) return skinny_step(p, settings);
   const Dense G = rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision);
-  const Dense D = adam_update(p, G, settings);
+  Dense D = adam_update(p, G, settings);
+  const bool has_factors = !p.L.is_null() || !p.R.is_null();
+  if (settings.options.orthogonalize > 0 && has_factors) D = orthogonalized(p, D, settings);
   apply_update(p, rotate(p, Rotation::kOutOfBasis, D, settings.precision), settings);
-  if (!p.L.is_null() || !p.R.is_null()) factor_update(p, G, settings);
+  if (has_factors) factor_update(p, G, settings);
 }
 
 // A step between two updates of the factors.

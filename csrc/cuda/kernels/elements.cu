@@ -120,9 +120,10 @@ DYKAF_DEVICE float run_unit_(const CompactAdamProblem& e, const MatrixOnDevice& 
   const float row = e.row_root[place.row] * s.correction2;
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    exp_avg[i] = blend_momentum(exp_avg[i], gradient_of(h[i], s), o);
+    const float g = gradient_of(h[i], s);
+    exp_avg[i] = blend_momentum(exp_avg[i], g, o);
     // Row and column means can be far below an entry's own second moment.
-    const float ratio = exp_avg[i] * s.correction1 / (row * root[i] + o.eps);
+    const float ratio = numerator(exp_avg[i], g, s) / (row * root[i] + o.eps);
     update[i] = fminf(fmaxf(ratio, -s.update_bound), s.update_bound);
   }
   store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
@@ -159,14 +160,36 @@ DYKAF_DEVICE void run_unit_(const WeighProblem& e, const MatrixOnDevice&, const 
 DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const MatrixOnDevice& p,
                              const MatrixScalars& s, const AdamOptions&, const UnitPlace& place) {
   float within[kUnit];
+  float h[kUnit] = {};
   float update[kUnit];
   load_place(e.update, place, within);
   load_place(p.exp_avg, place, update);
+  if (e.H != nullptr) load_place(e.H, place, h);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) update[i] = numerator(update[i], gradient_of(h[i], s), s);
   weigh_unit(e.row, e.col, place, update);
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) update[i] = (within[i] + update[i]) * s.correction1;
+  for (int i = 0; i < kUnit; ++i) update[i] += within[i];
   store_place(e.update, place, update);
   return sum_of_squares(place, update);
+}
+
+DYKAF_DEVICE float run_unit_(const SquaresProblem& e, const MatrixOnDevice&, const MatrixScalars&,
+                             const AdamOptions&, const UnitPlace& place) {
+  float update[kUnit];
+  load_place(e.update, place, update);
+  return sum_of_squares(place, update);
+}
+
+DYKAF_DEVICE void run_unit_(const NormalizeProblem& e, const MatrixOnDevice& p,
+                            const MatrixScalars&, const AdamOptions&, const UnitPlace& place) {
+  const float norm = *p.update_rms * sqrtf(static_cast<float>(p.m * p.n));
+  const float divisor = norm == 0.0f ? 1.0f : norm;
+  float update[kUnit];
+  load_place(e.update, place, update);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) update[i] /= divisor;
+  store_place(e.X, place, update);
 }
 
 // One block per kUnitsPerBlock units, in the order of the problems; each thread takes every
@@ -268,6 +291,8 @@ template int launch_elements(const Grouped<ApplyProblem>&, const Group&, Stream)
 template int launch_elements(const Grouped<AdamWProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<WeighProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<BeyondProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<SquaresProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<NormalizeProblem>&, const Group&, Stream);
 
 int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream stream) {
   return DYKAF_LAUNCH(blend_kernel, dim3(static_cast<unsigned>(launch.grid)), dim3(kThreads), 0,

@@ -54,13 +54,26 @@ struct WeighProblem : ElementArray {
   float* weighed;
 };
 
-// update <- update + diag(row) exp_avg diag(col), bias-corrected; one of row and col is null.
-// Before, the update of a skinny matrix is the part of it in V.
+// update <- update + diag(row) N diag(col), N Adam's numerator; one of row and col is null. Before,
+// the update of a skinny matrix is the part of it in V.
 struct BeyondProblem : ElementArray {
   float* update;
+  const float* H;    // the gradient over tau; null without Nesterov's momentum
   const float* row;  // [m]
   const float* col;  // [n]
   double* partials;  // [num_tiles], sums of update^2
+};
+
+// The sums of an update from elsewhere; one row.
+struct SquaresProblem : ElementArray {
+  const float* update;
+  double* partials;  // [num_tiles], sums of update^2
+};
+
+// X = update over its norm, which update_rms tells; zero stays zero. One row.
+struct NormalizeProblem : ElementArray {
+  const float* update;
+  float* X;  // may be `update`
 };
 
 int64_t element_tiles(int64_t m, int64_t n);

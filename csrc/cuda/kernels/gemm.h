@@ -15,6 +15,10 @@ enum class Epilogue : int32_t {
   kParameter,  // the parameter's update in its dtype
   kSums,       // D; partials: C^2, C D, D^2
   kInner,      // nothing; partials: C D
+  // Of a Newton-Schulz step (dykaf/newton_schulz.h), P the product:
+  kQuadratic,    // D = b C + c P, C symmetric
+  kQuintic,      // D = a C + P
+  kLastQuintic,  // the same times the update's scale; partials: D^2
 };
 
 // Which operands are read transposed, and whether D = D^T is known.
@@ -35,10 +39,10 @@ inline constexpr int kNumSums = 3;
 struct GemmProblem {
   const float* A;    // [m, k]; [k, m] where the form transposes it
   const float* B;    // [k, n]; [n, k] where the form transposes it
-  const float* C;    // [m, n]; kSums and kInner
+  const float* C;    // [m, n]; kSums, kInner and those of Newton-Schulz
   float* D;          // [m, n]
   float* update;     // [m, n]; kAdam
-  double* partials;  // [num_tiles, kNumSums]; kAdam, kSums and kInner
+  double* partials;  // [num_tiles, kNumSums]; kAdam, kSums, kInner and kLastQuintic
   int32_t m;
   int32_t n;
   int32_t k;

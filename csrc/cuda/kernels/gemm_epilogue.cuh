@@ -6,6 +6,7 @@
 #include "cuda/kernels/device/reduce.cuh"
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/gemm_tile.cuh"
+#include "dykaf/newton_schulz.h"
 
 namespace dykaf::cuda {
 
@@ -47,8 +48,10 @@ class TileEpilogue {
       const int col = i / Tile::kM;
       const int row = i % Tile::kM;  // fastest: neighbours in memory
       if (row < place_.rows && col < place_.cols && (!place_.diagonal || col < row)) {
-        const int64_t start = static_cast<int64_t>(place_.col0 + col) * p_.n;
-        p_.D[start + place_.row0 + row] = staged_[row * stride_ + col];
+        const int64_t place = static_cast<int64_t>(place_.col0 + col) * p_.n + place_.row0 + row;
+        const float product = staged_[row * stride_ + col];
+        p_.D[place] =
+            p_.epilogue == Epilogue::kQuadratic ? quadratic(p_.C[place], product) : product;
       }
     }
   }
@@ -92,7 +95,36 @@ class TileEpilogue {
       case Epilogue::kInner:
         add_sums(start, row, col, count, aligned, acc);
         break;
+      case Epilogue::kQuadratic:
+      case Epilogue::kQuintic:
+      case Epilogue::kLastQuintic:
+        newton_schulz(start, count, aligned, acc);
+        break;
     }
+  }
+
+  static DYKAF_DEVICE float quadratic(float c, float product) {
+    return static_cast<float>(NewtonSchulz::kB) * c +
+           static_cast<float>(NewtonSchulz::kC) * product;
+  }
+
+  DYKAF_DEVICE void newton_schulz(int64_t start, int count, bool aligned,
+                                  const float (&product)[kUnit]) {
+    const bool is_last = p_.epilogue == Epilogue::kLastQuintic;
+    const float scale =
+        is_last ? static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)))
+                : 1.0f;
+    float c[kUnit];
+    float d[kUnit];
+    load_unit(p_.C + start, count, aligned, c);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      d[i] = p_.epilogue == Epilogue::kQuadratic
+                 ? quadratic(c[i], product[i])
+                 : scale * (static_cast<float>(NewtonSchulz::kA) * c[i] + product[i]);
+      if (i < count) sums[0] += d[i] * d[i];
+    }
+    store_unit(p_.D + start, count, aligned, d);
   }
 
   DYKAF_DEVICE void adam(int64_t start, int count, bool aligned, const float (&h)[kUnit]) {

@@ -24,7 +24,7 @@ using LargeTile = TileShape<128, 128, 16, 64, 32, 4, 1>;
 using LargeWarpTile = TileShape<128, 128, 16, 64, 64, 4, 2>;
 using MediumTile = TileShape<64, 64, 32, 32, 32, 3, 3>;
 using WideTile = TileShape<16, 64, 64, 16, 16, 3, 2>;
-using TallTile = TileShape<64, 16, 64, 16, 16, 3, 2>;
+using TallTile = TileShape<64, 16, 64, 16, 16, 3, 3>;
 
 // One stage of an operand as it lies in memory: along k, or across it. The padding keeps ldmatrix
 // (along k: a stride of 4 mod 8 words) and single loads (across: 8 mod 32) free of bank conflicts.

@@ -50,7 +50,8 @@ struct MatrixScalars {
   float load_scale;  // grad_scale / tau
 
   // Adam
-  float correction1;   // of exp_avg
+  float of_momentum;   // the update's numerator is of_momentum exp_avg + of_gradient g:
+  float of_gradient;   // exp_avg after bias correction, or Nesterov's mean of that and g
   float correction2;   // of the root of exp_avg_sq
   float adam_tau;      // the gradient is adam_tau H
   float noise;         // |H| below it is rounding

@@ -47,7 +47,10 @@ __global__ void __launch_bounds__(kThreads)
                                rounding_share<float>(p.rotated_side));
 
   const double step = static_cast<double>(*p.step);
-  s.correction1 = static_cast<float>(1 / (1 - pow(options.beta1, step)));
+  const bool is_nesterov = options.nesterov && p.rho != nullptr;
+  const double correction1 = 1 / (1 - pow(options.beta1, step));
+  s.of_momentum = static_cast<float>(is_nesterov ? options.beta1 * correction1 : correction1);
+  s.of_gradient = is_nesterov ? static_cast<float>(1 - options.beta1) : 0.0f;
   s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
   s.update_bound = static_cast<float>(update_bound(options, step));
 

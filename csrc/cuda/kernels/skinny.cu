@@ -157,7 +157,6 @@ __global__ void __launch_bounds__(kThreads)
   inside = warp_sum(inside);
   momentum_total = warp_sum(momentum_total);
   const auto momentum_noise = static_cast<float>(rounding_share<float>(1) * sqrt(momentum_total));
-  const float bound = s.update_bound / s.correction1;
 
   const auto inverse_root = [&](float& second_moment, float g) {
     second_moment = o.beta2 * second_moment + o.one_minus_beta2 * g * g;
@@ -171,10 +170,11 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) q.beyond[i] = beyond = inverse_root(exp_avg_sq[p.skinny_rank], s.adam_tau * rest);
   beyond = __shfl_sync(kFullMask, beyond, 0);
   for (int64_t j = lane; j < q.inner; j += kWarpSize) {
-    const float within = inverse_root(exp_avg_sq[j], s.adam_tau * gradient_in(j));
+    const float g = s.adam_tau * gradient_in(j);
+    const float within = inverse_root(exp_avg_sq[j], g);
     float& MV = q.MV[place(j)];
-    const float momentum = fabsf(MV) < momentum_noise ? 0.0f : MV;
-    MV = fminf(fmaxf(momentum * within, -bound), bound) - momentum * beyond;
+    const float known = numerator(fabsf(MV) < momentum_noise ? 0.0f : MV, g, s);
+    MV = fminf(fmaxf(known * within, -s.update_bound), s.update_bound) - known * beyond;
   }
 }
 

@@ -14,7 +14,11 @@ class FactorUpdatePlan {
   FactorUpdatePlan(GroupPlan& plan, const Options& options, MatmulPrecision precision)
       : plan_(plan), options_(options), precision_(precision) {}
 
-  void add(int32_t i, const float* H, float* scratch) {
+  void add(const FactorArrays& arrays) {
+    arrays_ = arrays;
+    const int32_t i = arrays.matrix_idx;
+    const float* H = arrays.H;
+    float* scratch = arrays.scratch;
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.L != nullptr && p.R != nullptr;
     FactorProblem left{};
@@ -65,37 +69,33 @@ class FactorUpdatePlan {
   // L's increment A B^T, with the sums that its scalars need.
   void increment_left(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
-    float* increment = plan_.builder().take<float>(StepArrays(p).left_increment);
-    GemmProblem sums = gemm_problem(A, B, increment, p.m, p.m, p.n, i);
+    GemmProblem sums = gemm_problem(A, B, arrays_.left_increment, p.m, p.m, p.n, i);
     sums.C = p.L;
     sums.epilogue = Epilogue::kSums;
     scalars_of.left = left_.add(sums, plan_.builder()).partials;
     scalars_of.left_tiles = left_.num_partials(sums);
-    left_increment_ = increment;
   }
 
   // R's increment A^T B.
   void increment_right(int32_t i, const float* A, const float* B, FactorProblem& scalars_of) {
     const Problem<float>& p = plan_.problem(i);
-    float* increment = plan_.builder().take<float>(StepArrays(p).right_increment);
-    GemmProblem sums = gemm_problem(A, B, increment, p.n, p.n, p.m, i);
+    GemmProblem sums = gemm_problem(A, B, arrays_.right_increment, p.n, p.n, p.m, i);
     sums.C = p.R;
     sums.epilogue = Epilogue::kSums;
     scalars_of.right = right_.add(sums, plan_.builder()).partials;
     scalars_of.right_tiles = right_.num_partials(sums);
-    right_increment_ = increment;
   }
 
   void finish_left(FactorStage stage, FactorProblem& scalars_of) {
     scalars_of.stage = stage;
     left_scalars_.push_back(scalars_of);
-    blend_of(Side::kLeft, scalars_of.matrix_idx, left_increment_, left_blends_);
+    blend_of(Side::kLeft, scalars_of.matrix_idx, arrays_.left_increment, left_blends_);
   }
 
   void finish_right(FactorStage stage, FactorProblem& scalars_of) {
     scalars_of.stage = stage;
     right_scalars_.push_back(scalars_of);
-    blend_of(Side::kRight, scalars_of.matrix_idx, right_increment_, right_blends_);
+    blend_of(Side::kRight, scalars_of.matrix_idx, arrays_.right_increment, right_blends_);
   }
 
   void average_left(int32_t i, const float* A, const float* B, double size, FactorProblem& left) {
@@ -117,14 +117,14 @@ class FactorUpdatePlan {
     increment_left(i, scratch, H, both);
     second_.add(gemm_problem(p.L, H, scratch, p.m, p.n, p.m, i), plan_.builder());
     increment_right(i, H, scratch, both);
-    coupling_first_.add(gemm_problem(left_increment_, H, scratch, p.m, p.n, p.m, i),
+    coupling_first_.add(gemm_problem(arrays_.left_increment, H, scratch, p.m, p.n, p.m, i),
                         plan_.builder());
-    GemmProblem inner = gemm_problem(H, right_increment_, nullptr, p.m, p.n, p.n, i);
+    GemmProblem inner = gemm_problem(H, arrays_.right_increment, nullptr, p.m, p.n, p.n, i);
     inner.C = scratch;
     inner.epilogue = Epilogue::kInner;
     both.coupling = coupling_.add(inner, plan_.builder()).partials;
     both.coupling_tiles = coupling_.num_partials(inner);
-    blend_of(Side::kLeft, i, left_increment_, right_blends_);
+    blend_of(Side::kLeft, i, arrays_.left_increment, right_blends_);
     finish_right(FactorStage::kBug, both);
   }
 
@@ -195,19 +195,15 @@ class FactorUpdatePlan {
   std::vector<FactorProblem> right_scalars_;
   std::vector<BlendProblem> left_blends_;
   std::vector<BlendProblem> right_blends_;
-  float* left_increment_ = nullptr;  // of the matrix that is being added
-  float* right_increment_ = nullptr;
+  FactorArrays arrays_{};  // of the matrix that is being added
 };
 
 }  // namespace
 
 void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
-                       const std::vector<const float*>& H, const std::vector<float*>& scratch) {
+                       const std::vector<FactorArrays>& factors) {
   FactorUpdatePlan update(plan, options, precision);
-  for (int32_t i = 0; i < plan.num(); ++i) {
-    const auto idx = static_cast<size_t>(i);
-    if (H[idx] != nullptr) update.add(i, H[idx], scratch[idx]);
-  }
+  for (const FactorArrays& arrays : factors) update.add(arrays);
   update.launch();
 }
 
@@ -216,18 +212,20 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
   GroupPlan plan(problems, workspace);
   plan.prepare(options, inputs, StepCount::kKeep);
   std::vector<LoadProblem> loads;
-  std::vector<const float*> H;
-  std::vector<float*> scratch;
+  std::vector<FactorArrays> factors;
   for (int32_t i = 0; i < plan.num(); ++i) {
     const Problem<float>& p = plan.problem(i);
-    const StepArrays arrays(p);
-    auto* gradient = plan.builder().take<float>(arrays.H);
-    loads.push_back({flat_array(p, i), gradient});
-    H.push_back(gradient);
-    scratch.push_back(plan.builder().take<float>(arrays.scratch));
+    const StepArrays arrays(p, options);
+    PlanBuilder& builder = plan.builder();
+    auto* H = builder.take<float>(arrays.H);
+    loads.push_back({flat_array(p, i), H});
+    auto* scratch = builder.take<float>(arrays.scratch);
+    auto* left_increment = builder.take<float>(arrays.left_increment);
+    auto* right_increment = builder.take<float>(arrays.right_increment);
+    factors.push_back({i, H, scratch, left_increment, right_increment});
   }
   plan.elements(loads);
-  add_factor_update(plan, options, precision, H, scratch);
+  add_factor_update(plan, options, precision, factors);
   return plan.finish();
 }
 

@@ -9,7 +9,8 @@ constexpr int64_t kNarrowSide = 32;
 constexpr int64_t kLargeSide = 768;
 
 bool leaves_sums(Epilogue epilogue) {
-  return epilogue == Epilogue::kAdam || epilogue == Epilogue::kSums || epilogue == Epilogue::kInner;
+  return epilogue == Epilogue::kAdam || epilogue == Epilogue::kSums ||
+         epilogue == Epilogue::kInner || epilogue == Epilogue::kLastQuintic;
 }
 
 }  // namespace

@@ -196,10 +196,31 @@ class RotationGemms {
   GemmSite right_;
 };
 
-// Adds the launches of the factor update; H[i] [m, n] is the rotated gradient over tau, scratch[i]
-// [m, n], for each matrix of the plan; null H: not this one.
+// What the factor update of a matrix works on.
+struct FactorArrays {
+  int32_t matrix_idx;
+  const float* H;          // [m, n], the rotated gradient over tau
+  float* scratch;          // [m, n]
+  float* left_increment;   // [m, m], with L
+  float* right_increment;  // [n, n], with R
+};
+
+// Adds the launches of the factor update.
 void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
-                       const std::vector<const float*>& H, const std::vector<float*>& scratch);
+                       const std::vector<FactorArrays>& factors);
+
+// What Newton-Schulz steps of a matrix work on, s being its short side.
+struct OrthogonalArrays {
+  int32_t matrix_idx;
+  float* update;   // [m, n], whose norm update_rms tells; in and out
+  float* scratch;  // [m, n]
+  float* A;        // [s, s]
+  float* B;        // [s, s]
+};
+
+// Adds the launches that make updates orthogonal, with their update_rms.
+void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+                       const std::vector<OrthogonalArrays>& updates);
 
 // Adds the launches of Adam with a compact second moment.
 void add_compact_adam(GroupPlan& plan, const Options& options,

@@ -32,7 +32,11 @@ class SkinnyPlan {
     project(p, q.X, XV, q);
     project(p, p.exp_avg, q.MV, q);
     expand(p, adam.update, q);
-    BeyondProblem beyond{matrix_array(p, adam.matrix_idx), adam.update, nullptr, nullptr,
+    BeyondProblem beyond{matrix_array(p, adam.matrix_idx),
+                         adam.update,
+                         options_.nesterov ? adam.H : nullptr,
+                         /*row=*/nullptr,
+                         /*col=*/nullptr,
                          adam.partials};
     (p.is_wide() ? beyond.row : beyond.col) = q.beyond;
     beyond_.push_back(beyond);

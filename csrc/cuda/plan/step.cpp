@@ -29,9 +29,10 @@ class StepPlan {
     if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
     if (!skinny_.empty()) add_skinny_update(plan_, options_, skinny_);
     plan_.update_rms(sums_);
+    if (!orthogonal_.empty()) add_orthogonalize(plan_, options_, precision_, orthogonal_);
     plan_.gemms(out_of_.left(), precision_);
     plan_.gemms(out_of_.right(), precision_);
-    add_factor_update(plan_, options_, precision_, H_, scratch_);
+    add_factor_update(plan_, options_, precision_, factors_);
     return plan_.finish();
   }
 
@@ -41,19 +42,24 @@ class StepPlan {
     auto* partials = plan_.builder().take<double>(num_blocks(array));
     adamws_.push_back({array, partials});
     sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
-    H_.push_back(nullptr);
-    scratch_.push_back(nullptr);
   }
 
   void add_matrix(int32_t i) {
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
-    const StepArrays arrays(p);
-    auto* H = plan_.builder().take<float>(arrays.H);
-    auto* scratch = plan_.builder().take<float>(arrays.scratch);
-    auto* update = plan_.builder().take<float>(arrays.update);
-    H_.push_back(updates_factors(p, options_) ? H : nullptr);
-    scratch_.push_back(scratch);
+    const StepArrays arrays(p, options_);
+    PlanBuilder& builder = plan_.builder();
+    auto* H = builder.take<float>(arrays.H);
+    auto* scratch = builder.take<float>(arrays.scratch);
+    auto* update = builder.take<float>(arrays.update);
+    const bool is_due = updates_factors(p, options_);
+    const bool is_orthogonal = orthogonalizes(p, options_);
+    if (is_due || is_orthogonal) {
+      auto* left = builder.take<float>(arrays.left_increment);
+      auto* right = builder.take<float>(arrays.right_increment);
+      if (is_due) factors_.push_back({i, H, scratch, left, right});
+      if (is_orthogonal) orthogonal_.push_back({i, update, scratch, /*A=*/left, /*B=*/right});
+    }
 
     // With one basis the update must not land where the multiplication still reads the gradient.
     float* loaded = both ? update : scratch;
@@ -91,8 +97,8 @@ class StepPlan {
   std::vector<AdamArrays> compact_;
   std::vector<AdamArrays> skinny_;
   std::vector<RmsProblem> sums_;
-  std::vector<const float*> H_;
-  std::vector<float*> scratch_;
+  std::vector<OrthogonalArrays> orthogonal_;
+  std::vector<FactorArrays> factors_;
 };
 
 }  // namespace
@@ -110,9 +116,9 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
   return StepPlan(problems, options, inputs, precision, workspace).build();
 }
 
-int64_t step_workspace_bytes(const Problem<float>& p) {
+int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {
   if (p.is_unsided()) return 0;
-  return StepArrays(p).total() * static_cast<int64_t>(sizeof(float));
+  return StepArrays(p, options).total() * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace dykaf::cuda

@@ -1,24 +1,36 @@
 // The large arrays of a step.
 #pragma once
 
+#include <algorithm>
+
 #include "dykaf/types.h"
 
 namespace dykaf::cuda {
+
+// Whether the step makes the matrix's update orthogonal.
+inline bool orthogonalizes(const Problem<float>& p, const Options& options) {
+  return options.orthogonalize > 0 && !p.is_unsided() && !p.is_skinny();
+}
 
 // How many elements the workspace of a step has for a matrix with factors.
 struct StepArrays {
   int64_t H;                // [m, n], the gradient over tau
   int64_t scratch;          // [m, n]
   int64_t update;           // [m, n]
-  int64_t left_increment;   // [m, m]; 0 without L
-  int64_t right_increment;  // [n, n]; 0 without R
+  int64_t left_increment;   // [m, m]; 0 without L. Before, a Newton-Schulz step has both
+  int64_t right_increment;  // [n, n]; 0 without R. increments for its [s, s], s the short side
 
-  explicit StepArrays(const Problem<float>& p)
+  StepArrays(const Problem<float>& p, const Options& options)
       : H(p.size()),
         scratch(p.size()),
         update(p.size()),
         left_increment(p.L != nullptr ? p.m * p.m : 0),
-        right_increment(p.R != nullptr ? p.n * p.n : 0) {}
+        right_increment(p.R != nullptr ? p.n * p.n : 0) {
+    if (!orthogonalizes(p, options)) return;
+    const int64_t square = p.short_side() * p.short_side();
+    left_increment = std::max(left_increment, square);
+    right_increment = std::max(right_increment, square);
+  }
 
   int64_t total() const { return H + scratch + update + left_increment + right_increment; }
 };

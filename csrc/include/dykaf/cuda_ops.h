@@ -56,6 +56,10 @@ Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
 Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& options,
                       const DeviceInputs& inputs, float* const* updates, void* workspace);
 
+Plan plan_orthogonalize(std::span<const Problem<float>> problems, const Options& options,
+                        const DeviceInputs& inputs, MatmulPrecision precision,
+                        float* const* updates, void* workspace);
+
 Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& options,
                        const DeviceInputs& inputs, const float* const* updates, void* workspace);
 
@@ -68,6 +72,6 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
 
 // What plan_step takes of the workspace for a matrix, but for sums and vectors, which are small
 // beside it; at a step that does not update the factors it is less.
-int64_t step_workspace_bytes(const Problem<float>& p);
+int64_t step_workspace_bytes(const Problem<float>& p, const Options& options);
 
 }  // namespace dykaf::cuda

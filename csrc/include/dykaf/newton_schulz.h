@@ -15,10 +15,13 @@ struct NewtonSchulz {
   static constexpr double kC = 2.0315;
 };
 
-// What the last X is multiplied by: the root mean square of an orthogonal update is then 0.2, as
-// AdamW's is about, so that rates are of its size (Liu et al. 2025, arXiv 2502.16982).
+// The root mean square of an orthogonal update: as AdamW's is about, so that rates are of its size
+// (Liu et al. 2025, arXiv 2502.16982).
+inline constexpr double kOrthogonalRms = 0.2;
+
+// What the last X is multiplied by.
 inline double orthogonal_scale(int64_t m, int64_t n) {
-  return 0.2 * std::sqrt(static_cast<double>(std::max(m, n)));
+  return kOrthogonalRms * std::sqrt(static_cast<double>(std::max(m, n)));
 }
 
 }  // namespace dykaf

@@ -4,6 +4,8 @@ Left out is what changes nothing that can be observed:
 
 - gemm_epilogue.cuh, the predicate on columns in mirror: beside the diagonal tiles are whole in that
   direction, and on it col < row.
+- gemm_epilogue.cuh, the predicate on the squares of X: outside of the matrix X and its product are
+  zero.
 - elements.cu, the early return of the blending: a unit of no elements moves nothing. The alignment
   of a 16-bit gradient: units of flat arrays start at multiples of eight.
 - factor_scalars.cu, either one of the two guards of ksl_right: a left norm that vanished makes the

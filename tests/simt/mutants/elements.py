@@ -74,8 +74,14 @@ DEVICE = (
         ("squares overflow", "0.0f : s.adam_tau * h;", "0.0f : s.tau * h;"),
         (
             "momentum is not corrected",
-            "exp_avg[i] * s.correction1 / denominator",
-            "exp_avg[i] / denominator",
+            "s.of_momentum * exp_avg + s",
+            "exp_avg + s",
+        ),
+        ("Nesterov's gradient is left out", " + s.of_gradient * g;", ";"),
+        (
+            "Nesterov's gradient is not over the root",
+            "numerator(exp_avg[i], g, s) / denominator",
+            "s.of_momentum * exp_avg[i] / denominator + s.of_gradient * g",
         ),
         (
             "decay after the step",
@@ -161,6 +167,23 @@ ELEMENT_KERNELS = (
             "",
         ),
         ("update_rms of a row", "static_cast<double>(p.m * p.n)", "static_cast<double>(p.n)"),
+        (
+            "compact: momentum of noise",
+            "const float g = gradient_of(h[i], s);",
+            "const float g = s.adam_tau * h[i];",
+        ),
+    )
+    + faults(
+        "kernels/elements.cu",
+        ("orthogonalize",),
+        ("norm of a row", "sqrtf(static_cast<float>(p.m * p.n))", "sqrtf(static_cast<float>(p.n))"),
+        ("zero over zero", "norm == 0.0f ? 1.0f : norm", "norm"),
+        ("update is not normalised", "update[i] /= divisor;", "update[i] /= 1.0f + 0 * divisor;"),
+        (
+            "X lands in the update",
+            "store_place(e.X, place, update);",
+            "store_place(const_cast<float*>(e.update), place, update);",
+        ),
     )
     + faults(
         "kernels/elements.cu",

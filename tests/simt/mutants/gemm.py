@@ -171,63 +171,93 @@ MAIN_LOOP = (
     )
 )
 
-EPILOGUES = faults(
-    "kernels/gemm_epilogue.cuh",
-    GEMM,
-    ("lower triangle and one more", "min(place_.cols, row + 1)", "min(place_.cols, row + 2)"),
-    ("rows outside are stored", "if (row < place_.rows && count > 0)", "if (count > 0)"),
-    (
-        "diagonal stored twice",
-        "(!place_.diagonal || col < row)",
-        "(!place_.diagonal || col <= row)",
-    ),
-    (
-        "nothing is mirrored beside the diagonal",
-        "(!place_.diagonal || col < row)",
-        "place_.diagonal && col < row",
-    ),
-    (
-        "mirrored tile is transposed back",
-        "staged_[row * stride_ + col];",
-        "staged_[col * stride_ + row];",
-    ),
-    ("D's alignment is taken for granted", "is_aligned(p_.D, p_.n, 4) && ", ""),
-    (
-        "alignment hangs on the bases",
-        "is_aligned(p_.D, p_.n, 4) && is_aligned(p_.C, p_.n, 4)",
-        "is_aligned(p_.D, 0, 4) && is_aligned(p_.C, 0, 4)",
-    ),
-    ("C's alignment is taken for granted", " && is_aligned(p_.C, p_.n, 4);", ";"),
-    ("the update's alignment is taken for granted", " && is_aligned(p_.update, p_.n, 4)", ""),
-    ("both places count once", "both_places ? 2.0f : 1.0f", "both_places ? 1.0f : 1.0f"),
-    (
-        "the diagonal counts twice",
-        "!(place_.diagonal && col + i == row)",
-        "(col + i != row || true)",
-    ),
-    (
-        "sums over what is outside",
-        "      if (i < count) sums[0] += update[i]",
-        "      sums[0] += update[i]",
-    ),
-    ("16-bit parameters aligned as floats", "element_size(matrix.dtype))", "4)"),
-    (
-        "master's alignment hangs on its base",
-        "is_aligned(matrix.master, p_.n, 4)",
-        "is_aligned(matrix.master, 0, 4)",
-    ),
-    (
-        "exp_avg_sq is not stored",
-        "    store_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);\n",
-        "",
-    ),
-) + faults(
-    "kernels/gemm_epilogue.cuh",
-    ("step ksl",),
-    (
-        "Adam keeps the gradient for itself",
-        "    store_unit(p_.D + start, count, aligned, h);\n",
-        "",
-    ),
-    tiles=ALL_TILES,
+EPILOGUES = (
+    faults(
+        "kernels/gemm_epilogue.cuh",
+        GEMM,
+        ("lower triangle and one more", "min(place_.cols, row + 1)", "min(place_.cols, row + 2)"),
+        ("rows outside are stored", "if (row < place_.rows && count > 0)", "if (count > 0)"),
+        (
+            "diagonal stored twice",
+            "(!place_.diagonal || col < row)",
+            "(!place_.diagonal || col <= row)",
+        ),
+        (
+            "nothing is mirrored beside the diagonal",
+            "(!place_.diagonal || col < row)",
+            "place_.diagonal && col < row",
+        ),
+        (
+            "mirrored tile is transposed back",
+            "product = staged_[row * stride_ + col];",
+            "product = staged_[col * stride_ + row];",
+        ),
+        ("D's alignment is taken for granted", "is_aligned(p_.D, p_.n, 4) && ", ""),
+        (
+            "alignment hangs on the bases",
+            "is_aligned(p_.D, p_.n, 4) && is_aligned(p_.C, p_.n, 4)",
+            "is_aligned(p_.D, 0, 4) && is_aligned(p_.C, 0, 4)",
+        ),
+        ("C's alignment is taken for granted", " && is_aligned(p_.C, p_.n, 4);", ";"),
+        ("the update's alignment is taken for granted", " && is_aligned(p_.update, p_.n, 4)", ""),
+        ("both places count once", "both_places ? 2.0f : 1.0f", "both_places ? 1.0f : 1.0f"),
+        (
+            "the diagonal counts twice",
+            "!(place_.diagonal && col + i == row)",
+            "(col + i != row || true)",
+        ),
+        (
+            "sums over what is outside",
+            "      if (i < count) sums[0] += update[i]",
+            "      sums[0] += update[i]",
+        ),
+        ("16-bit parameters aligned as floats", "element_size(matrix.dtype))", "4)"),
+        (
+            "master's alignment hangs on its base",
+            "is_aligned(matrix.master, p_.n, 4)",
+            "is_aligned(matrix.master, 0, 4)",
+        ),
+        (
+            "exp_avg_sq is not stored",
+            "    store_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);\n",
+            "",
+        ),
+    )
+    + faults(
+        "kernels/gemm_epilogue.cuh",
+        ("gemm highest medium", "orthogonalize 0"),
+        (
+            "the square is mirrored alone",
+            "p_.epilogue == Epilogue::kQuadratic ? quadratic(p_.C[place], product) : product",
+            "product",
+        ),
+        (
+            "b and c swapped",
+            "(NewtonSchulz::kB) * c +\n           static_cast<float>(NewtonSchulz::kC) * product",
+            "(NewtonSchulz::kC) * c +\n           static_cast<float>(NewtonSchulz::kB) * product",
+        ),
+        ("X without a", "static_cast<float>(NewtonSchulz::kA) * c[i]", "c[i]"),
+        (
+            "no scale at the end",
+            "is_last ? static_cast<float>(kOrth",
+            "false ? static_cast<float>(kOrth",
+        ),
+        (
+            "scale in every step",
+            "is_last ? static_cast<float>(kOrth",
+            "true ? static_cast<float>(kOrth",
+        ),
+        ("scale of the short side", "max(p_.m, p_.n)", "min(p_.m, p_.n)"),
+        tiles=ALL_TILES,
+    )
+    + faults(
+        "kernels/gemm_epilogue.cuh",
+        ("step ksl",),
+        (
+            "Adam keeps the gradient for itself",
+            "    store_unit(p_.D + start, count, aligned, h);\n",
+            "",
+        ),
+        tiles=ALL_TILES,
+    )
 )

@@ -104,6 +104,12 @@ PREPARE = faults(
     ("a matrix too many", "if (idx >= group.num) return;", "if (idx > group.num) return;"),
     ("gradient not over tau", "scale / static_cast<double>(s.tau)", "scale"),
     ("no weight decay", "1 - lr * options.weight_decay", "1.0"),
+    ("Nesterov's momentum of AdamW", "options.nesterov && p.rho != nullptr", "options.nesterov"),
+    (
+        "Nesterov's momentum in full",
+        "options.beta1 * correction1 : correction1",
+        "correction1 : correction1",
+    ),
 )
 
 SECOND_MOMENT = faults(
@@ -246,14 +252,55 @@ PLANS = (
         ("factors bug", "factors ksl", "factors diagonal"),
         (
             "bug: the left factor moves too early",
-            "blend_of(Side::kLeft, i, left_increment_, right_blends_)",
-            "blend_of(Side::kLeft, i, left_increment_, left_blends_)",
+            "blend_of(Side::kLeft, i, arrays_.left_increment, right_blends_)",
+            "blend_of(Side::kLeft, i, arrays_.left_increment, left_blends_)",
         ),
         (
             "weights of the other side",
             "/*row=*/nullptr, /*col=*/w_R",
             "/*row=*/w_L, /*col=*/nullptr",
         ),
+    )
+    + faults(
+        "plan/step.cpp",
+        ("step orthogonalize", "skip step orthogonalize"),
+        ("A is B", "/*A=*/left, /*B=*/right", "/*A=*/left, /*B=*/left"),
+        ("A lies in the gradient", "/*A=*/left", "/*A=*/H"),
+        ("Adam's update stays", "if (!orthogonal_.empty())", "if (false)"),
+    )
+    + faults(
+        "plan/step_arrays.h",
+        ("skinny step nesterov", "step orthogonalize", "plan workspace"),
+        ("skinny updates made orthogonal", " && !p.is_skinny();", ";"),
+        (
+            "no room without a right factor",
+            "right_increment = std::max(right_increment, square);",
+            "(void)square;",
+        ),
+    )
+    + faults(
+        "plan/orthogonalize.cpp",
+        ("orthogonalize",),
+        (
+            "Gram matrix of the long side's rows",
+            "(is_tall ? tall_grams : wide_grams)",
+            "(is_tall ? wide_grams : tall_grams)",
+        ),
+        ("A^2 alone", "square.epilogue = Epilogue::kQuadratic;", ""),
+        (
+            "B X for X B",
+            "is_tall ? gemm_problem(X, arrays.B, next",
+            "is_tall ? gemm_problem(arrays.B, X, next",
+        ),
+        ("X is not added", "product.C = X;", "product.C = next;"),
+        ("ends in scratch", "num_steps % 2 == 0 ? arrays.update : arrays.scratch", "arrays.update"),
+        (
+            "every step starts from the first X",
+            "std::swap(X, next);",
+            "std::swap(X, next);\n      if (!is_last) std::swap(X, next);",
+        ),
+        ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
+        ("update_rms of the update before", "  plan.update_rms(sums);\n}\n\nPlan", "}\n\nPlan"),
     )
     + faults(
         "plan/adam_update.cpp",

@@ -47,10 +47,15 @@ SKINNY = (
         ("no sum of the momentum", "  momentum_total = warp_sum(momentum_total);\n", ""),
         (
             "updates have no bound",
-            "fminf(fmaxf(momentum * within, -bound), bound)",
-            "momentum * within",
+            "fminf(fmaxf(known * within, -s.update_bound), s.update_bound)",
+            "known * within",
         ),
-        ("bound after the correction", "s.update_bound / s.correction1", "s.update_bound"),
+        ("Nesterov: nothing in V", ": MV, g, s);", ": MV, 0.0f, s);"),
+        (
+            "Nesterov: gradient over tau in V",
+            ": MV, g, s);",
+            ": MV, gradient_in(j), s);",
+        ),
         (
             "sums of the first row",
             "q.sums[part.piece * p.short_side() + part.i + i] = sum",
@@ -70,8 +75,8 @@ SKINNY = (
         ("no broadcast", "  beyond = __shfl_sync(kFullMask, beyond, 0);\n", ""),
         (
             "V as if its part were not beyond",
-            "-bound), bound) - momentum * beyond",
-            "-bound), bound)",
+            "s.update_bound) - known * beyond;",
+            "s.update_bound);",
         ),
         (
             "no bias correction",
@@ -101,6 +106,11 @@ SKINNY = (
             "(p.m > p.n ? beyond.row : beyond.col)",
         ),
         (
+            "Nesterov: no gradient beyond V",
+            "options_.nesterov ? adam.H : nullptr",
+            "nullptr",
+        ),
+        (
             "long factor before the moments",
             "    stage(SkinnyStage::kMoments);\n",
             "    stage(SkinnyStage::kLongFactor);\n",
@@ -111,10 +121,15 @@ SKINNY = (
         CHECKS,
         (
             "the rest without bias correction",
-            "(within[i] + update[i]) * s.correction1",
-            "within[i] + update[i]",
+            "update[i] = numerator(update[i], gradient_of(h[i], s), s);",
+            "update[i] += s.of_gradient * gradient_of(h[i], s);",
         ),
-        ("what V sees is lost", "(within[i] + update[i])", "update[i]"),
+        (
+            "Nesterov: rounding beyond V",
+            "update[i] = numerator(update[i], gradient_of(h[i], s), s);",
+            "update[i] = numerator(update[i], s.adam_tau * h[i], s);",
+        ),
+        ("what V sees is lost", "update[i] += within[i];", "update[i] += 0 * within[i];"),
     )
     + faults(
         "plan/on_device.h",

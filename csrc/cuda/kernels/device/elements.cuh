@@ -14,6 +14,11 @@ DYKAF_DEVICE float gradient_of(float h, const MatrixScalars& s) {
   return fabsf(h) < s.noise ? 0.0f : s.adam_tau * h;
 }
 
+// What Adam divides by the root of the second moment, after bias correction.
+DYKAF_DEVICE float numerator(float exp_avg, float g, const MatrixScalars& s) {
+  return s.of_momentum * exp_avg + s.of_gradient * g;
+}
+
 // Adam on a unit with the gradient of h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
 DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
                             const float (&h)[kUnit], const MatrixScalars& s, const AdamOptions& o,
@@ -24,7 +29,7 @@ DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
     exp_avg[i] = blend_momentum(exp_avg[i], g, o);
     exp_avg_sq[i] = o.beta2 * exp_avg_sq[i] + o.one_minus_beta2 * g * g;
     const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;
-    update[i] = exp_avg[i] * s.correction1 / denominator;
+    update[i] = numerator(exp_avg[i], g, s) / denominator;
   }
 }
 

@@ -1,0 +1,41 @@
+"""ops.orthogonalize_ against the singular values of the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from conftest import SHAPES, Matrices, shape_id
+from tolerances import distance, newton_schulz_bound
+
+from dykaf import ops
+
+pytestmark = pytest.mark.usefixtures("through_the_backend")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_against_singular_values(matrices: Matrices, shape: tuple[int, int], steps: int) -> None:
+    state, update = matrices.state(*shape), matrices.randn(*shape)
+    expected = reference.orthogonalized(update.double(), steps)
+    bound = newton_schulz_bound(update.double(), steps, matrices.dtype)
+    ops.orthogonalize_([update], [state], matrices.options(orthogonalize=steps))
+    assert distance(update, expected) <= bound
+    assert bound < 0.005 * expected.norm()  # it says something
+    rms = float(update.double().square().mean().sqrt())
+    assert float(state["update_rms"]) == pytest.approx(rms, rel=1e-6)
+
+
+def test_zeros_stay(matrices: Matrices) -> None:
+    state, update = matrices.state(6, 4), torch.zeros(6, 4, dtype=matrices.dtype)
+    state["update_rms"].fill_(1)
+    ops.orthogonalize_([update], [state], matrices.options(orthogonalize=2))
+    assert not update.any() and not state["update_rms"].any()
+
+
+def test_no_steps_change_nothing(matrices: Matrices) -> None:
+    state, update = matrices.state(6, 4), matrices.randn(6, 4)
+    before, rms = update.clone(), state["update_rms"].clone()
+    ops.orthogonalize_([update], [state], matrices.options(orthogonalize=0))
+    assert torch.equal(update, before)
+    assert torch.equal(state["update_rms"], rms)
