@@ -74,16 +74,15 @@ struct Problem {
   uint64_t stream;             // names the random numbers of this matrix
   double grad_max;             // max|grad|
 
-  // constexpr is what lets kernels call them.
   bool is_unsided() const { return L == nullptr && R == nullptr; }
-  constexpr bool is_skinny() const { return basis != nullptr; }
-  constexpr bool is_wide() const { return m < n; }
+  bool is_skinny() const { return basis != nullptr; }
+  bool is_wide() const { return m < n; }
   int64_t size() const { return m * n; }
-  constexpr int64_t short_side() const { return is_wide() ? m : n; }
-  constexpr int64_t long_side() const { return is_wide() ? n : m; }
+  int64_t short_side() const { return is_wide() ? m : n; }
+  int64_t long_side() const { return is_wide() ? n : m; }
 
   // The longest side whose basis Adam's gradients are rotated to, 0 without one.
-  constexpr int64_t rotated_side() const {
+  int64_t rotated_side() const {
     const int64_t rows = Q_L != nullptr ? m : 0;
     const int64_t cols = Q_R != nullptr ? n : 0;
     return rows > cols ? rows : cols;
