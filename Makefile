@@ -67,11 +67,11 @@ SANITIZED := build/sanitized
 test-sanitize: $(BUILT)
 	@echo "==> building the extension with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@DYKAF_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib $(SANITIZED)
-	@echo "==> running tests/test_ops.py with it"
+	@echo "==> running the tests of the ops with it"
 	@preload="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"; \
 	  PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$$preload" \
-	  $(PY) -m pytest --capture=no tests/test_ops.py
+	  $(PY) -m pytest --capture=no tests/test_ops.py tests/test_ops_bases.py
 
 # The CUDA kernels on the CPU: tests/simt/README.md. SIMT_FLAGS=--quick takes the part that CI runs.
 test-simt: $(BUILT)

@@ -37,10 +37,20 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(1, 1), (1, 7), (5, 1), (2, 16), (6, 4), (16, 16), (33, 17), (17, 33), (65, 33)]
+# Sizes at which the symmetric products switch to panels and the loops to several threads.
+LARGE_SHAPES = [(600, 40), (40, 600), (530, 530)]
 
 
 def shape_id(shape: tuple[int, int]) -> str:
     return "x".join(str(size) for size in shape)
+
+
+all_shapes = pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+factor_shapes = pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=shape_id)
+
+
+def doubles(state: State) -> State:
+    return {key: value.double().clone() for key, value in state.items()}
 
 
 class Matrices:
