@@ -317,3 +317,35 @@ def test_step_is_the_composition_of_the_operations_bit_for_bit(
             assert float(state[key]) == pytest.approx(float(twin[key]), rel=2 * u)
         else:
             assert torch.equal(state[key], twin[key]), key
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "between"])
+def test_in_a_list_of_several_dtypes_each_matrix_is_as_alone(place: int) -> None:
+    """On a GPU several backends serve such a list. The gradient in float64 is so large that next to
+    its maximum those of the others would be nothing."""
+    kinds = [Matrices(torch.float32, seed) for seed in (1, 2)]
+    kinds.insert(place, Matrices(torch.float64, 3))
+    shapes = [(6, 4), (5, 7), (4, 9)]
+    states = [kind.state(*shape) for kind, shape in zip(kinds, shapes, strict=True)]
+    fresh = [kind.zero_state(*shape) for kind, shape in zip(kinds, shapes, strict=True)]
+    grads = [kind.randn(*shape) for kind, shape in zip(kinds, shapes, strict=True)]
+    grads[place].mul_(1e30)
+    options = kinds[0].options()
+
+    def results(chosen: list[int]) -> list[dict[str, Tensor]]:
+        G = [grads[i] for i in chosen]
+        started = [{key: value.clone() for key, value in fresh[i].items()} for i in chosen]
+        running = [{key: value.clone() for key, value in states[i].items()} for i in chosen]
+        ops.initialize_(G, started, [(0, 0, 0)] * len(chosen), options)
+        updates = ops.adam_update_(G, running, options)
+        ops.factor_update_(G, running, options)
+        return [
+            {"update": D, **new, **{f"first {key}": value for key, value in first.items()}}
+            for D, new, first in zip(updates, running, started, strict=True)
+        ]
+
+    for i, found in enumerate(results([0, 1, 2])):
+        (alone,) = results([i])
+        for key in alone:
+            assert torch.equal(found[key], alone[key]), (i, key)
+        assert not torch.equal(found["L"], states[i]["L"])

@@ -1,7 +1,6 @@
 #include "bindings/on_cuda.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
@@ -35,10 +34,10 @@ cuda::DeviceInputs inputs_of(const CudaGroup& group) {
 }
 
 // The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
-CudaGroup subgroup(const CudaGroup& group, const std::vector<int64_t>& indices,
+CudaGroup subgroup(const CudaGroup& group, const std::vector<size_t>& indices,
                    std::vector<Problem<float>>& problems) {
   problems.clear();
-  for (int64_t i : indices) problems.push_back(group.problems[static_cast<size_t>(i)]);
+  for (size_t i : indices) problems.push_back(group.problems[i]);
   CudaGroup part{problems, group.options, group.device, group.precision};
   part.skip = group.skip;
   part.amp_scale = group.amp_scale;
@@ -46,26 +45,15 @@ CudaGroup subgroup(const CudaGroup& group, const std::vector<int64_t>& indices,
   return part;
 }
 
-// Those of the group's maxima that belong to `indices`, which ascend. Where they are a range
-// nothing is copied to the device, as a captured step must not.
-at::Tensor maxima_of(const CudaGroup& group, const std::vector<int64_t>& indices) {
-  const auto num = static_cast<int64_t>(indices.size());
-  if (num == 0 || indices.back() - indices.front() == num - 1) {
-    return group.grad_max->narrow(0, num == 0 ? 0 : indices.front(), num);
-  }
-  return group.grad_max->index_select(0, at::tensor(indices).to(group.device, true));
-}
-
 // `indices` of the group in passes that keep to kMaxWorkspaceBytes.
-std::vector<std::vector<int64_t>> passes_of(const CudaGroup& group,
-                                            const std::vector<int64_t>& indices) {
-  std::vector<std::vector<int64_t>> passes;
+std::vector<std::vector<size_t>> passes_of(const CudaGroup& group,
+                                           const std::vector<size_t>& indices) {
+  std::vector<std::vector<size_t>> passes;
   for (size_t begin = 0; begin < indices.size();) {
     int64_t bytes = 0;
     size_t end = begin;
     while (end < indices.size()) {
-      bytes += cuda::step_workspace_bytes(group.problems[static_cast<size_t>(indices[end])],
-                                          group.options);
+      bytes += cuda::step_workspace_bytes(group.problems[indices[end]], group.options);
       if (end > begin && bytes > kMaxWorkspaceBytes) break;
       ++end;
     }
@@ -76,9 +64,9 @@ std::vector<std::vector<int64_t>> passes_of(const CudaGroup& group,
 }
 
 // Rows that a skipped step did not write weigh nothing: their part of `core` is zero.
-void count_rows(const CudaGroup& group, const std::vector<int64_t>& indices) {
-  for (int64_t i : indices) {
-    const Problem<float>& p = group.problems[static_cast<size_t>(i)];
+void count_rows(const CudaGroup& group, const std::vector<size_t>& indices) {
+  for (size_t i : indices) {
+    const Problem<float>& p = group.problems[i];
     if (p.is_skinny() && updates_factors(p, group.options)) p.rows[1] += p.short_side();
   }
 }
@@ -182,14 +170,14 @@ CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
     if (!p.is_unsided() && p.next_refresh[0] == kSawZero) {
       waiting_.push_back(i);
     } else {
-      (awaits_first_gradient(p) ? fresh_ : running_).push_back(static_cast<int64_t>(i));
+      (awaits_first_gradient(p) ? fresh_ : running_).push_back(i);
     }
   }
   const c10::DeviceGuard guard(group.device);
-  for (const std::vector<int64_t>& indices : passes_of(group, running_)) {
+  for (const std::vector<size_t>& indices : passes_of(group, running_)) {
     Pass& pass = passes_.emplace_back();
     subgroup(group, indices, pass.problems);
-    pass.grad_max = maxima_of(group, indices);
+    pass.grad_max = entries(*group.grad_max, indices);
     const CudaGroup part = group_of(pass);
     const cuda::Plan plan =
         cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
@@ -216,15 +204,15 @@ void CudaStep::plan(void* workspace) {
 
 void CudaStep::initialize_() {
   std::vector<Problem<float>> problems;
-  for (const std::vector<int64_t>& indices : passes_of(group_, fresh_)) {
+  for (const std::vector<size_t>& indices : passes_of(group_, fresh_)) {
     CudaGroup part = subgroup(group_, indices, problems);
-    part.grad_max = maxima_of(group_, indices);
+    part.grad_max = entries(*group_.grad_max, indices);
     initialize_on_cuda_(part);
   }
 }
 
 void CudaStep::reset_() {
-  for (int64_t i : fresh_) reset_on_cuda_(group_, group_.problems[static_cast<size_t>(i)]);
+  for (size_t i : fresh_) reset_on_cuda_(group_, group_.problems[i]);
 }
 
 StepReport CudaStep::run_() {
@@ -232,15 +220,14 @@ StepReport CudaStep::run_() {
   for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
   StepReport report;
   report.waiting = waiting_;
-  for (int64_t i : fresh_) {
-    const auto place = static_cast<size_t>(i);
-    if (group_.problems[place].next_refresh[0] == kSawZero) report.waiting.push_back(place);
+  for (size_t i : fresh_) {
+    if (group_.problems[i].next_refresh[0] == kSawZero) report.waiting.push_back(i);
   }
   if (refreshes_ == Refreshes::kApart) return report;
   count_rows(group_, running_);
   std::vector<Problem<float>> problems;
   for (size_t i : refresh_due_on_cuda_(subgroup(group_, running_, problems))) {
-    report.stayed.push_back(static_cast<size_t>(running_[i]));
+    report.stayed.push_back(running_[i]);
   }
   return report;
 }

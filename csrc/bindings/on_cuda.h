@@ -74,8 +74,8 @@ class CudaStep {
 
   CudaGroup group_;
   Refreshes refreshes_;
-  std::vector<int64_t> fresh_;
-  std::vector<int64_t> running_;
+  std::vector<size_t> fresh_;
+  std::vector<size_t> running_;
   std::vector<size_t> waiting_;
   std::list<Pass> passes_;
   int64_t workspace_bytes_ = 0;

@@ -33,7 +33,8 @@ void run(Problems& problems, const Options& parsed, const OnCpu& on_cpu,
   if (!problems.wide.matrices.empty()) on_cpu(problems.wide);
 #if defined(DYKAF_WITH_CUDA)
   if (!problems.cuda.matrices.empty()) {
-    on_cuda(CudaGroup{problems.cuda.matrices, parsed, problems.device(), parsed.precision});
+    on_cuda(CudaGroup{problems.cuda.matrices, parsed, problems.device(), parsed.precision,
+                      problems.maxima_of(problems.cuda.places)});
   }
 #endif
   if (!problems.aten.matrices.empty()) {
@@ -74,7 +75,7 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
                      .needs_factors = true,
                      .needs_dense = true,
                      .grads_name = "inputs"},
-                    parsed);
+                    parsed.second_moment);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(
       problems, parsed,
@@ -97,14 +98,13 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
   inputs.needs_dense = true;
   TensorList updates = allocate_like(grads);
   inputs.updates = updates;
-  Problems problems(states, inputs, parsed);
+  Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
         cpu::adam_update_<T>(list.matrices, parsed, matrix_pointers(list, updates).data());
       },
-      [&](auto group) {
-        group.grad_max = inputs.grad_max;
+      [&](const auto& group) {
         adam_update_on_cuda_(group, matrix_pointers(problems.cuda, updates).data());
       },
       [](const auto& matrices, const auto& given) { aten::adam_update_(matrices, given); });
@@ -114,7 +114,7 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
 void orthogonalize_op(const TensorList& updates, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
   Problems problems(states, {.updates = updates, .needs_factors = true, .needs_dense = true},
-                    parsed);
+                    parsed.second_moment);
   if (parsed.orthogonalize == 0) return;
   run(
       problems, parsed,
@@ -130,7 +130,8 @@ void orthogonalize_op(const TensorList& updates, const States& states, const py:
 void apply_update_op(const TensorList& params, const TensorList& updates, const States& states,
                      const std::vector<uint64_t>& streams, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.params = params, .updates = updates, .streams = streams}, parsed);
+  Problems problems(states, {.params = params, .updates = updates, .streams = streams},
+                    parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -148,14 +149,11 @@ void factor_update_op(const TensorList& grads, const States& states, const py::d
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.needs_factors = inputs.needs_dense = true;
-  Problems problems(states, inputs, parsed);
+  Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.matrices, parsed); },
-      [&](auto group) {
-        group.grad_max = inputs.grad_max;
-        factor_update_on_cuda_(group);
-      },
+      [](const auto& group) { factor_update_on_cuda_(group); },
       [](const auto& matrices, const auto& given) { aten::factor_update_(matrices, given); });
 }
 
@@ -165,14 +163,11 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
   inputs.needs_factors = true;
-  Problems problems(states, inputs, parsed);
+  Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.matrices, parsed); },
-      [&](auto group) {
-        group.grad_max = inputs.grad_max;
-        initialize_on_cuda_(group);
-      },
+      [](const auto& group) { initialize_on_cuda_(group); },
       [](const auto& matrices, const auto& given) { aten::initialize_(matrices, given); });
 }
 
@@ -180,7 +175,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
   const Options parsed = parse_options(options, device_of(states));
   if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
   const Side which = side == "left" ? Side::kLeft : Side::kRight;
-  Problems problems(states, {.needs_factors = true}, parsed);
+  Problems problems(states, {.needs_factors = true}, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -195,7 +190,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
 void refresh_due_op(const States& states, const Offsets& offsets, const py::dict& options,
                     const TensorList& kept, const TensorList& full) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.offsets = offsets}, parsed);
+  Problems problems(states, {.offsets = offsets}, parsed.second_moment);
   {
     const py::gil_scoped_release no_gil;
     const Apart apart;

@@ -1,6 +1,7 @@
 #include "bindings/problems.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 
 #include <functional>
 #include <numeric>
@@ -46,7 +47,7 @@ struct MatrixInputs {
 
 // Those of matrix i of the stack, which is number `place` of all; `dtype` is its gradient's.
 template <typename T>
-void set_inputs(Problem<T>& p, const MatrixInputs& inputs, int64_t i, int64_t place, DType dtype) {
+void set_inputs(Problem<T>& p, const MatrixInputs& inputs, int64_t i, size_t place, DType dtype) {
   p.dtype = dtype;
   const auto offset = [&](const at::Tensor& tensor) {
     return i * p.size() * static_cast<int64_t>(tensor.element_size());
@@ -62,7 +63,7 @@ void set_inputs(Problem<T>& p, const MatrixInputs& inputs, int64_t i, int64_t pl
   }
 }
 
-void set_inputs(aten::Matrix& w, const MatrixInputs& inputs, int64_t i, int64_t place, DType) {
+void set_inputs(aten::Matrix& w, const MatrixInputs& inputs, int64_t i, size_t place, DType) {
   const auto matrix = [&](const at::Tensor* tensor) {
     at::Tensor taken = tensor->detach();
     take(taken, i, {w.m, w.n});
@@ -71,7 +72,9 @@ void set_inputs(aten::Matrix& w, const MatrixInputs& inputs, int64_t i, int64_t 
   if (inputs.grad != nullptr) w.grad = matrix(inputs.grad);
   if (inputs.param != nullptr) w.param = matrix(inputs.param);
   if (inputs.update != nullptr) w.update = matrix(inputs.update);
-  if (inputs.grad_max != nullptr) w.grad_max = inputs.grad_max->select(0, place);
+  if (inputs.grad_max != nullptr) {
+    w.grad_max = inputs.grad_max->select(0, static_cast<int64_t>(place));
+  }
 }
 
 template <typename List>
@@ -172,6 +175,21 @@ at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts)
   return maxima;
 }
 
+at::Tensor entries(const at::Tensor& vector, const std::vector<size_t>& places) {
+  const auto num = static_cast<int64_t>(places.size());
+  const int64_t first = places.empty() ? 0 : static_cast<int64_t>(places.front());
+  if (places.empty() || static_cast<int64_t>(places.back()) - first == num - 1) {
+    return vector.narrow(0, first, num);
+  }
+  const std::vector<int64_t> indices(places.begin(), places.end());
+  return vector.index_select(0, at::tensor(indices).to(vector.device(), /*non_blocking=*/true));
+}
+
+std::optional<at::Tensor> Problems::maxima_of(const std::vector<size_t>& places) const {
+  if (!grad_max_) return std::nullopt;
+  return entries(*grad_max_, places);
+}
+
 const at::Tensor& Problems::contiguous_param(const at::Tensor& param) {
   if (param.is_contiguous()) return param;
   copies_.emplace_back(param.contiguous(), param);
@@ -187,7 +205,7 @@ void Problems::write_back() {
 
 template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,
-                      const Inputs& inputs, const Options& options) {
+                      const Inputs& inputs, SecondMoment second_moment) {
   const StateReader state(index, state_dict, device_);
   const bool factored = state.has("rho");
   if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
@@ -196,8 +214,8 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();
-  Matrix p = factored ? read_factored<Matrix>(state, options.second_moment, batch)
-                      : read_unsided<Matrix>(state);
+  Matrix p =
+      factored ? read_factored<Matrix>(state, second_moment, batch) : read_unsided<Matrix>(state);
   state.read(p.step, "step", batch, at::kFloat);
   state.read(p.update_rms, "update_rms", batch, at::kFloat);
   const int64_t count = step.numel();
@@ -266,8 +284,8 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
 }
 
 Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
-                   const Options& options)
-    : device_(device_of(states)) {
+                   SecondMoment second_moment)
+    : device_(device_of(states)), grad_max_(inputs.grad_max) {
   const Apart apart;
   check_length("params", inputs.params, states.size());
   check_length(inputs.grads_name, inputs.grads, states.size());
@@ -294,16 +312,16 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
     switch (backend_of(state.name("exp_avg"), exp_avg)) {
       case Backend::kCpu:
         if (exp_avg.scalar_type() == at::kDouble) {
-          append(wide, i, states[i], inputs, options);
+          append(wide, i, states[i], inputs, second_moment);
         } else {
-          append(single, i, states[i], inputs, options);
+          append(single, i, states[i], inputs, second_moment);
         }
         break;
       case Backend::kCuda:
-        append(cuda, i, states[i], inputs, options);
+        append(cuda, i, states[i], inputs, second_moment);
         break;
       case Backend::kAten:
-        append(aten, i, states[i], inputs, options);
+        append(aten, i, states[i], inputs, second_moment);
         break;
     }
   }

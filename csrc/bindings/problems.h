@@ -35,7 +35,7 @@ template <typename Matrix>
 struct MatrixList {
   std::vector<Matrix> matrices;
   std::vector<size_t> sources;  // the index of the state that each matrix belongs to
-  std::vector<int64_t> places;  // of each matrix among those of all states
+  std::vector<size_t> places;   // of each matrix among those of all states
 };
 template <typename T>
 using ProblemList = MatrixList<Problem<T>>;
@@ -43,7 +43,7 @@ using ProblemList = MatrixList<Problem<T>>;
 class Problems {
  public:
   // Raises ValueError naming the tensor, what was expected and what came.
-  Problems(const std::vector<py::dict>& states, const Inputs& inputs, const Options& options);
+  Problems(const std::vector<py::dict>& states, const Inputs& inputs, SecondMoment second_moment);
 
   // By the backend that serves them.
   ProblemList<float> single;  // cpu
@@ -54,6 +54,9 @@ class Problems {
   // Where all tensors are, but those that types.h places on the host.
   const at::Device& device() const { return device_; }
 
+  // max|G| of the matrices at `places` of all; nothing where none came in.
+  std::optional<at::Tensor> maxima_of(const std::vector<size_t>& places) const;
+
   // Copies parameters that are not contiguous back to where they came from, and tells autograd that
   // all of them were changed in place.
   void write_back();
@@ -61,14 +64,19 @@ class Problems {
  private:
   template <typename Matrix>
   void append(MatrixList<Matrix>& list, size_t index, const py::dict& state, const Inputs& inputs,
-              const Options& options);
+              SecondMoment second_moment);
   const at::Tensor& contiguous_param(const at::Tensor& param);
 
   at::Device device_;
   TensorList params_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // contiguous copy, original
-  int64_t num_matrices_ = 0;
+  std::optional<at::Tensor> grad_max_;
+  size_t num_matrices_ = 0;
 };
+
+// The entries of a vector at `places`, which ascend. Where they are a range nothing is copied to
+// the device, as a captured step must not.
+at::Tensor entries(const at::Tensor& vector, const std::vector<size_t>& places);
 
 // The number of matrices that each state holds.
 std::vector<int64_t> count_matrices(const std::vector<py::dict>& states);

@@ -1,7 +1,6 @@
 // The whole step of all groups in one call: first everything that may fail, then the changes.
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <list>
@@ -21,7 +20,7 @@ namespace {
 // The step of those matrices of a job that one backend serves.
 class Part {
  public:
-  Part(std::vector<size_t> sources, std::vector<int64_t> places)
+  Part(std::vector<size_t> sources, std::vector<size_t> places)
       : sources(std::move(sources)), places(std::move(places)) {}
   virtual ~Part() = default;
 
@@ -35,14 +34,14 @@ class Part {
 
   // Of each matrix: the place of its parameter in the job, and its own.
   const std::vector<size_t> sources;
-  const std::vector<int64_t> places;
+  const std::vector<size_t> places;
 };
 
 // BackendStep is cpu::Step, aten::Step or CudaStep.
 template <typename BackendStep>
 class PartOf : public Part {
  public:
-  PartOf(std::vector<size_t> sources, std::vector<int64_t> places, BackendStep step)
+  PartOf(std::vector<size_t> sources, std::vector<size_t> places, BackendStep step)
       : Part(std::move(sources), std::move(places)), step_(std::move(step)) {}
 
   bool has_fresh() const override { return step_.has_fresh(); }
@@ -70,7 +69,6 @@ class Job {
       : states_(read<std::vector<py::dict>>(job, "states")),
         options_(parse_options(read<py::dict>(job, "options"), device_of(states_))),
         refreshes_(read<bool>(job, "refresh") ? Refreshes::kWithStep : Refreshes::kApart),
-        grad_max_(read<at::Tensor>(job, "grad_max")),
         skip_(read<std::optional<at::Tensor>>(job, "skip")),
         amp_scale_(read<std::optional<at::Tensor>>(job, "amp_scale")),
         lr_(read<std::optional<at::Tensor>>(job, "lr")),
@@ -79,10 +77,10 @@ class Job {
         problems_(states_,
                   {.params = read<TensorList>(job, "params"),
                    .grads = read<TensorList>(job, "grads"),
-                   .grad_max = grad_max_,
+                   .grad_max = read<at::Tensor>(job, "grad_max"),
                    .streams = read<std::vector<uint64_t>>(job, "streams"),
                    .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
-                  options_) {
+                  options_.second_moment) {
     check_scalar("skip", skip_, at::kInt);
     check_scalar("amp_scale", amp_scale_, at::kFloat);
     check_scalar("lr", lr_, at::kFloat);
@@ -100,7 +98,7 @@ class Job {
 #if defined(DYKAF_WITH_CUDA)
     add(problems_.cuda, [&](const auto& list) {
       return CudaStep({list, options_, device(), options_.precision,
-                       maxima_of(problems_.cuda.places), skip_, amp_scale_, lr_},
+                       problems_.maxima_of(problems_.cuda.places), skip_, amp_scale_, lr_},
                       refreshes_);
     });
 #endif
@@ -138,9 +136,7 @@ class Job {
       const StepReport report = part->run_();
       for (size_t i : report.failed) found.failed.push_back(part->sources[i]);
       for (size_t i : report.stayed) found.stayed.push_back(part->sources[i]);
-      for (size_t i : report.waiting) {
-        found.waiting.push_back(static_cast<size_t>(part->places[i]));
-      }
+      for (size_t i : report.waiting) found.waiting.push_back(part->places[i]);
     }
     narrow();
     problems_.write_back();
@@ -175,14 +171,6 @@ class Job {
         std::make_unique<PartOf<BackendStep>>(list.sources, list.places, make_step(list.matrices)));
   }
 
-#if defined(DYKAF_WITH_CUDA)
-  // Where another backend serves some matrices, those of the others.
-  at::Tensor maxima_of(const std::vector<int64_t>& places) const {
-    if (problems_.aten.matrices.empty()) return grad_max_;
-    return grad_max_.index_select(0, at::tensor(places).to(device(), /*non_blocking=*/true));
-  }
-#endif
-
   bool has_fresh() const {
     return std::any_of(parts_.begin(), parts_.end(),
                        [](const auto& part) { return part->has_fresh(); });
@@ -198,7 +186,6 @@ class Job {
   std::vector<py::dict> states_;
   Options options_;
   Refreshes refreshes_;
-  at::Tensor grad_max_;
   std::optional<at::Tensor> skip_;
   std::optional<at::Tensor> amp_scale_;
   std::optional<at::Tensor> lr_;
