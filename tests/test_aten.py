@@ -184,6 +184,22 @@ def test_a_run_goes_on_with_another_backend() -> None:
     assert float((param.detach() - ref.W).abs().max()) <= TRAJECTORY * travelled
 
 
+def test_a_choice_within_another_leaves_it() -> None:
+    tensor = torch.zeros(1)
+    with ops.aten_alone(), ops.aten_alone():
+        pass
+    assert ops.backend_of(tensor) == "aten"  # by the fixture
+    before = ops._C.use_aten_alone(False)
+    try:
+        with ops.aten_alone():
+            with ops.aten_alone():
+                pass
+            assert ops.backend_of(tensor) == "aten"
+        assert ops.backend_of(tensor) == "cpu"
+    finally:
+        ops._C.use_aten_alone(before)
+
+
 def test_the_choice_of_a_process_and_of_a_part_of_it() -> None:
     code = (
         "import torch, dykaf; from dykaf import ops; x = torch.zeros(1)\n"

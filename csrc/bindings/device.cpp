@@ -51,7 +51,7 @@ const char* name_of(Backend backend) {
   return "";
 }
 
-void use_aten_alone(bool alone) { aten_alone = alone; }
+bool use_aten_alone(bool alone) { return aten_alone.exchange(alone); }
 
 #if defined(DYKAF_WITH_CUDA)
 

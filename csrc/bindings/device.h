@@ -30,8 +30,9 @@ Backend backend_of(const std::string& name, const at::Tensor& tensor);
 // "cpu", "cuda" or "aten".
 const char* name_of(Backend backend);
 
-// From now on torch's own operations serve all tensors, or again what is fastest for each.
-void use_aten_alone(bool alone);
+// From now on torch's own operations serve all tensors, or again what is fastest for each; returns
+// the choice before.
+bool use_aten_alone(bool alone);
 
 // Allocates workspace on `device`, makes the plan there and launches it on the current stream.
 // Raises RuntimeError with CUDA's message if a launch fails.

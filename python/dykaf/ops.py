@@ -21,8 +21,7 @@ from dykaf import _C
 from dykaf.options import StepOptions
 from dykaf.state import State
 
-_IS_ATEN_ASKED = os.environ.get("DYKAF_BACKEND") == "aten"
-_C.use_aten_alone(_IS_ATEN_ASKED)
+_C.use_aten_alone(os.environ.get("DYKAF_BACKEND") == "aten")
 
 
 def backend_of(tensor: Tensor, name: str = "tensor") -> str:
@@ -44,11 +43,11 @@ def aten_alone() -> Iterator[None]:
 
     For comparisons; a state is the same on every backend. The choice holds for all threads.
     """
-    _C.use_aten_alone(True)
+    before = _C.use_aten_alone(True)
     try:
         yield
     finally:
-        _C.use_aten_alone(_IS_ATEN_ASKED)
+        _C.use_aten_alone(before)
 
 
 def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
