@@ -12,7 +12,6 @@
 #include "aten/batch_ops.h"
 #include "aten/refresh_basis.h"
 #include "aten/skinny.h"
-#include "dykaf/schedule.h"
 
 namespace dykaf::aten {
 namespace {
@@ -140,35 +139,17 @@ std::vector<size_t> refresh_due_(const Matrices& matrices, const Inputs& inputs)
   const auto due = take_due(std::span<const Matrix>(matrices), inputs.options);
   std::vector<size_t> failed;
   for (const Side side : {Side::kLeft, Side::kRight}) {
-    const Matrices& list = due[static_cast<size_t>(side)];
-    for (const size_t place : refresh_basis_(list, inputs, side)) {
-      for (size_t i = 0; i < matrices.size(); ++i) {
-        if (matrices[i].refreshes == list[place].refreshes) failed.push_back(i);
-      }
-    }
+    const std::vector<size_t>& places = due[static_cast<size_t>(side)];
+    const Matrices list = chosen(matrices, places);
+    for (const size_t i : refresh_basis_(list, inputs, side)) failed.push_back(places[i]);
   }
   return failed;
 }
 
 Step::Step(Matrices matrices, const Inputs& inputs, Refreshes refreshes)
-    : matrices_(std::move(matrices)), inputs_(inputs), refreshes_(refreshes) {
-  for (size_t i = 0; i < matrices_.size(); ++i) {
-    const Matrix& w = matrices_[i];
-    if (!w.is_unsided() && w.next_refresh[0] == kSawZero) {
-      waiting_.push_back(i);
-    } else {
-      (awaits_first_gradient(w) ? fresh_ : running_).push_back(i);
-    }
-  }
-}
+    : matrices_(std::move(matrices)), inputs_(inputs), refreshes_(refreshes), places_(matrices_) {}
 
 namespace {
-
-Matrices chosen(const Matrices& matrices, const std::vector<size_t>& places) {
-  Matrices result;
-  for (size_t i : places) result.push_back(matrices[i]);
-  return result;
-}
 
 void step_(Batch& batch, const Inputs& inputs, FactorUpdates factor_updates) {
   const MatmulPrecision precision = inputs.options.precision;
@@ -193,19 +174,16 @@ void step_(Batch& batch, const Inputs& inputs, FactorUpdates factor_updates) {
 
 }  // namespace
 
-void Step::initialize_() { aten::initialize_(chosen(matrices_, fresh_), inputs_); }
+void Step::initialize_() { aten::initialize_(chosen(matrices_, places_.fresh), inputs_); }
 
 void Step::reset_() {
-  for (size_t i : fresh_) aten::reset_(matrices_[i]);
+  for (size_t i : places_.fresh) aten::reset_(matrices_[i]);
 }
 
 StepReport Step::run_() {
   StepReport report;
-  report.waiting = waiting_;
-  for (size_t i : fresh_) {
-    if (matrices_[i].next_refresh[0] == kSawZero) report.waiting.push_back(i);
-  }
-  const Matrices running = chosen(matrices_, running_);
+  report.waiting = places_.still_waiting(matrices_);
+  const Matrices running = chosen(matrices_, places_.running);
   const c10::OptionalDeviceGuard guard(device_of(running));
   const auto updates = [&](const Matrix& w) -> int64_t {
     return !w.is_unsided() && updates_factors(w, inputs_.options) ? 1 : 0;
@@ -219,11 +197,11 @@ StepReport Step::run_() {
       failed.insert(failed.end(), batch.matrices().begin(), batch.matrices().end());
     }
   });
-  for (size_t i : places_of(running, failed)) report.failed.push_back(running_[i]);
+  for (size_t i : places_of(running, failed)) report.failed.push_back(places_.running[i]);
   if (refreshes_ == Refreshes::kApart) return report;
 
   std::vector<size_t> done;
-  for (size_t i : running_) {
+  for (size_t i : places_.running) {
     if (std::find(report.failed.begin(), report.failed.end(), i) == report.failed.end()) {
       done.push_back(i);
     }

@@ -9,6 +9,7 @@
 
 #include "aten/matrix.h"
 #include "dykaf/ops.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::aten {
 
@@ -54,7 +55,7 @@ class Step {
  public:
   Step(Matrices matrices, const Inputs& inputs, Refreshes refreshes);
 
-  bool has_fresh() const { return !fresh_.empty(); }
+  bool has_fresh() const { return !places_.fresh.empty(); }
   // Waits for the device.
   void initialize_();
   void reset_();
@@ -65,9 +66,7 @@ class Step {
   Matrices matrices_;
   Inputs inputs_;
   Refreshes refreshes_;
-  std::vector<size_t> fresh_;
-  std::vector<size_t> running_;
-  std::vector<size_t> waiting_;
+  StepPlaces places_;
 };
 
 }  // namespace dykaf::aten

@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "aten/ops.h"
-#include "dykaf/schedule.h"
 
 #if defined(DYKAF_WITH_CUDA)
 
@@ -36,8 +35,7 @@ cuda::DeviceInputs inputs_of(const CudaGroup& group) {
 // The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
 CudaGroup subgroup(const CudaGroup& group, const std::vector<size_t>& indices,
                    std::vector<Problem<float>>& problems) {
-  problems.clear();
-  for (size_t i : indices) problems.push_back(group.problems[i]);
+  problems = chosen(group.problems, indices);
   CudaGroup part{problems, group.options, group.device, group.precision};
   part.skip = group.skip;
   part.amp_scale = group.amp_scale;
@@ -152,29 +150,19 @@ std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
   const auto due = take_due(group.problems, group.options);
   std::vector<size_t> failures;
   for (const Side side : {Side::kLeft, Side::kRight}) {
-    const auto& problems = due[static_cast<size_t>(side)];
-    const aten::Matrices matrices = matrices_of(problems, group);
-    for (const size_t place : aten::refresh_basis_(matrices, aten_inputs(group), side)) {
-      for (size_t i = 0; i < group.problems.size(); ++i) {
-        if (group.problems[i].step == problems[place].step) failures.push_back(i);
-      }
+    const std::vector<size_t>& places = due[static_cast<size_t>(side)];
+    const aten::Matrices matrices = matrices_of(chosen(group.problems, places), group);
+    for (const size_t i : aten::refresh_basis_(matrices, aten_inputs(group), side)) {
+      failures.push_back(places[i]);
     }
   }
   return failures;
 }
 
 CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
-    : group_(group), refreshes_(refreshes) {
-  for (size_t i = 0; i < group.problems.size(); ++i) {
-    const Problem<float>& p = group.problems[i];
-    if (!p.is_unsided() && p.next_refresh[0] == kSawZero) {
-      waiting_.push_back(i);
-    } else {
-      (awaits_first_gradient(p) ? fresh_ : running_).push_back(i);
-    }
-  }
+    : group_(group), refreshes_(refreshes), places_(group.problems) {
   const c10::DeviceGuard guard(group.device);
-  for (const std::vector<size_t>& indices : passes_of(group, running_)) {
+  for (const std::vector<size_t>& indices : passes_of(group, places_.running)) {
     Pass& pass = passes_.emplace_back();
     subgroup(group, indices, pass.problems);
     pass.grad_max = entries(*group.grad_max, indices);
@@ -204,7 +192,7 @@ void CudaStep::plan(void* workspace) {
 
 void CudaStep::initialize_() {
   std::vector<Problem<float>> problems;
-  for (const std::vector<size_t>& indices : passes_of(group_, fresh_)) {
+  for (const std::vector<size_t>& indices : passes_of(group_, places_.fresh)) {
     CudaGroup part = subgroup(group_, indices, problems);
     part.grad_max = entries(*group_.grad_max, indices);
     initialize_on_cuda_(part);
@@ -212,22 +200,19 @@ void CudaStep::initialize_() {
 }
 
 void CudaStep::reset_() {
-  for (size_t i : fresh_) reset_on_cuda_(group_, group_.problems[i]);
+  for (size_t i : places_.fresh) reset_on_cuda_(group_, group_.problems[i]);
 }
 
 StepReport CudaStep::run_() {
   const c10::DeviceGuard guard(group_.device);
   for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
   StepReport report;
-  report.waiting = waiting_;
-  for (size_t i : fresh_) {
-    if (group_.problems[i].next_refresh[0] == kSawZero) report.waiting.push_back(i);
-  }
+  report.waiting = places_.still_waiting(group_.problems);
   if (refreshes_ == Refreshes::kApart) return report;
-  count_rows(group_, running_);
+  count_rows(group_, places_.running);
   std::vector<Problem<float>> problems;
-  for (size_t i : refresh_due_on_cuda_(subgroup(group_, running_, problems))) {
-    report.stayed.push_back(running_[i]);
+  for (size_t i : refresh_due_on_cuda_(subgroup(group_, places_.running, problems))) {
+    report.stayed.push_back(places_.running[i]);
   }
   return report;
 }

@@ -8,6 +8,7 @@
 #include "bindings/device.h"
 #include "bindings/problems.h"
 #include "dykaf/ops.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::bindings {
 
@@ -55,7 +56,7 @@ class CudaStep {
   // Everything else that the step needs on the device, but for the refreshes.
   void plan(void* workspace);
 
-  bool has_fresh() const { return !fresh_.empty(); }
+  bool has_fresh() const { return !places_.fresh.empty(); }
   // Waits for the device.
   void initialize_();
   void reset_();
@@ -74,9 +75,7 @@ class CudaStep {
 
   CudaGroup group_;
   Refreshes refreshes_;
-  std::vector<size_t> fresh_;
-  std::vector<size_t> running_;
-  std::vector<size_t> waiting_;
+  StepPlaces places_;
   std::list<Pass> passes_;
   int64_t workspace_bytes_ = 0;
 };

@@ -59,7 +59,8 @@ template <typename T>
 void refresh_due_(std::span<const Problem<T>> problems, const Options& options) {
   const auto due = take_due(problems, options);
   for (const Side side : {Side::kLeft, Side::kRight}) {
-    refresh_basis_(std::span<const Problem<T>>(due[static_cast<size_t>(side)]), options, side);
+    const std::vector<Problem<T>> list = chosen(problems, due[static_cast<size_t>(side)]);
+    refresh_basis_(std::span<const Problem<T>>(list), options, side);
   }
 }
 

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <vector>
 
@@ -49,13 +51,48 @@ bool awaits_first_gradient(const Matrix& p) {
   return !p.is_unsided() && p.next_refresh[0] <= 0 && p.next_refresh[1] <= 0;
 }
 
-// Counts a step of each matrix that has factors. Returns, per Side, those whose basis is due now,
-// among them skinny matrices that have no room for another gradient; their dates move on.
+// The matrices of a step on a device by what it does with them, as places in their list.
+struct StepPlaces {
+  template <typename List>
+  explicit StepPlaces(const List& matrices) {
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const auto& p = matrices[i];
+      const bool is_fresh = awaits_first_gradient(p);
+      (!is_fresh ? running : p.next_refresh[0] == kSawZero ? waiting : fresh).push_back(i);
+    }
+  }
+
+  // Those that have seen zeros alone when the first gradients are done.
+  template <typename List>
+  std::vector<size_t> still_waiting(const List& matrices) const {
+    std::vector<size_t> places = waiting;
+    std::copy_if(fresh.begin(), fresh.end(), std::back_inserter(places),
+                 [&](size_t i) { return matrices[i].next_refresh[0] == kSawZero; });
+    return places;
+  }
+
+  std::vector<size_t> fresh;    // get their first gradient
+  std::vector<size_t> running;  // have had it
+  std::vector<size_t> waiting;  // are left out
+};
+
+template <typename List>
+std::vector<typename List::value_type> chosen(const List& matrices,
+                                              const std::vector<size_t>& places) {
+  std::vector<typename List::value_type> result;
+  for (size_t i : places) result.push_back(matrices[i]);
+  return result;
+}
+
+// Counts a step of each matrix that has factors. Returns, per Side, the places of those whose basis
+// is due now, among them skinny matrices that have no room for another gradient; their dates move
+// on.
 template <typename Matrix>
-std::array<std::vector<Matrix>, 2> take_due(std::span<const Matrix> matrices,
+std::array<std::vector<size_t>, 2> take_due(std::span<const Matrix> matrices,
                                             const Options& options) {
-  std::array<std::vector<Matrix>, 2> due;
-  for (const Matrix& p : matrices) {
+  std::array<std::vector<size_t>, 2> due;
+  for (size_t place = 0; place < matrices.size(); ++place) {
+    const Matrix& p = matrices[place];
     if (p.is_unsided() || awaits_first_gradient(p)) continue;
     const int64_t t = *p.schedule_step += 1;
     for (const Side side : {Side::kLeft, Side::kRight}) {
@@ -63,7 +100,7 @@ std::array<std::vector<Matrix>, 2> take_due(std::span<const Matrix> matrices,
       const bool is_long = (side == Side::kRight) == p.is_wide();
       const bool is_due = t >= p.next_refresh[i] || (is_long && p.is_full());
       if (!p.has_factor(side) || !is_due) continue;
-      due[i].push_back(p);
+      due[i].push_back(place);
       p.next_refresh[i] = next_refresh(t, options, p.refresh_offset[i]);
     }
   }
