@@ -30,6 +30,16 @@ std::optional<c10::Device> device_of(const Matrices& matrices) {
   return matrices[0].step.device();
 }
 
+// body(batch) for all matrices, and a commit after each.
+template <typename Body>
+void commit_each(const Matrices& matrices, const Inputs& inputs, const Body& body) {
+  const c10::OptionalDeviceGuard guard(device_of(matrices));
+  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+    body(batch);
+    batch.commit(inputs.skip);
+  });
+}
+
 std::vector<size_t> places_of(const Matrices& matrices, const std::vector<const Matrix*>& chosen) {
   std::vector<size_t> places;
   for (const Matrix* w : chosen) places.push_back(static_cast<size_t>(w - matrices.data()));
@@ -52,7 +62,7 @@ at::Tensor grad_max(const std::vector<at::Tensor>& gradients, at::ScalarType dty
   }
   for (const auto& [key, places] : by_dtype) {
     std::vector<at::Tensor> list;
-    for (size_t i : places) list.push_back(gradients[i].detach());
+    for (size_t i : places) list.push_back(gradients[i]);
     const auto norms = at::_foreach_norm(list, std::numeric_limits<double>::infinity());
     const at::Tensor stacked = at::stack(norms).to(dtype);
     for (size_t k = 0; k < places.size(); ++k) {
@@ -65,43 +75,32 @@ at::Tensor grad_max(const std::vector<at::Tensor>& gradients, at::ScalarType dty
 }
 
 void rotate(const Matrices& matrices, const Inputs& inputs, Rotation rotation) {
-  const c10::OptionalDeviceGuard guard(device_of(matrices));
-  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+  commit_each(matrices, inputs, [&](Batch& batch) {
     batch.set(&Matrix::update,
               rotated(batch, batch.get(&Matrix::grad), rotation, inputs.options.precision));
-    batch.commit();
   });
 }
 
 void adam_update_(const Matrices& matrices, const Inputs& inputs) {
-  const c10::OptionalDeviceGuard guard(device_of(matrices));
-  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+  commit_each(matrices, inputs, [&](Batch& batch) {
     batch.set(&Matrix::update, adam_update_(batch, inputs, scaled_gradients(batch, inputs)));
-    batch.commit(inputs.skip);
   });
 }
 
 void orthogonalize_(const Matrices& matrices, const Inputs& inputs) {
-  const c10::OptionalDeviceGuard guard(device_of(matrices));
-  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+  commit_each(matrices, inputs, [&](Batch& batch) {
     batch.set(&Matrix::update, orthogonalized_(batch, inputs.options, batch.get(&Matrix::update)));
-    batch.commit(inputs.skip);
   });
 }
 
 void apply_update_(const Matrices& matrices, const Inputs& inputs) {
-  const c10::OptionalDeviceGuard guard(device_of(matrices));
-  for_each_batch(pointers(matrices), together, [&](Batch batch) {
-    apply_update_(batch, inputs, batch.get(&Matrix::update));
-    batch.commit(inputs.skip);
-  });
+  commit_each(matrices, inputs,
+              [&](Batch& batch) { apply_update_(batch, inputs, batch.get(&Matrix::update)); });
 }
 
 void factor_update_(const Matrices& matrices, const Inputs& inputs) {
-  const c10::OptionalDeviceGuard guard(device_of(matrices));
-  for_each_batch(pointers(matrices), together, [&](Batch batch) {
+  commit_each(matrices, inputs, [&](Batch& batch) {
     factor_update_(batch, inputs, scaled_gradients(batch, inputs));
-    batch.commit(inputs.skip);
   });
 }
 
@@ -154,17 +153,16 @@ namespace {
 void step_(Batch& batch, const Inputs& inputs, FactorUpdates factor_updates) {
   const MatmulPrecision precision = inputs.options.precision;
   ScaledGradients gradients = scaled_gradients(batch, inputs);
-  const bool has_factors = !batch.first().is_unsided();
   at::Tensor update;
-  if (batch.first().is_skinny()) {
+  if (batch.first().is_unsided()) {
+    update = adam_update_(batch, inputs, gradients);
+  } else if (batch.first().is_skinny()) {
     update = skinny_step_(batch, inputs, gradients, factor_updates);
   } else {
-    if (has_factors) gradients.H = rotated(batch, gradients.H, Rotation::kIntoBasis, precision);
+    gradients.H = rotated(batch, gradients.H, Rotation::kIntoBasis, precision);
     update = adam_update_(batch, inputs, gradients);
-    if (has_factors && inputs.options.orthogonalize > 0) {
-      update = orthogonalized_(batch, inputs.options, update);
-    }
-    if (has_factors) update = rotated(batch, update, Rotation::kOutOfBasis, precision);
+    if (inputs.options.orthogonalize > 0) update = orthogonalized_(batch, inputs.options, update);
+    update = rotated(batch, update, Rotation::kOutOfBasis, precision);
     if (factor_updates == FactorUpdates::kThisStep) factor_update_(batch, inputs, gradients);
   }
   apply_update_(batch, inputs, update);
