@@ -18,13 +18,6 @@ namespace dykaf::cpu {
 namespace {
 
 template <typename T>
-double frobenius_norm(const T* x, int64_t size) {
-  return std::sqrt(sum_chunks<1>(size, [&](int64_t begin, int64_t end) {
-    return std::array{dot(x + begin, x + begin, end - begin)};
-  })[0]);
-}
-
-template <typename T>
 double inner(const T* x, const T* y, int64_t size) {
   return sum_chunks<1>(size, [&](int64_t begin, int64_t end) {
     return std::array{dot(x + begin, y + begin, end - begin)};
@@ -55,21 +48,12 @@ Products products(const T* factor, const T* increment, int64_t n) {
   return {sums[0], sums[1], sums[2]};
 }
 
-template <typename T>
-DYKAF_WIDE void blend_range_(T* factor, const T* increment, T keep, T gain, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) factor[i] = keep * factor[i] + gain * increment[i];
-}
-
 // factor = (a factor + b increment) / norm.
 template <typename T>
 void blend_(T* factor, const T* increment, double a, double b, double norm, int64_t n) {
-  const T keep = static_cast<T>(a / norm);
-  // Where it would be infinite the increment is as good as zero.
-  const T gain =
-      static_cast<T>(std::min(b / norm, static_cast<double>(std::numeric_limits<T>::max())));
-  for_chunks(n * n, [&](int64_t, int64_t begin, int64_t end) {
-    blend_range_(factor + begin, increment + begin, keep, gain, end - begin);
-  });
+  // Where the gain would be infinite the increment is as good as zero.
+  const double gain = std::min(b / norm, static_cast<double>(std::numeric_limits<T>::max()));
+  combine_(factor, increment, a / norm, gain, n * n);
 }
 
 template <typename T>

@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kPanel = 256;
 constexpr int64_t kPanelOfOneThread = 128;
 constexpr int64_t kTile = 32;
-constexpr int64_t kFewColumns = 32;
 
 // combine(lower, upper) gives the value for both places. Both tiles of a pair fit in cache, so that
 // the strided side costs no more than the other. Threads own rows of the lower triangle.

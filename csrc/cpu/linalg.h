@@ -8,6 +8,9 @@
 
 namespace dykaf::cpu {
 
+// Up to this number of columns BLAS multiplies the transpose faster.
+inline constexpr int64_t kFewColumns = 32;
+
 // A [rows, cols] tensor over memory that it does not own.
 template <typename T>
 at::Tensor view(const T* data, int64_t rows, int64_t cols) {

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -69,6 +70,27 @@ DYKAF_WIDE double dot(const T* x, const T* y, int64_t size) {
   for (; i < size; ++i) total += static_cast<double>(x[i]) * static_cast<double>(y[i]);
   for (double lane : lanes) total += lane;
   return total;
+}
+
+template <typename T>
+double frobenius_norm(const T* x, int64_t size) {
+  return std::sqrt(sum_chunks<1>(size, [&](int64_t begin, int64_t end) {
+    return std::array{dot(x + begin, x + begin, end - begin)};
+  })[0]);
+}
+
+template <typename T>
+DYKAF_WIDE void combine_range_(T* out, const T* x, T of_out, T of_x, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = of_out * out[i] + of_x * x[i];
+}
+
+// out = of_out out + of_x x.
+template <typename T>
+void combine_(T* out, const T* x, double of_out, double of_x, int64_t size) {
+  for_chunks(size, [&](int64_t, int64_t begin, int64_t end) {
+    combine_range_(out + begin, x + begin, static_cast<T>(of_out), static_cast<T>(of_x),
+                   end - begin);
+  });
 }
 
 // Calls body with a null pointer of the element type that dtype names.

@@ -13,30 +13,6 @@
 namespace dykaf::cpu {
 namespace {
 
-// Below this number of columns BLAS multiplies the transpose faster.
-constexpr int64_t kFewColumns = 32;
-
-template <typename T>
-DYKAF_WIDE void combine_range_(T* out, const T* x, T of_out, T of_x, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) out[i] = of_out * out[i] + of_x * x[i];
-}
-
-// out = of_out out + of_x x.
-template <typename T>
-void combine_(T* out, const T* x, double of_out, double of_x, int64_t size) {
-  for_chunks(size, [&](int64_t, int64_t begin, int64_t end) {
-    combine_range_(out + begin, x + begin, static_cast<T>(of_out), static_cast<T>(of_x),
-                   end - begin);
-  });
-}
-
-template <typename T>
-double norm(const T* x, int64_t size) {
-  return std::sqrt(sum_chunks<1>(size, [&](int64_t begin, int64_t end) {
-    return std::array{dot(x + begin, x + begin, end - begin)};
-  })[0]);
-}
-
 // X <- a X + X B or a X + B X, B [s, s] on the short side; `scratch` has the size of X.
 template <typename T>
 void multiply_short_side_(const Problem<T>& p, T* X, const at::Tensor& B, T* scratch,
@@ -61,7 +37,7 @@ void multiply_short_side_(const Problem<T>& p, T* X, const at::Tensor& B, T* scr
 template <typename T>
 void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
                     const Workspace<T>& workspace) {
-  const double length = norm(X, p.size());
+  const double length = frobenius_norm(X, p.size());
   if (!(length > 0)) {
     *p.update_rms = static_cast<float>(length);
     return;
@@ -79,7 +55,8 @@ void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
     multiply_short_side_(p, X, B, workspace.product, options.precision);
   }
   combine_(X, X, orthogonal_scale(p.m, p.n), 0, p.size());
-  *p.update_rms = static_cast<float>(norm(X, p.size()) / std::sqrt(static_cast<double>(p.size())));
+  *p.update_rms =
+      static_cast<float>(frobenius_norm(X, p.size()) / std::sqrt(static_cast<double>(p.size())));
 }
 
 template <typename T>
