@@ -26,6 +26,16 @@ def test_against_singular_values(matrices: Matrices, shape: tuple[int, int], ste
     assert float(state["update_rms"]) == pytest.approx(rms, rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (2, 8), (16, 1)], ids=shape_id)
+def test_a_denormal_update(matrices: Matrices, shape: tuple[int, int]) -> None:
+    """Of norm 2^-128, which float32 holds, but not its inverse."""
+    state, update = matrices.state(*shape), matrices.randn(*shape).sign() * 2.0**-130
+    expected = reference.orthogonalized(update.double(), 3)
+    bound = newton_schulz_bound(update.double(), 3, matrices.dtype)
+    ops.orthogonalize_([update], [state], matrices.options(orthogonalize=3))
+    assert distance(update, expected) <= bound < 0.005 * expected.norm()
+
+
 def test_zeros_stay(matrices: Matrices) -> None:
     state, update = matrices.state(6, 4), torch.zeros(6, 4, dtype=matrices.dtype)
     state["update_rms"].fill_(1)

@@ -42,7 +42,13 @@ void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
     *p.update_rms = static_cast<float>(length);
     return;
   }
-  combine_(X, X, 1 / length, 0, p.size());
+  // In double, for in float the inverse of a denormal length is infinite.
+  const double inverse = 1 / length;
+  for_chunks(p.size(), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      X[i] = static_cast<T>(static_cast<double>(X[i]) * inverse);
+    }
+  });
   const int64_t s = p.short_side();
   const at::Tensor x = view(X, p.m, p.n);
   const at::Tensor wide = p.m <= p.n ? x : x.t();
