@@ -1,5 +1,4 @@
 // Adam in the basis (Kingma & Ba 2015; bias correction and eps as in torch.optim.AdamW).
-#include <ATen/ops/maximum.h>
 #include <ATen/ops/pow.h>
 
 #include "aten/batch_ops.h"

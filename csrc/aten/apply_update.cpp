@@ -1,11 +1,10 @@
 // W <- W (1 - lr weight_decay) - lr update, for every parameter dtype. dykaf/rounding.h has the
 // stochastic rounding; here it is in integer operations on tensors, to the same bits.
-#include <ATen/ops/bitwise_right_shift.h>
 #include <ATen/ops/copysign.h>
-#include <ATen/ops/floor.h>
 #include <ATen/ops/full_like.h>
 
 #include <bit>
+#include <limits>
 
 #include "aten/batch_ops.h"
 #include "dykaf/rounding.h"

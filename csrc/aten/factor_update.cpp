@@ -1,6 +1,5 @@
 // The integrator step of L, R and rho; csrc/cpu/factor_update.cpp names the sources. In units of
 // tau, a = beta (rho / tau)^2 and b = 1 - beta.
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 

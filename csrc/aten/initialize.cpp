@@ -6,7 +6,6 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <exception>
 
 #include "aten/batch_ops.h"
 #include "aten/first_basis.h"

@@ -4,6 +4,7 @@
 #include <ATen/ops/stack.h>
 
 #include <algorithm>
+#include <array>
 
 namespace dykaf::aten {
 namespace {

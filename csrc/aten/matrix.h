@@ -2,11 +2,11 @@
 // alike.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <span>
-#include <tuple>
 #include <vector>
 
 #include "aten/torch.h"

@@ -7,7 +7,9 @@
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <limits>
+#include <map>
 
 #include "aten/batch_ops.h"
 #include "aten/refresh_basis.h"

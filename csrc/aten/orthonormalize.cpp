@@ -1,11 +1,9 @@
 #include "aten/orthonormalize.h"
 
-#include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
-#include <ATen/ops/where.h>
 
 #include "aten/decompositions.h"
 #include "aten/products.h"

@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/bmm.h>
 
 #include <algorithm>
 #include <limits>

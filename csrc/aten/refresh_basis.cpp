@@ -2,7 +2,6 @@
 // waiting for the device: csrc/cpu/refresh_basis.cpp has the mathematics.
 #include "aten/refresh_basis.h"
 
-#include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>

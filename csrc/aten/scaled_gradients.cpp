@@ -1,7 +1,4 @@
-#include <ATen/ops/ceil.h>
-#include <ATen/ops/exp2.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/log2.h>
 #include <ATen/ops/maximum.h>
 
 #include <limits>

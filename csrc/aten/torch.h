@@ -14,8 +14,6 @@
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/outer.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/where.h>

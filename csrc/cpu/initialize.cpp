@@ -8,6 +8,7 @@
 #include "dykaf/ops.h"
 
 namespace dykaf::cpu {
+
 template <typename T>
 void reset_(const Problem<T>& p) {
   aten::reset_(aten::Matrix(p));
