@@ -72,7 +72,7 @@ def on_aten(
     def make_on_aten(parameters: Parameters, max_precond_dim: int) -> Optimizer:
         optimizer = make(parameters, max_precond_dim)
         aten_alone = importlib.import_module("dykaf.ops").aten_alone
-        optimizer.step = aten_alone()(optimizer.step)  # type: ignore[method-assign]
+        optimizer.step = aten_alone()(optimizer.step)  # type: ignore[method-assign]  # of this one
         return optimizer
 
     return make_on_aten

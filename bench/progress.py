@@ -8,7 +8,7 @@ try:
     from tqdm import tqdm
 except ImportError:
 
-    class tqdm:  # type: ignore[no-redef]  # noqa: N801
+    class tqdm:  # type: ignore[no-redef]  # noqa: N801  # in tqdm's place
         """What the benchmarks use of it."""
 
         def __init__(self, **_: Any) -> None:

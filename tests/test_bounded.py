@@ -51,7 +51,7 @@ OPTIONS = st.fixed_dictionaries(
 METRICS = [{"integrator": "diagonal", "metric_power": power} for power in (0.0, 1.0, -0.5)]
 INTEGRATORS = st.sampled_from([*METRICS, {"integrator": "ksl"}, {"integrator": "bug"}])
 DTYPES = [{"dtype": torch.float32}, {"dtype": torch.bfloat16, "low_precision": "master"}]
-if not backends.is_gpu():
+if backends.takes_float64():
     DTYPES.append({"dtype": torch.float64})
 SIDES = st.sampled_from(["both", "both", "shorter"])
 

@@ -28,7 +28,7 @@ def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def test_same_torch_is_accepted():
-    _build.check_torch()
+    assert _build.check_torch() is None
 
 
 OTHER_TORCH = ["9.9.9", torch.__version__.split("+")[0] + "+other"]
@@ -144,7 +144,7 @@ def test_setup_without_torch_stops_with_one_line(tmp_path, command):
 
 
 def test_setup_with_torch_does_not_stop(setup_py):
-    setup_py.require_torch()
+    assert setup_py.require_torch() is None
 
 
 @pytest.mark.parametrize("version", ["2.5.1", "2.0.0+cu118", "1.13.0+cu117"])

@@ -86,6 +86,21 @@ def of_refreshes(key: str) -> bool:
     )
 
 
+def step_without(optimizer: dykaf.DyKAF, allocation: int) -> tuple[str, str]:
+    """A step in which one allocation fails; returns what it raised and its first warning."""
+    error = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _C.fail_allocation(allocation)
+        try:
+            optimizer.step()
+        except RuntimeError as raised:
+            error = str(raised)
+        finally:
+            _C.fail_allocation(None)
+    return error, str(caught[0].message) if caught else ""
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_steps", [0, 3])
 def test_each_allocation_of_a_step_fails(
@@ -101,20 +116,11 @@ def test_each_allocation_of_a_step_fails(
         optimizer = copy.deepcopy(start)
         set_gradients(optimizer, num_steps)
         params_before, states_before = snapshot(optimizer)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            _C.fail_allocation(num_allocations)
-            try:
-                optimizer.step()
-                raised = False
-            except RuntimeError:
-                raised = True
-            finally:
-                _C.fail_allocation(None)
+        error, warning = step_without(optimizer, num_allocations)
         params, states = snapshot(optimizer)
         # What counts skipped steps comes after the step, and fails by itself.
         is_done = all(map(torch.equal, params, params_after)) and all(map(bool, states))
-        if raised and not is_done:
+        if error and not is_done:
             num_raised += 1
             assert all(map(torch.equal, params, params_before)), num_allocations
             assert all(
@@ -124,14 +130,14 @@ def test_each_allocation_of_a_step_fails(
             num_allocations += EVERY
             continue
         assert is_done, num_allocations
-        if caught or any(
+        if warning or any(
             not equal(*pair, but=lambda _: False) for pair in zip(states, states_after, strict=True)
         ):
             num_stayed += 1
             counted = sum(
                 int(state.get("refresh_fallbacks", torch.zeros(1)).sum()) for state in states
             )
-            assert caught and "the old basis stays" in str(caught[0].message), num_allocations
+            assert "the old basis stays" in warning, num_allocations
             assert counted > 0
             for pair in zip(states, states_after, strict=True):
                 assert equal(*pair, but=of_refreshes), num_allocations
@@ -139,7 +145,7 @@ def test_each_allocation_of_a_step_fails(
             set_gradients(optimizer, num_steps + 1)
             optimizer.step()
             assert all(bool(param.isfinite().all()) for param in params_of(optimizer))
-        elif not raised and num_allocations > 0:
+        elif not error and num_allocations > 0:
             break  # as many as there are
         num_allocations += EVERY
     assert num_raised > 5 and backends.is_gpu()
@@ -158,17 +164,7 @@ def test_each_allocation_of_torchs_own_operations_fails(form: str, num_steps: in
             optimizer = copy.deepcopy(start)
             set_gradients(optimizer, num_steps)
             params_before, states_before = snapshot(optimizer)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                _C.fail_allocation(num_allocations)
-                error = ""
-                try:
-                    optimizer.step()
-                except RuntimeError as raised:
-                    error = str(raised)
-                finally:
-                    _C.fail_allocation(None)
-            stayed = str(caught[0].message) if caught else ""
+            error, stayed = step_without(optimizer, num_allocations)
             params, states = snapshot(optimizer)
             num_old = 0
             for idx, (param, state) in enumerate(zip(params, states, strict=True)):

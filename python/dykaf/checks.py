@@ -41,7 +41,7 @@ def check_param(name: str, param: Tensor) -> None:
     if param.requires_grad:
         _check_form(name, param)
         if not (is_fake or is_lazy(param) or param.is_meta):
-            ops.backend_of(param, name)
+            ops.backend_of(param, name)  # raises for a tensor without memory
 
 
 def check_usable(name: str, param: Tensor) -> None:
@@ -52,7 +52,7 @@ def check_usable(name: str, param: Tensor) -> None:
     """
     _check_plain(name, param)
     _check_form(name, param)
-    ops.backend_of(param, name)
+    ops.backend_of(param, name)  # raises for a tensor without memory
 
 
 def _check_form(name: str, param: Tensor) -> None:

@@ -160,7 +160,10 @@ class Waiting:
 
 
 def to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the CPU, and the event after which it is there; None: now."""
+    """What the host is to read later, and the event after which it can without a wait.
+
+    No event: it can now, or on a GPU other than CUDA's it waits.
+    """
     if not value.is_cuda:
         return value, None
     host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
