@@ -52,7 +52,7 @@ class Inputs:
         self.saved = ([p.clone() for p in self.params], [clone(state) for state in self.states])
         self.counts = [x.num_matrices for x in workload.matrices()]
         self.streams = list(range(len(self.params)))
-        self.offsets = [(0, 0, 0)] * len(self.params)
+        self.offsets = [(0, 0)] * len(self.params)
 
     def _state(self, shape: Shape, draw: Callable[[float], list[Tensor]]) -> State:
         place = self.workload.shapes.index(shape)

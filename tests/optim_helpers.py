@@ -16,6 +16,15 @@ from dykaf import DyKAF
 
 Bits = tuple[str, tuple[int, ...], bytes]
 
+# Both sides and Adam's own update, refreshed often.
+BOTH: dict[str, Any] = {
+    "betas": (0.95, 0.95),
+    "precondition_frequency": 10,
+    "sides": "both",
+    "nesterov": False,
+    "orthogonalize": 0,
+}
+
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers; the same for every dtype up to rounding."""

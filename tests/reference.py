@@ -240,8 +240,8 @@ class ReferenceDyKAF:
 
     L, R and exp_avg live in the original coordinates (exp_avg is projected at every step),
     exp_avg_sq in the rotated basis. Options are those of dykaf.DyKAF; the stagger is given as
-    `stagger_offsets`, one offset per side and one for factor_update_every, or None. `dense` runs
-    the factor update on the mn x mn matrix.
+    `stagger_offsets`, one offset per side, or None. `dense` runs the factor update on the mn x mn
+    matrix.
 
     Attributes: W, t, L, R, rho [rho_L, rho_R], Q_L, Q_R (None for a side that is not kept),
     exp_avg, exp_avg_sq or exp_avg_sq_row/_col/_scale, next_refresh, refreshes, update_rms;
@@ -252,24 +252,23 @@ class ReferenceDyKAF:
         self,
         W: Tensor,
         lr: float = 3e-3,
-        betas: tuple[float, float] = (0.95, 0.95),
+        betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
         factor_beta: float | None = 0.9,
-        precondition_frequency: int = 10,
-        factor_update_every: int = 1,
+        precondition_frequency: int = 50,
         max_precond_dim: int = 10000,
-        one_sided_ratio: float = math.inf,
+        sides: str = "one",
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
-        nesterov: bool = False,
-        orthogonalize: int = 0,
+        nesterov: bool = True,
+        orthogonalize: int = 3,
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
-        stagger_offsets: tuple[int, int, int] | None = None,
+        stagger_offsets: tuple[int, int] | None = None,
         maximize: bool = False,
         dense: bool = False,
     ) -> None:
@@ -277,17 +276,19 @@ class ReferenceDyKAF:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.factor_beta = betas[1] if factor_beta is None else factor_beta
         self.precondition_frequency = precondition_frequency
-        self.factor_update_every = factor_update_every
         self.integrator, self.metric_power, self.init = integrator, metric_power, init
         self.refresh_schedule, self.rescale_exp_avg_sq = refresh_schedule, rescale_exp_avg_sq
         self.stagger_offsets, self.maximize, self.dense = stagger_offsets, maximize, dense
         self.nesterov, self.orthogonalize = nesterov, orthogonalize
         m, n = self.W.shape
         self.kept = [side for side, d in enumerate((m, n)) if d <= max_precond_dim]
-        if len(self.kept) == 2 and max(m, n) >= one_sided_ratio * min(m, n):
+        self.is_matrix = bool(self.kept)  # or else AdamW's
+        if sides == "one" and len(self.kept) == 2:
             self.kept = [0 if m <= n else 1]
-        self.second_moment = second_moment if self.kept else "full"  # neither side kept: AdamW
-        self.started = not self.kept  # AdamW steps from its first gradient on
+        if sides == "none":
+            self.kept = []
+        self.second_moment = second_moment if self.is_matrix else "full"
+        self.started = not self.kept  # what has no factors steps from its first gradient on
         self.t = 0
         self.factors: list[Tensor | None] = [None, None]
         self.bases: list[Tensor | None] = [None, None]
@@ -339,24 +340,29 @@ class ReferenceDyKAF:
         self.t += 1
         beta1, beta2 = self.betas
         self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * G
-        root = self._update_second_moment(self._rotate(G)) / math.sqrt(1 - beta2**self.t)
         momentum = self.exp_avg / (1 - beta1**self.t)
-        if self.nesterov and self.kept:
+        if self.nesterov and self.is_matrix:
             momentum = beta1 * momentum + (1 - beta1) * G
-        D = self._rotate(momentum) / (root + self.eps)
-        if self.second_moment != "full":  # which row and column means do not bound
+        D = self._rotate(momentum)
+        if self.second_moment != "none":
+            root = self._update_second_moment(self._rotate(G)) / math.sqrt(1 - beta2**self.t)
+            D = D / (root + self.eps)
+        if self.second_moment in (
+            "rank_one",
+            "factored",
+        ):  # which row and column means do not bound
             C = momentum_bound(self.betas, self.t)
             bound = math.sqrt(C * (1 - beta2**self.t)) / (1 - beta1**self.t)
             if self.nesterov:
                 bound = beta1 * bound + (1 - beta1) * math.sqrt((1 - beta2**self.t) / (1 - beta2))
             D = D.clamp(-bound, bound)
         update = self._rotate_back(D)
-        if self.orthogonalize and self.kept:
-            update = orthogonalized(update, self.orthogonalize)
+        if self.orthogonalize and self.is_matrix:
+            as_muon = self.second_moment == "none"
+            update = orthogonalized(update, self.orthogonalize, as_muon)
         self.update_rms = float(update.square().mean().sqrt())
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * update
-        offset = 0 if self.stagger_offsets is None else self.stagger_offsets[2]
-        if self.kept and (self.t + offset) % self.factor_update_every == 0:
+        if self.kept:
             self._update_factors(G)
         for side in self.kept:
             if self.t >= self.next_refresh[side]:
@@ -383,17 +389,13 @@ class ReferenceDyKAF:
             self._schedule(side)
         self.started = True
 
-    def _decay(self) -> float:
-        """Of the factors from one update to the next: factor_beta for each step."""
-        return math.prod([self.factor_beta] * self.factor_update_every)
-
     def _identity_prior(self, G: Tensor) -> None:
         """L = I / sqrt(m), R = I / sqrt(n); rho^2 L (x) R = (1 - beta)/beta mean(G^2) I."""
         m, n = G.shape
         for side in self.kept:
             d = G.shape[side]
             self.factors[side] = torch.eye(d, dtype=torch.float64) / math.sqrt(d)
-        beta = self._decay()
+        beta = self.factor_beta
         weighted_square = (1 - beta) / beta * float(G.square().sum())
         if self.integrator == "diagonal" and len(self.kept) == 2:
             # L_total = (1 - beta)/beta mean(G^2) I, and R_total likewise.
@@ -405,7 +407,7 @@ class ReferenceDyKAF:
             self.rho = [math.sqrt(weighted_square / math.sqrt(m * n))] * 2
 
     def _update_factors(self, G: Tensor) -> None:
-        beta = self._decay()
+        beta = self.factor_beta
         if min(self.rho) == 0:  # underflow after a long run of zero gradients
             if not bool((G != 0).any()):
                 return

@@ -28,7 +28,6 @@ class ReferenceSkinny:
         weight_decay: float = 0.01,
         factor_beta: float = 0.9,
         precondition_frequency: int = 10,
-        factor_update_every: int = 1,
         rescale_exp_avg_sq: bool = True,
         long_first: bool = False,
         nesterov: bool = False,
@@ -36,8 +35,7 @@ class ReferenceSkinny:
         self.W, self.rank, self.lr, self.betas, self.eps = W.clone(), rank, lr, betas, eps
         self.weight_decay = weight_decay
         self.precondition_frequency = precondition_frequency
-        self.factor_update_every = factor_update_every
-        self.decay = factor_beta**factor_update_every
+        self.decay = factor_beta
         self.rescale, self.nesterov = rescale_exp_avg_sq, nesterov
         self.long_first = long_first  # where both sides are refreshed: of an l x s parameter
         self.t = -1
@@ -98,10 +96,9 @@ class ReferenceSkinny:
         D = D + preconditioned(M_rest, self.v_rest[:, None])
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * self.Q @ D
 
-        if self.t % self.factor_update_every == 0:
-            self.L = self.decay * self.L + (1 - self.decay) * G @ G.T / long
-            self.R = self.decay * self.R + (1 - self.decay) * G.T @ G / short
-            self.since.append(X)
+        self.L = self.decay * self.L + (1 - self.decay) * G @ G.T / long
+        self.R = self.decay * self.R + (1 - self.decay) * G.T @ G / short
+        self.since.append(X)
         self._refresh(short, long)
 
     def _first_gradient(self, G: Tensor) -> None:

@@ -143,7 +143,7 @@ def test_devices_without_float64(name: str) -> None:
     group = DyKAF(twins, **options, **FORMS.get(name, {})).param_groups[0]
     states = states_without_float64(params, group)
     exact = [new_state(twin, Layout.of(twin, group)) for twin in twins]
-    offsets = [(0, 0, 0)] * len(params)
+    offsets = [(0, 0)] * len(params)
     steps = 12
     for step in range(steps):
         grads = [

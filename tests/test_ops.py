@@ -294,7 +294,7 @@ def test_step_is_the_composition_of_the_operations_bit_for_bit(
     twin = {key: value.clone() for key, value in state.items()}
     twin_param = param.clone()
 
-    ops.step_([param], [G], ops.grad_max([G], [1]), [state], [0], [(0, 0, 0)], options)
+    ops.step_([param], [G], ops.grad_max([G], [1]), [state], [0], [(0, 0)], options)
 
     (rotated,) = ops.rotate([G], [twin], True, options)
     (update,) = ops.adam_update_([rotated], [twin], options)
@@ -336,7 +336,7 @@ def test_in_a_list_of_several_dtypes_each_matrix_is_as_alone(place: int) -> None
         G = [grads[i] for i in chosen]
         started = [{key: value.clone() for key, value in fresh[i].items()} for i in chosen]
         running = [{key: value.clone() for key, value in states[i].items()} for i in chosen]
-        ops.initialize_(G, started, [(0, 0, 0)] * len(chosen), options)
+        ops.initialize_(G, started, [(0, 0)] * len(chosen), options)
         updates = ops.adam_update_(G, running, options)
         ops.factor_update_(G, running, options)
         return [

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import Matrices, all_shapes, doubles, factor_shapes
+from optim_helpers import BOTH
 from tolerances import distance, gamma, orthogonality_bound, unit_roundoff, worst_excess
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def test_the_rank_one_init_has_the_units_of_the_averages(
     G = torch.outer(matrices.randn(m), matrices.randn(n))
     state = matrices.zero_state(m, n)
     options = matrices.options(init="rank_one", integrator="diagonal")
-    ops.initialize_([G], [state], [(0, 0, 0)], options)
+    ops.initialize_([G], [state], [(0, 0)], options)
     G = G.double()
     error = 8 * gamma(4 * (m + n), matrices.dtype) * math.sqrt(max(m, n))
     for side, (key, expected) in enumerate((("L", G @ G.T / n), ("R", G.T @ G / m))):
@@ -50,8 +51,10 @@ def test_initialize(
     G = (matrices.randn(m, n).double() * scale).to(matrices.dtype)
     state = matrices.zero_state(m, n)
     options = matrices.options(init=init, integrator=integrator)
-    ops.initialize_([G], [state], [(0, 0, 0)], options)
-    ref = reference.ReferenceDyKAF(torch.zeros(m, n), init=init, integrator=integrator)
+    ops.initialize_([G], [state], [(0, 0)], options)
+    ref = reference.ReferenceDyKAF(
+        torch.zeros(m, n), **BOTH, init=init, integrator=integrator
+    )
     ref._first_gradient(G.double() / scale)
 
     # Gradient products as in factor_update, a rotation each way and, with "rank_one", an SVD whose
@@ -167,7 +170,7 @@ def test_refresh_moves_the_compact_second_moment_as_the_full_one(
 def test_initialize_waits_for_a_gradient_that_is_not_zero(matrices: Matrices) -> None:
     state = matrices.zero_state(4, 3)
     zero = torch.zeros(4, 3, dtype=matrices.dtype)
-    ops.initialize_([zero], [state], [(0, 0, 0)], matrices.options())
+    ops.initialize_([zero], [state], [(0, 0)], matrices.options())
     if backends.is_gpu():  # which the host will not wait for again
         assert state["next_refresh"].tolist() == [-2, -2]
         state["next_refresh"].zero_()
@@ -187,6 +190,6 @@ def test_a_failed_refresh_keeps_the_old_basis_and_counts(matrices: Matrices) -> 
 def test_a_failed_first_basis_is_the_identity_and_counts(matrices: Matrices) -> None:
     state = matrices.zero_state(3, 5)
     G = torch.full((3, 5), math.nan, dtype=matrices.dtype)
-    ops.initialize_([G], [state], [(0, 0, 0)], matrices.options())
+    ops.initialize_([G], [state], [(0, 0)], matrices.options())
     assert state["refresh_fallbacks"] == 1
     assert torch.equal(state["Q_R"], torch.eye(5, dtype=matrices.dtype))

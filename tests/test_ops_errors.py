@@ -38,7 +38,7 @@ class Inputs:
             new_state(param, Layout.of(param, group)) for param in self.params
         ]
         self.streams = [0, 1]
-        self.offsets = [(0, 0, 0), (0, 0, 0)]
+        self.offsets = [(0, 0), (0, 0)]
         ops.initialize_(self.grads, self.states, self.offsets, self.options)
 
     @property
@@ -315,7 +315,7 @@ def _vector(inputs: Inputs) -> None:
     inputs.params = [param]
     inputs.grads = [torch.ones(50_000)]
     inputs.states = [new_state(param, Layout.of(param, group))]
-    inputs.streams, inputs.offsets = [0], [(0, 0, 0)]
+    inputs.streams, inputs.offsets = [0], [(0, 0)]
 
 
 def _set(name: str, value: Any) -> Callable[[Inputs], None]:

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from conftest import SHAPES, Matrices, shape_id
-from tolerances import distance, newton_schulz_bound
+from tolerances import distance, newton_schulz_bound, unit_roundoff
 
 from dykaf import ops
 
@@ -34,6 +34,34 @@ def test_a_denormal_update(matrices: Matrices, shape: tuple[int, int]) -> None:
     bound = newton_schulz_bound(update.double(), 3, matrices.dtype)
     ops.orthogonalize_([update], [state], matrices.options(orthogonalize=3))
     assert distance(update, expected) <= bound < 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_a_momentum_starts_as_muon_does(matrices: Matrices, shape: tuple[int, int]) -> None:
+    options = {"sides": "none", "second_moment": "none", "orthogonalize": 3}
+    state, update = matrices.state(*shape, **options), matrices.randn(*shape)
+    expected = reference.orthogonalized(update.double(), 3, as_muon=True)
+    bound = newton_schulz_bound(update.double(), 3, matrices.dtype, as_muon=True)
+    ops.orthogonalize_([update], [state], matrices.options(**options))
+    assert distance(update, expected) <= bound < 0.005 * expected.norm()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_the_update_is_the_momentum(
+    matrices: Matrices, shape: tuple[int, int], nesterov: bool
+) -> None:
+    options = {"sides": "none", "second_moment": "none", "orthogonalize": 3, "nesterov": nesterov}
+    state, G = matrices.state(*shape, **options), matrices.randn(*shape)
+    beta, M = 0.95, state["exp_avg"].double().clone()
+    (update,) = ops.adam_update_([G], [state], matrices.options(**options))
+    expected = beta * M + (1 - beta) * G.double()
+    u = 8 * unit_roundoff(matrices.dtype)
+    assert distance(state["exp_avg"], expected) <= u * (M.norm() + G.double().norm())
+    expected /= 1 - beta**4
+    if nesterov:
+        expected = beta * expected + (1 - beta) * G.double()
+    assert distance(update, expected) <= 8 * u * (M.norm() + G.double().norm())
 
 
 def test_zeros_stay(matrices: Matrices) -> None:

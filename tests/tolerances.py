@@ -177,19 +177,25 @@ def newton_schulz_growth(X: Tensor, steps: int) -> float:
     return float(growths.nan_to_num(0).abs().max())
 
 
-def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype) -> float:
+def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype, as_muon: bool = False) -> float:
     """||error of ops.orthogonalize_||_F for a float64 U, which `dtype` holds.
 
-    X = U / ||U|| rounds by 4 u. In a step A and A^2 are sums as long as the short side's rows and
-    columns, and enter b A + c A^2, whose product with X is one more; coefficients and sums are 4 u
-    of each term. A GPU's 3xTF32 leaves out 16 u of each product. What each step adds grows in those
-    that follow; terms of second order are a tenth at most.
+    X = U / ||U|| rounds by 4 u. Its division by ||X X^T||^(1/2), unless `as_muon`, rounds by 4 u
+    more and takes over half the relative error of the norm. In a step A and A^2 are sums as long as
+    the short side's rows and columns, and enter b A + c A^2, whose product with X is one more;
+    coefficients and sums are 4 u of each term. A GPU's 3xTF32 leaves out 16 u of each product. What
+    each step adds grows in those that follow; terms of second order are a tenth at most.
     """
     u = unit_roundoff(dtype)
     short, long = sorted(U.shape)
     X = U / U.norm()
     X = X if U.shape[0] <= U.shape[1] else X.T
-    total = 4 * u * newton_schulz_growth(X, steps)
+    start = 4 * u
+    if not as_muon:
+        norm = float((X @ X.T).norm())
+        start += 4 * u + 0.5 * gamma(long + 16, dtype) * float((X.abs() @ X.abs().T).norm()) / norm
+        X = X / norm**0.5
+    total = start * float(X.norm()) * newton_schulz_growth(X, steps)
     for step in range(steps):
         A = X @ X.T
         B = -4.7750 * A + 2.0315 * A @ A

@@ -68,6 +68,11 @@ def make_adamw(
 
 # What a contender of kind dykaf does not name, whatever the package's defaults are.
 DYKAF_BASE = {
+    "betas": (0.95, 0.95),
+    "sides": "both",
+    "nesterov": False,
+    "orthogonalize": 0,
+    "refresh_stagger": True,
     "factor_beta": None,
     "metric_power": 1.0,
     "rescale_exp_avg_sq": False,

@@ -23,19 +23,19 @@ at::Tensor adam_update_(Batch& batch, const Inputs& inputs, const ScaledGradient
   const at::Tensor correction1 = of_matrix(one_minus_power(options.beta1).reciprocal_());
   const at::Tensor correction2 = of_matrix(one_minus_power(options.beta2).rsqrt_());
   const at::Tensor& H = gradients.H;
-  const at::Tensor tau = first.is_unsided()
+  const at::Tensor tau = first.is_adamw()
                              ? gradients.tau
                              : gradients.tau.clamp_max(largest_adam_tau_of(H, first.m, first.n));
 
   at::Tensor G = H;
-  if (!first.is_unsided()) {
+  if (!first.is_adamw()) {
     const double share = rounding_share_of(H, first.rotated_side());
     G = without_noise(H, of_matrix(gradients.largest.mul(share))).mul_(of_matrix(tau));
   }
   const at::Tensor exp_avg =
       batch.get(&Matrix::exp_avg).mul(options.beta1).add_(G, 1 - options.beta1);
   at::Tensor update = exp_avg.mul(correction1);
-  if (options.nesterov && !first.is_unsided()) {
+  if (options.nesterov && !first.is_adamw()) {
     update.mul_(options.beta1).add_(G, 1 - options.beta1);
   }
   if (first.exp_avg_sq.defined()) {
@@ -43,7 +43,7 @@ at::Tensor adam_update_(Batch& batch, const Inputs& inputs, const ScaledGradient
         batch.get(&Matrix::exp_avg_sq).mul(options.beta2).addcmul_(G, G, 1 - options.beta2);
     update.div_(exp_avg_sq.sqrt().mul_(correction2).add_(options.eps));
     batch.set(&Matrix::exp_avg_sq, exp_avg_sq);
-  } else {
+  } else if (options.second_moment != SecondMoment::kNone) {
     const RootFactors root = compact_second_moment_(batch, options, H, tau);
     const at::Tensor row = root.row.unsqueeze(2).mul(correction2);
     // Row and column means can be far below an entry's own second moment.

@@ -49,7 +49,7 @@ struct Matrix {
   int64_t* refreshes = nullptr;
   int64_t* schedule_step = nullptr;
   int64_t refresh_offset[2] = {0, 0};
-  int64_t update_offset = 0;
+  
   uint64_t stream = 0;
 
   Matrix() = default;
@@ -57,6 +57,7 @@ struct Matrix {
   template <typename T>
   explicit Matrix(const Problem<T>& p, at::Device device = at::kCPU);
 
+  bool is_adamw() const { return !rho.defined(); }
   bool is_unsided() const { return !L.defined() && !R.defined(); }
   bool is_skinny() const { return basis.defined(); }
   bool is_wide() const { return m < n; }

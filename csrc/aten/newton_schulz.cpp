@@ -9,14 +9,22 @@ namespace dykaf::aten {
 
 at::Tensor orthogonalized_(Batch& batch, const Options& options, const at::Tensor& updates) {
   const Matrix& first = batch.first();
-  const at::Tensor norm =
-      at::linalg_vector_norm(updates, 2, at::IntArrayRef({1, 2}), false, batch.wide_dtype());
+  const auto norm_of = [&](const at::Tensor& matrices) {
+    return at::linalg_vector_norm(matrices, 2, at::IntArrayRef({1, 2}), false, batch.wide_dtype());
+  };
+  const at::Tensor norm = norm_of(updates);
   // Zero stays zero.
   const at::Tensor divisor = at::where(norm.gt(0), norm, at::ones_like(norm)).to(batch.dtype());
   at::Tensor X = updates.div(per_matrix(divisor));
   if (first.m > first.n) X = X.mT();
   for (int64_t i = 0; i < options.orthogonalize; ++i) {
-    const at::Tensor A = product(X, X.mT(), options.precision);
+    at::Tensor A = product(X, X.mT(), options.precision);
+    if (i == 0 && starts_from_gram(options)) {
+      const at::Tensor bound =
+          per_matrix(at::where(norm.gt(0), norm_of(A), at::ones_like(norm)).to(batch.dtype()));
+      X = X.div(bound.sqrt());
+      A = A.div(bound);
+    }
     const at::Tensor B =
         A.mul(NewtonSchulz::kB).add_(product(A, A, options.precision), NewtonSchulz::kC);
     X = X.mul(NewtonSchulz::kA).add_(product(B, X, options.precision));

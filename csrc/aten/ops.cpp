@@ -152,24 +152,24 @@ Step::Step(Matrices matrices, const Inputs& inputs, Refreshes refreshes)
 
 namespace {
 
-void step_(Batch& batch, const Inputs& inputs, FactorUpdates factor_updates) {
+void step_(Batch& batch, const Inputs& inputs) {
   const MatmulPrecision precision = inputs.options.precision;
   ScaledGradients gradients = scaled_gradients(batch, inputs);
   at::Tensor update;
-  if (batch.first().is_unsided()) {
+  if (batch.first().is_adamw()) {
     update = adam_update_(batch, inputs, gradients);
   } else if (batch.first().is_skinny()) {
-    update = skinny_step_(batch, inputs, gradients, factor_updates);
+    update = skinny_step_(batch, inputs, gradients);
   } else {
     gradients.H = rotated(batch, gradients.H, Rotation::kIntoBasis, precision);
     update = adam_update_(batch, inputs, gradients);
     if (inputs.options.orthogonalize > 0) update = orthogonalized_(batch, inputs.options, update);
     update = rotated(batch, update, Rotation::kOutOfBasis, precision);
-    if (factor_updates == FactorUpdates::kThisStep) factor_update_(batch, inputs, gradients);
+    if (!batch.first().is_unsided()) factor_update_(batch, inputs, gradients);
   }
   apply_update_(batch, inputs, update);
   batch.commit(inputs.skip);
-  if (batch.first().is_skinny() && factor_updates == FactorUpdates::kThisStep) count_rows_(batch);
+  if (batch.first().is_skinny()) count_rows_(batch);
 }
 
 }  // namespace
@@ -185,14 +185,11 @@ StepReport Step::run_() {
   report.waiting = places_.still_waiting(matrices_);
   const Matrices running = chosen(matrices_, places_.running);
   const c10::OptionalDeviceGuard guard(device_of(running));
-  const auto updates = [&](const Matrix& w) -> int64_t {
-    return !w.is_unsided() && updates_factors(w, inputs_.options) ? 1 : 0;
-  };
+  
   std::vector<const Matrix*> failed;
-  for_each_batch(pointers(running), updates, [&](Batch batch) {
+  for_each_batch(pointers(running), together, [&](Batch batch) {
     try {
-      const bool is_due = updates(batch.first()) != 0;
-      step_(batch, inputs_, is_due ? FactorUpdates::kThisStep : FactorUpdates::kNone);
+      step_(batch, inputs_);
     } catch (const std::exception&) {
       failed.insert(failed.end(), batch.matrices().begin(), batch.matrices().end());
     }

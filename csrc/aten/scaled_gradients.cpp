@@ -14,7 +14,7 @@ ScaledGradients scaled_gradients(const Batch& batch, const Inputs& inputs) {
   at::Tensor largest = batch.get(&Matrix::grad_max).to(batch.wide_dtype()).mul(scale.abs());
 
   at::Tensor tau = at::ones_like(largest);
-  if (!batch.first().is_unsided()) {
+  if (!batch.first().is_adamw()) {
     // Two powers of two short of the limits: tau and 1 / tau are normal, and 4 tau is finite.
     const int most = (batch.dtype() == at::kDouble ? std::numeric_limits<double>::max_exponent
                                                    : std::numeric_limits<float>::max_exponent) -

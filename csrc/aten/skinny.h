@@ -7,15 +7,13 @@
 
 namespace dykaf::aten {
 
-enum class FactorUpdates : int32_t { kNone, kThisStep };
 
-// Adam, and the factors where they are due, with gradients that are not rotated. Returns the
+
+// Adam and the factors, with gradients that are not rotated. Returns the
 // updates [b, m, n] in the original coordinates.
-at::Tensor skinny_step_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients,
-                        FactorUpdates factor_updates);
+at::Tensor skinny_step_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients);
 
-// Counts the rows that a step with an update of the factors adds to the bases; also those of a step
-// that is skipped: rows that were not written weigh nothing, for their part of `core` is zero.
+// Counts the rows that a step adds to the bases; also those of a step that is skipped: rows that were not written weigh nothing, for their part of `core` is zero.
 void count_rows_(const Batch& batch);
 
 // The first gradient, tau H, of one matrix; waits for the device.

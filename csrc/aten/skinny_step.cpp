@@ -146,11 +146,10 @@ class SkinnyStep {
 
 }  // namespace
 
-at::Tensor skinny_step_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients,
-                        FactorUpdates factor_updates) {
+at::Tensor skinny_step_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients) {
   SkinnyStep step(batch, inputs, gradients);
   const at::Tensor update = step.turned_back(step.adam_update_());
-  if (factor_updates == FactorUpdates::kThisStep) step.factor_update_();
+  step.factor_update_();
   return update;
 }
 

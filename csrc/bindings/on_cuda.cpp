@@ -65,7 +65,7 @@ std::vector<std::vector<size_t>> passes_of(const CudaGroup& group,
 void count_rows(const CudaGroup& group, const std::vector<size_t>& indices) {
   for (size_t i : indices) {
     const Problem<float>& p = group.problems[i];
-    if (p.is_skinny() && updates_factors(p, group.options)) p.rows[1] += p.short_side();
+    if (p.is_skinny()) p.rows[1] += p.short_side();
   }
 }
 

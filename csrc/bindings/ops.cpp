@@ -72,7 +72,7 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
   Problems problems(states,
                     {.grads = inputs,
                      .updates = outputs,
-                     .needs_factors = true,
+                     .needs_matrices = true,
                      .needs_dense = true,
                      .grads_name = "inputs"},
                     parsed.second_moment);
@@ -113,7 +113,7 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
 
 void orthogonalize_op(const TensorList& updates, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.updates = updates, .needs_factors = true, .needs_dense = true},
+  Problems problems(states, {.updates = updates, .needs_matrices = true, .needs_dense = true},
                     parsed.second_moment);
   if (parsed.orthogonalize == 0) return;
   run(
@@ -148,7 +148,7 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
 void factor_update_op(const TensorList& grads, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
-  inputs.needs_factors = inputs.needs_dense = true;
+  inputs.needs_matrices = inputs.needs_dense = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
@@ -162,7 +162,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
-  inputs.needs_factors = true;
+  inputs.needs_matrices = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
@@ -175,7 +175,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
   const Options parsed = parse_options(options, device_of(states));
   if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
   const Side which = side == "left" ? Side::kLeft : Side::kRight;
-  Problems problems(states, {.needs_factors = true}, parsed.second_moment);
+  Problems problems(states, {.needs_matrices = true}, parsed.second_moment);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {

@@ -65,7 +65,7 @@ Options parse_options(const py::dict& options, const at::Device& device) {
       .metric_power = read<double>(options, "metric_power"),
       .grad_scale = read<double>(options, "grad_scale"),
       .precondition_frequency = read<int64_t>(options, "precondition_frequency"),
-      .factor_update_every = read<int64_t>(options, "factor_update_every"),
+      
       .seed = read<uint64_t>(options, "seed"),
       .integrator = read_name(
           options, "integrator",
@@ -77,7 +77,8 @@ Options parse_options(const py::dict& options, const at::Device& device) {
       .second_moment = read_name(options, "second_moment",
                                  std::array{std::pair{"full", SecondMoment::kFull},
                                             std::pair{"rank_one", SecondMoment::kRankOne},
-                                            std::pair{"factored", SecondMoment::kFactored}}),
+                                            std::pair{"factored", SecondMoment::kFactored},
+                                            std::pair{"none", SecondMoment::kNone}}),
       .refresh_schedule = read_name(options, "refresh_schedule",
                                     std::array{std::pair{"geometric", RefreshSchedule::kGeometric},
                                                std::pair{"fixed", RefreshSchedule::kFixed}}),

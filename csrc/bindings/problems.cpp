@@ -207,20 +207,20 @@ template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,
                       const Inputs& inputs, SecondMoment second_moment) {
   const StateReader state(index, state_dict, device_);
-  const bool factored = state.has("rho");
-  if (inputs.needs_factors && !factored) fail(state.name("rho"), "a tensor", "nothing");
+  const bool is_matrix = state.has("rho");
+  if (inputs.needs_matrices && !is_matrix) fail(state.name("rho"), "a tensor", "nothing");
   if (inputs.needs_dense && state.has("basis")) {
     fail(state.name("basis"), "nothing: this operation takes no skinny matrix", "a tensor");
   }
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();
   Matrix p =
-      factored ? read_factored<Matrix>(state, second_moment, batch) : read_unsided<Matrix>(state);
+      is_matrix ? read_matrix<Matrix>(state, second_moment, batch) : read_adamw<Matrix>(state);
   state.read(p.step, "step", batch, at::kFloat);
   state.read(p.update_rms, "update_rms", batch, at::kFloat);
   const int64_t count = step.numel();
   const int64_t numel = count * p.size();
-  if (!factored && count != 1) fail(state.name("step"), "one entry", std::to_string(count));
+  if (!is_matrix && count != 1) fail(state.name("step"), "one entry", std::to_string(count));
 
   const auto check_input = [&](const std::string& name, const at::Tensor& tensor) {
     check_dense(name, tensor, device_);
@@ -270,9 +270,8 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   if (inputs.streams) p.stream = (*inputs.streams)[index];
   if (inputs.offsets) {
     const auto& offsets = (*inputs.offsets)[index];
-    if (offsets.size() != 3) fail("offsets", "three entries", std::to_string(offsets.size()));
+    if (offsets.size() != 2) fail("offsets", "two entries", std::to_string(offsets.size()));
     std::copy_n(offsets.begin(), 2, p.refresh_offset);
-    p.update_offset = offsets[2];
   }
 
   for (int64_t i = 0; i < count; ++i) {

@@ -119,9 +119,9 @@ void read_skinny(const StateReader& state, const StateDtypes& dtypes, at::IntArr
              dtypes.own);
 }
 
-// The state of a parameter with factors, a stack of matrices: batch + the tails below.
+// The state of a matrix or a stack of them: batch + the tails below.
 template <typename Matrix>
-Matrix read_factored(const StateReader& state, SecondMoment second_moment, at::IntArrayRef batch) {
+Matrix read_matrix(const StateReader& state, SecondMoment second_moment, at::IntArrayRef batch) {
   const StateDtypes dtypes(state);
   const at::Tensor exp_avg = state.tensor("exp_avg");
   Matrix p{};
@@ -132,7 +132,7 @@ Matrix read_factored(const StateReader& state, SecondMoment second_moment, at::I
     read_skinny(state, dtypes, batch, p);
   } else if (second_moment == SecondMoment::kFull) {
     state.read(p.exp_avg_sq, "exp_avg_sq", extend(batch, {p.m, p.n}), dtypes.own);
-  } else {
+  } else if (second_moment != SecondMoment::kNone) {
     state.read(p.exp_avg_sq_row, "exp_avg_sq_row", extend(batch, {p.m}), dtypes.own);
     state.read(p.exp_avg_sq_col, "exp_avg_sq_col", extend(batch, {p.n}), dtypes.own);
     if (second_moment == SecondMoment::kRankOne) {
@@ -143,8 +143,8 @@ Matrix read_factored(const StateReader& state, SecondMoment second_moment, at::I
   state.read_optional(p.R, "R", extend(batch, {p.n, p.n}), dtypes.own);
   if (state.has("L")) state.read(p.Q_L, "Q_L", extend(batch, {p.m, p.m}), dtypes.own);
   if (state.has("R")) state.read(p.Q_R, "Q_R", extend(batch, {p.n, p.n}), dtypes.own);
-  if (p.is_unsided()) fail(state.name("L"), "a factor on one side at least", "neither L nor R");
   state.read(p.rho, "rho", extend(batch, {2}), dtypes.wide);
+  if (p.is_unsided()) return p;
   state.read_host(p.next_refresh, "next_refresh", extend(batch, {2}));
   state.read_host(p.refreshes, "refreshes", extend(batch, {2}));
   state.read_host(p.schedule_step, "schedule_step", batch);
@@ -152,9 +152,9 @@ Matrix read_factored(const StateReader& state, SecondMoment second_moment, at::I
   return p;
 }
 
-// The state of a parameter without factors, seen as 1 x numel.
+// The state of what is no matrix, seen as 1 x numel.
 template <typename Matrix>
-Matrix read_unsided(const StateReader& state) {
+Matrix read_adamw(const StateReader& state) {
   const StateDtypes dtypes(state);
   const at::Tensor exp_avg = state.tensor("exp_avg");
   Matrix p{};
@@ -211,7 +211,7 @@ Matrix matrix_of_stack(Matrix p, int64_t i) {
   take(p.refresh_fallbacks, i, {});
   take(p.update_rms, i, {});
   for (int64_t& offset : p.refresh_offset) offset += i;
-  p.update_offset += i;
+  
   p.stream = (p.stream << 32) + static_cast<uint64_t>(i);
   return p;
 }

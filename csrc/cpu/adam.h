@@ -17,7 +17,7 @@ struct AdamScalars {
     this->tau = std::min(tau, static_cast<T>(largest_adam_tau<T>(p.m, p.n)));
     const double largest = p.grad_max * std::abs(options.grad_scale) / static_cast<double>(tau);
     noise = static_cast<T>(largest * rounding_share<T>(p.rotated_side()));
-    if (options.nesterov && !p.is_unsided()) {
+    if (options.nesterov && !p.is_adamw()) {
       of_momentum *= beta1;
       of_gradient = one_minus_beta1;
     }

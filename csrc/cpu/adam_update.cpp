@@ -44,6 +44,19 @@ double compact_update_(const Problem<T>& p, const Options& options, const AdamSc
   return total;
 }
 
+// Without a second moment.
+template <typename T>
+double momentum_update_(const Problem<T>& p, const AdamScalars<T>& s, const T* H, T* update) {
+  return sum_chunks<1>(p.size(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T g = gradient_of(H[i], s);
+      p.exp_avg[i] = blend_momentum(p.exp_avg[i], g, s);
+      update[i] = p.exp_avg[i] * s.of_momentum + g * s.of_gradient;
+    }
+    return std::array{dot(update + begin, update + begin, end - begin)};
+  })[0];
+}
+
 template <typename T>
 void set_update_rms(const Problem<T>& p, double sum_of_squares) {
   *p.update_rms = static_cast<float>(std::sqrt(sum_of_squares / static_cast<double>(p.size())));
@@ -55,8 +68,10 @@ template <typename T>
 void adam_update_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update) {
   *p.step += 1;
   const AdamScalars<T> s(p, options, tau);
-  set_update_rms(p, p.exp_avg_sq != nullptr ? full_update_(p, s, H, update)
-                                            : compact_update_(p, options, s, H, update));
+  if (p.exp_avg_sq != nullptr) return set_update_rms(p, full_update_(p, s, H, update));
+  const bool is_compact = p.exp_avg_sq_row != nullptr;
+  set_update_rms(p, is_compact ? compact_update_(p, options, s, H, update)
+                               : momentum_update_(p, s, H, update));
 }
 
 template <typename T>

@@ -25,7 +25,7 @@ inline constexpr double kMinSharedWork = 1 << 23;
 
 template <typename T>
 bool is_small(const Problem<T>& p) {
-  if (p.is_unsided()) return p.size() <= kMaxSharedSide * kMaxSharedSide;
+  if (p.is_adamw()) return p.size() <= kMaxSharedSide * kMaxSharedSide;
   if (p.is_skinny()) return true;
   return std::max(p.m, p.n) <= kMaxSharedSide;
 }
@@ -35,7 +35,7 @@ template <typename T>
 double weight(const Problem<T>& p) {
   const auto m = static_cast<double>(p.m);
   const auto n = static_cast<double>(p.n);
-  if (p.is_unsided()) return m * n;
+  if (p.is_adamw()) return m * n;
   if (p.is_skinny()) return m * n * static_cast<double>(4 * p.skinny_rank);
   return m * n * (m + n) + (p.L != nullptr ? m * m * m : 0) + (p.R != nullptr ? n * n * n : 0);
 }

@@ -1,4 +1,4 @@
-// X <- orthogonal_scale NS_k(X / ||X||), in place (dykaf/newton_schulz.h).
+// X <- orthogonal_scale X_k, in place (dykaf/newton_schulz.h).
 #include "dykaf/newton_schulz.h"
 
 #include <cmath>
@@ -56,6 +56,11 @@ void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
   const at::Tensor B = view(workspace.turned, s, s);
   for (int64_t i = 0; i < options.orthogonalize; ++i) {
     symmetric_product(A, wide, wide.t(), options.precision);
+    if (i == 0 && starts_from_gram(options)) {
+      const double bound = std::sqrt(frobenius_norm(workspace.product, s * s));
+      combine_(X, X, 1 / bound, 0, p.size());
+      combine_(workspace.product, workspace.product, 1 / (bound * bound), 0, s * s);
+    }
     symmetric_product(B, A, A, options.precision);
     combine_(workspace.turned, workspace.product, NewtonSchulz::kC, NewtonSchulz::kB, s * s);
     multiply_short_side_(p, X, B, workspace.product, options.precision);

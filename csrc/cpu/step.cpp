@@ -25,17 +25,15 @@ void skinny_step_(const Problem<T>& p, const Options& options, const T* H, T tau
   const auto number = [](double x) { return at::full({1}, x, at::kDouble); };
   const aten::ScaledGradients gradients{view(H, p.m, p.n).unsqueeze(0),
                                         number(static_cast<double>(tau)), number(largest)};
-  const auto updates =
-      updates_factors(p, options) ? aten::FactorUpdates::kThisStep : aten::FactorUpdates::kNone;
-  const at::Tensor values = aten::skinny_step_(batch, {.options = options}, gradients, updates);
+  const at::Tensor values = aten::skinny_step_(batch, {.options = options}, gradients);
   batch.commit();
-  if (updates == aten::FactorUpdates::kThisStep) aten::count_rows_(batch);
+  aten::count_rows_(batch);
   view(update, p.m, p.n).copy_(values[0]);
 }
 
 template <typename T>
 void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>& workspace) {
-  if (p.is_unsided()) return adamw_(p, options);
+  if (p.is_adamw()) return adamw_(p, options);
 
   T* H = workspace.gradient;
   T* update = workspace.update;
@@ -50,7 +48,7 @@ void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>
   if (options.orthogonalize > 0) orthogonalize_(p, options, update, workspace);
   rotate(p, Rotation::kOutOfBasis, options.precision, update, update, workspace);
   apply_update_(p, options, update);
-  if (updates_factors(p, options)) factor_update_(p, options, H, tau, workspace);
+  if (!p.is_unsided()) factor_update_(p, options, H, tau, workspace);
 }
 
 }  // namespace

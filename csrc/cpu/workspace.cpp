@@ -14,7 +14,7 @@ Workspace<T>::Workspace(std::span<const Problem<T>> problems) {
   int64_t rows = 0;
   int64_t cols = 0;
   for (const Problem<T>& p : problems) {
-    if (p.is_unsided()) continue;
+    if (p.is_adamw()) continue;
     size = std::max(size, p.size());
     if (p.L != nullptr) rows = std::max(rows, p.m);
     if (p.R != nullptr) cols = std::max(cols, p.n);

@@ -32,13 +32,13 @@ def factor_update_(
 def initialize_(
     grads: Sequence[Tensor],
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int, int]],
+    offsets: Sequence[tuple[int, int]],
     options: StepOptions,
 ) -> None: ...
 def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> None: ...
 def refresh_due_(
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int, int]],
+    offsets: Sequence[tuple[int, int]],
     options: StepOptions,
     kept: Sequence[Tensor],
     full: Sequence[Tensor],

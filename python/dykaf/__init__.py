@@ -6,6 +6,7 @@ check_torch()  # before the first import of dykaf._C, which another torch may ma
 
 from dykaf.optimizer import DyKAF  # noqa: E402
 from dykaf.param_groups import param_groups  # noqa: E402
+from dykaf.presets import preset  # noqa: E402
 
 __version__ = build_info()["version"]
-__all__ = ["DyKAF", "__version__", "param_groups"]
+__all__ = ["DyKAF", "__version__", "param_groups", "preset"]

@@ -14,6 +14,9 @@ from dykaf.checks import param_name
 from dykaf.options import RULES, check_options, plain_options
 from dykaf.state import HOST_KEYS, SCALE_KEYS, Layout, State, check_state
 
+# What options were that groups of older checkpoints lack.
+_FORMERLY = {"sides": "both", "nesterov": False, "orthogonalize": 0}
+
 
 def checked_state_dict(
     state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]]
@@ -39,7 +42,7 @@ def checked_state_dict(
     for group_idx, (saved, group) in enumerate(zip(groups, param_groups, strict=True)):
         options = dict(saved)
         for name in RULES:
-            options.setdefault(name, group[name])
+            options.setdefault(name, _FORMERLY.get(name, group[name]))
         check_options(options)
         options.update(plain_options(options))
         for idx, (param, saved_idx) in enumerate(
@@ -54,7 +57,7 @@ def checked_state_dict(
                         f"got {type(param).__name__}"
                     )
                 layout = Layout.of(param, options)
-                if not layout.has_factors:
+                if not layout.is_matrix:
                     states[saved_idx] = state = _from_adamw(name, state, layout)
                 states[saved_idx] = state = _with_scales_of(layout, state)
                 check_state(name, state, layout)

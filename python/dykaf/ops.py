@@ -123,7 +123,7 @@ def factor_update_(grads: Sequence[Tensor], states: Sequence[State], options: St
 def initialize_(
     grads: Sequence[Tensor],
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int, int]],
+    offsets: Sequence[tuple[int, int]],
     options: StepOptions,
 ) -> None:
     """Sets factors, bases and refresh dates in place from the first gradients.
@@ -131,8 +131,7 @@ def initialize_(
     Args:
         grads: unrotated gradients; one that is all zero changes nothing.
         states: zero, as :func:`dykaf.state.new_state` makes them.
-        offsets: places of the left and the right side in the refresh period, and of the matrix
-            among the steps of which one updates its factors.
+        offsets: places of the left and the right side in the refresh period.
         options: the group's.
     """
     _C.initialize_(grads, states, offsets, options)
@@ -149,7 +148,7 @@ def refresh_basis_(states: Sequence[State], side: str, options: StepOptions) -> 
 
 def refresh_due_(
     states: Sequence[State],
-    offsets: Sequence[tuple[int, int, int]],
+    offsets: Sequence[tuple[int, int]],
     options: StepOptions,
     kept: Sequence[Tensor] = (),
     full: Sequence[Tensor] = (),
@@ -191,7 +190,7 @@ class StepJob(NamedTuple):
     grad_max: Tensor
     states: Sequence[State]
     streams: Sequence[int]
-    offsets: Sequence[tuple[int, int, int]]
+    offsets: Sequence[tuple[int, int]]
     options: StepOptions
     skip: Tensor | None = None
     amp_scale: Tensor | None = None

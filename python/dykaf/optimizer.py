@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
@@ -23,6 +22,7 @@ from dykaf.options import (
     check_options,
     plain_options,
     step_options,
+    with_rate,
 )
 from dykaf.schedule import Offsets
 from dykaf.state import (
@@ -74,12 +74,10 @@ class DyKAF(Optimizer):
         weight_decay: decoupled weight decay.
         factor_beta: decay of the factors; None: ``betas[1]``, as in the paper.
         precondition_frequency: steps between refreshes of a basis.
-        factor_update_every: k > 1 updates the factors of a matrix in every k-th step alone, with
-            weights factor_beta^k and 1 - factor_beta^k, so that they forget at the same pace; with
-            ``refresh_stagger`` matrices take turns.
+
         max_precond_dim: a side longer than this gets no factor; 0 sends all matrices to AdamW.
-        one_sided_ratio: a matrix whose longer side is at least so many times the shorter keeps the
-            factor of the shorter alone; of a square one, at ratio 1, the left.
+        sides: which factors a matrix keeps: "one" (of the shorter side; of a square matrix the
+            left), "both", or "none" (there is no basis then).
         skinny_rank: of a matrix with a side at least 16 times the other (LoRA's adapters), the rank
             at which the factor of the long side is kept, the rest of it as a multiple of the
             identity; 0: in full. It applies where the short side is at most, the long side at least
@@ -89,9 +87,10 @@ class DyKAF(Optimizer):
             products, not four), "ksl" (Lubich & Oseledets) or "bug" (Ceruti & Lubich, the paper's).
         metric_power: power of the diagonal metric: 1 the paper's metric, 0 Shampoo's and SOAP's.
         init: "identity", or "rank_one" from the top singular pair of the first gradient.
-        second_moment: "full" [m, n], "rank_one" or "factored" (m + n numbers each).
-        nesterov: momentum of matrices with factors as Nesterov's, beta1 exp_avg + (1 - beta1) G~.
-        orthogonalize: Newton-Schulz steps on the update of such a matrix; 0: none.
+        second_moment: "full" [m, n], "rank_one" or "factored" (m + n numbers each), or "none" (the
+            update is the momentum; with ``sides="none"`` and ``orthogonalize`` alone).
+        nesterov: momentum of matrices as Nesterov's, beta1 exp_avg + (1 - beta1) G~.
+        orthogonalize: Newton-Schulz steps on the update of a matrix; 0: none.
         refresh_schedule: "geometric" (often at the start, then every precondition_frequency steps)
             or "fixed".
         rescale_exp_avg_sq: at a refresh, scale the second moment by the change of the factors'
@@ -129,22 +128,21 @@ class DyKAF(Optimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 3e-3,
-        betas: Sequence[float] = (0.95, 0.95),
+        betas: Sequence[float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
         factor_beta: float | None = 0.9,
-        precondition_frequency: int = 10,
-        factor_update_every: int = 1,
+        precondition_frequency: int = 50,
         max_precond_dim: int = 10000,
-        one_sided_ratio: float = math.inf,
+        sides: str = "one",
         skinny_rank: int = 64,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
-        nesterov: bool = False,
-        orthogonalize: int = 0,
+        nesterov: bool = True,
+        orthogonalize: int = 3,
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
         refresh_stagger: bool = True,
@@ -176,9 +174,14 @@ class DyKAF(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
 
+        Args:
+            param_group: parameters and options; ``lr_ratio`` in place of ``lr`` is the group's rate
+                over the constructor's.
+
         Raises:
             ValueError: as the constructor; the optimizer is as it was.
         """
+        param_group = with_rate(param_group, self.defaults["lr"])
         check_new_options({**self.defaults, **param_group})
         num_groups = len(self.param_groups)
         super().add_param_group(param_group)
@@ -378,7 +381,7 @@ class DyKAF(Optimizer):
         state = host_entries_(self.state.get(param, {}))
         return self._layouts.of(name, param, state, group, structure)
 
-    def _stagger_offsets(self) -> list[tuple[int, int, int]]:
+    def _stagger_offsets(self) -> list[tuple[int, int]]:
         self._layouts.keep(param for group in self.param_groups for param in group["params"])
         return self._offsets.of(self.param_groups)
 

@@ -25,7 +25,7 @@ class StepOptions(TypedDict):
     metric_power: float
     grad_scale: float
     precondition_frequency: int
-    factor_update_every: int
+
     seed: int
     integrator: str
     init: str
@@ -122,14 +122,13 @@ RULES: dict[str, _Rule] = {
     "precondition_frequency": _integer(
         lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"
     ),
-    "factor_update_every": _integer(lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"),
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
-    "one_sided_ratio": _number(lambda value: value >= 1, "a number >= 1"),
+    "sides": _one_of("one", "both", "none"),
     "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
     "integrator": _one_of("ksl", "bug", "diagonal"),
     "metric_power": _number(lambda value: -1 <= value <= 1, "a number in [-1, 1]"),
     "init": _one_of("identity", "rank_one"),
-    "second_moment": _one_of("full", "rank_one", "factored"),
+    "second_moment": _one_of("full", "rank_one", "factored", "none"),
     "refresh_schedule": _one_of("geometric", "fixed"),
     "nesterov": _FLAG,
     "orthogonalize": _integer(lambda value: 0 <= value <= 20, "an integer in [0, 20]"),
@@ -156,6 +155,12 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name, rule in RULES.items():
         if not rule.accepts(group[name]):
             raise ValueError(f"{name}: expected {rule.expected}, got {group[name]!r}")
+    is_momentum = group["second_moment"] == "none"
+    if is_momentum and (group["sides"] != "none" or group["orthogonalize"] == 0):
+        raise ValueError(
+            "second_moment: expected 'none' with sides='none' and orthogonalize > 0 alone, got "
+            f"it with sides={group['sides']!r}, orthogonalize={group['orthogonalize']}"
+        )
 
 
 def check_new_options(group: Mapping[str, Any]) -> None:
@@ -169,6 +174,21 @@ def check_new_options(group: Mapping[str, Any]) -> None:
     is_readable = not isinstance(lr, torch.Tensor) or _C.backend_of(lr, "lr") == "cpu"
     if is_readable and float(lr) < 0:
         raise ValueError(f"lr: expected {RULES['lr'].expected}, got {lr!r}")
+
+
+def with_rate(group: Mapping[str, Any], lr: Any) -> dict[str, Any]:
+    """``group`` with the ``lr`` that its ``lr_ratio`` says, if it has one, of ``lr``.
+
+    Raises:
+        ValueError: for a ratio that is no finite number >= 0.
+    """
+    group = dict(group)
+    ratio = group.pop("lr_ratio", 1.0)
+    if not (_is_number(ratio) and 0 <= ratio < math.inf):
+        raise ValueError(f"lr_ratio: expected a finite number >= 0, got {ratio!r}")
+    if ratio != 1 and "lr" not in group:
+        group["lr"] = lr * ratio
+    return group
 
 
 def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,11 +221,10 @@ def step_options(
         "betas": plain["betas"],
         "eps": plain["eps"],
         "weight_decay": plain["weight_decay"],
-        "factor_beta": factor_beta ** plain["factor_update_every"],
+        "factor_beta": factor_beta,
         "metric_power": plain["metric_power"],
         "grad_scale": (-1.0 if plain["maximize"] else 1.0) / grad_scale,
         "precondition_frequency": plain["precondition_frequency"],
-        "factor_update_every": plain["factor_update_every"],
         "seed": plain["seed"],
         "integrator": plain["integrator"],
         "init": plain["init"],

@@ -59,6 +59,7 @@ def param_groups(
     adam: Iterable[str] = (),
     precondition: Iterable[str] = (),
     no_decay: Iterable[str] = (),
+    adam_lr_ratio: float = 2.0,
     matrix_options: Mapping[str, Any] | None = None,
     adam_options: Mapping[str, Any] | None = None,
     no_decay_options: Mapping[str, Any] | None = None,
@@ -77,6 +78,8 @@ def param_groups(
             several) to send to AdamW.
         precondition: name patterns to send to DyKAF against the rules; they win over ``adam``.
         no_decay: name patterns to send to the group without weight decay; they win over both.
+        adam_lr_ratio: learning rate of what goes to AdamW over that of the optimizer; an ``lr`` in
+            the options of a group wins.
         matrix_options: options for the DyKAF group, such as ``{"weight_decay": 0.1}``.
         adam_options: options for the group of embeddings and heads, such as ``{"lr": 1e-3}``.
         no_decay_options: options for the group without weight decay.
@@ -87,6 +90,7 @@ def param_groups(
     Raises:
         ValueError: if a pattern matches no parameter.
     """
+    adam_base = {"max_precond_dim": 0, "lr_ratio": adam_lr_ratio}
     adam, precondition, no_decay = tuple(adam), tuple(precondition), tuple(no_decay)
     # A tied parameter is one object under several names, with every role of each.
     names: dict[Tensor, list[str]] = {}
@@ -128,10 +132,10 @@ def param_groups(
 
     groups = [
         {"params": matrix_group, **(matrix_options or {})},
-        {"params": adam_group, "max_precond_dim": 0, **(adam_options or {})},
+        {"params": adam_group, **adam_base, **(adam_options or {})},
         {
             "params": no_decay_group,
-            "max_precond_dim": 0,
+            **adam_base,
             "weight_decay": 0.0,
             **(no_decay_options or {}),
         },

@@ -1,4 +1,4 @@
-"""Where in its period each side of each matrix, and each matrix, has its turn."""
+"""Where in its period each side of each matrix has its turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from dykaf.state import STRUCTURAL_OPTIONS, Layout, shape_of
 
-_OPTIONS = ("precondition_frequency", "factor_update_every", *STRUCTURAL_OPTIONS)
+_OPTIONS = ("precondition_frequency", *STRUCTURAL_OPTIONS)
 
 
 class Offsets:
@@ -19,24 +19,20 @@ class Offsets:
 
     def __init__(self) -> None:
         self._key: list[object] = []
-        self._offsets: list[tuple[int, int, int]] = []
+        self._offsets: list[tuple[int, int]] = []
 
-    def of(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
-        """For each parameter the offsets of its left side, its right side and its updates."""
+    def of(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+        """For each parameter the offsets of its left and its right side."""
         key: list[object] = [
             (*(group[name] for name in _OPTIONS), *(shape_of(param) for param in group["params"]))
             for group in param_groups
         ]
         if key != self._key:
             params = [(group, param) for group in param_groups for param in group["params"]]
-            layouts = [Layout.of(param, group) for group, param in params]
-            periods, every = (
-                [int(group[name]) for group, _ in params]
-                for name in ("precondition_frequency", "factor_update_every")
+            self._offsets = stagger_offsets(
+                (Layout.of(param, group), int(group["precondition_frequency"]))
+                for group, param in params
             )
-            sides = stagger_offsets(zip(layouts, periods, strict=True))
-            updates = update_offsets(zip(layouts, every, strict=True))
-            self._offsets = [(*pair, own) for pair, own in zip(sides, updates, strict=True)]
             self._key = key
         return self._offsets
 
@@ -54,30 +50,9 @@ def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, in
     Returns:
         for each parameter the offsets of its left and right side.
     """
-    slots = _spread(
-        [
-            (cost, layout.count, period)
-            for layout, period in layouts
-            for cost in layout.refresh_costs
-        ]
-    )
-    return list(zip(slots[::2], slots[1::2], strict=True))
-
-
-def update_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[int]:
-    """Spreads the factor updates of all matrices likewise.
-
-    Args:
-        layouts: each parameter's layout and factor_update_every.
-
-    Returns:
-        for each parameter its offset.
-    """
-    return _spread([(layout.update_cost, layout.count, period) for layout, period in layouts])
-
-
-def _spread(tasks: Sequence[tuple[int, int, int]]) -> list[int]:
-    """The slots of tasks that are given by cost, number of matrices and period."""
+    tasks = [
+        (cost, layout.count, period) for layout, period in layouts for cost in layout.refresh_costs
+    ]
     costs = [math.ceil(count / period) * cost for cost, count, period in tasks]
     dearest_first = sorted((idx for idx, cost in enumerate(costs) if cost), key=lambda i: -costs[i])
 
@@ -91,4 +66,4 @@ def _spread(tasks: Sequence[tuple[int, int, int]]) -> list[int]:
         slots[idx] = load.index(min(load))
         for turn in range(min(len(load), count)):
             load[(slots[idx] + turn) % len(load)] += costs[idx]
-    return slots
+    return list(zip(slots[::2], slots[1::2], strict=True))

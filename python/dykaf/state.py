@@ -20,7 +20,7 @@ PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # and metric_power: where skinny_rank applies).
 STRUCTURAL_OPTIONS = (
     "max_precond_dim",
-    "one_sided_ratio",
+    "sides",
     "skinny_rank",
     "integrator",
     "metric_power",
@@ -66,7 +66,7 @@ class Layout:
     """How a parameter is seen: a stack of ``count`` matrices, m x n, with the factors it keeps.
 
     With ``skinny_rank`` > 0 the factor of the long side is kept at that rank; ``left`` or ``right``
-    names the short side then. A parameter without factors (a vector, a scalar, or both sides over
+    names the short side then. What is no matrix (a vector, a scalar, or both sides over
     ``max_precond_dim``) keeps its own shape and is updated by AdamW.
     """
 
@@ -74,6 +74,7 @@ class Layout:
     batch: tuple[int, ...]
     m: int
     n: int
+    is_matrix: bool
     left: bool
     right: bool
     dtype: torch.dtype
@@ -89,41 +90,44 @@ class Layout:
         shape = tuple(shape_of(param))
         batch_dims, skinny_rank = int(group["batch_dims"]), int(group["skinny_rank"])
         batch, matrix = shape[:batch_dims], shape[batch_dims:]
-        is_matrix = len(matrix) >= 2
-        m, n = (matrix[0], math.prod(matrix[1:])) if is_matrix else (1, math.prod(shape))
-        left = is_matrix and m <= group["max_precond_dim"]
-        right = is_matrix and n <= group["max_precond_dim"]
-        factored = left or right
+        has_sides = len(matrix) >= 2
+        m, n = (matrix[0], math.prod(matrix[1:])) if has_sides else (1, math.prod(shape))
+        left = has_sides and m <= group["max_precond_dim"]
+        right = has_sides and n <= group["max_precond_dim"]
+        is_matrix = left or right
         is_skinny = (
             left
             and right
+            and group["sides"] != "none"
             and (group["integrator"], group["metric_power"]) == ("diagonal", 0)
             and min(m, n) <= skinny_rank
             and max(m, n) >= max(2 * skinny_rank, SKINNY_RATIO * min(m, n))
         )
-        is_one_sided = left and right and not is_skinny
-        if is_one_sided and max(m, n) >= group["one_sided_ratio"] * min(m, n):
+        if group["sides"] == "none":
+            left = right = False
+        elif group["sides"] == "one" and left and right and not is_skinny:
             left, right = m <= n, m > n
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         low_precision = param.dtype in (torch.bfloat16, torch.float16)
         return cls(
             shape=shape,
-            batch=batch if factored else (),
+            batch=batch if is_matrix else (),
             m=m,
             n=n,
+            is_matrix=is_matrix,
             left=left and not (is_skinny and m > n),
             right=right and not (is_skinny and m < n),
             dtype=dtype,
             factor_dtype=torch.bfloat16 if group["state_dtype"] == "bfloat16" else dtype,
             scale_dtype=torch.float32 if param.device.type == "mps" else torch.float64,
-            second_moment=group["second_moment"] if factored and not is_skinny else "full",
+            second_moment=group["second_moment"] if is_matrix and not is_skinny else "full",
             master=low_precision and group["low_precision"] == "master",
             skinny_rank=skinny_rank if is_skinny else 0,
         )
 
     @property
     def has_factors(self) -> bool:
-        """Whether a factor of either side is kept; AdamW updates the parameter otherwise."""
+        """Whether a factor of either side is kept."""
         return self.left or self.right
 
     @property
@@ -131,11 +135,6 @@ class Layout:
         """Of the left and the right side, relative to each other; 0 without a factor."""
         thin = self.skinny_rank**2 * max(self.m, self.n)
         return self.m**3 if self.left else thin, self.n**3 if self.right else thin
-
-    @property
-    def update_cost(self) -> int:
-        """Of the factors' update, relative to other matrices."""
-        return self.m * self.n * (self.m * self.left + self.n * self.right)
 
     @property
     def count(self) -> int:
@@ -149,7 +148,7 @@ class Layout:
             "step": (batch, torch.float32),
             "update_rms": (batch, torch.float32),
         }
-        full = (*batch, m, n) if self.has_factors else self.shape
+        full = (*batch, m, n) if self.is_matrix else self.shape
         shapes["exp_avg"] = (full, dtype)
         if self.skinny_rank:
             short, long, rows = min(m, n), max(m, n), 2 * self.skinny_rank
@@ -160,7 +159,7 @@ class Layout:
             shapes["rows"] = ((*batch, 2), torch.int64)
         elif self.second_moment == "full":
             shapes["exp_avg_sq"] = (full, dtype)
-        else:
+        elif self.second_moment != "none":
             shapes["exp_avg_sq_row"] = ((*batch, m), dtype)
             shapes["exp_avg_sq_col"] = ((*batch, n), dtype)
         if self.second_moment == "rank_one":
@@ -169,8 +168,9 @@ class Layout:
             shapes["L"] = shapes["Q_L"] = ((*batch, m, m), self.factor_dtype)
         if self.right:
             shapes["R"] = shapes["Q_R"] = ((*batch, n, n), self.factor_dtype)
-        if self.has_factors:
+        if self.is_matrix:
             shapes["rho"] = ((*batch, 2), self.scale_dtype)
+        if self.has_factors:
             shapes["next_refresh"] = shapes["refreshes"] = ((*batch, 2), torch.int64)
             shapes["schedule_step"] = shapes["refresh_fallbacks"] = (batch, torch.int64)
         if self.master:

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads)
   blend_part_(p, s, group.adam, q.X, part, tile, momenta);
   __syncthreads();
   const int64_t l = p.long_side();
-  if (q.updates_factor) append_part_(p.basis + q.used * l, l, part, tile);
+  append_part_(p.basis + q.used * l, l, part, tile);
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < part.num_i; i += kWarps) {
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   const SkinnyProblem q = launch.problems[blockIdx.x];
   const MatrixOnDevice& p = group.matrices[q.matrix_idx];
   const MatrixScalars& s = group.scalars[q.matrix_idx];
-  if (s.active == 0 || !q.updates_factor) return;
+  if (s.active == 0) return;
   const int64_t num_rows = p.short_side();
   const int64_t num_sums = num_rows * ceil_div(p.long_side(), kLong);
   double& rho = p.rho[p.is_wide() ? 1 : 0];

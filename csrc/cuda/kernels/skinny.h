@@ -15,7 +15,7 @@ struct SkinnyProblem {
   float* beyond;          // [s], what exp_avg is multiplied by
   int32_t inner;
   int32_t used;         // rows of `basis` in use: X follows them
-  bool updates_factor;  // or else X does not, and the long side's factor stays
+  
   int32_t matrix_idx;
   int32_t tile_begin;
 };

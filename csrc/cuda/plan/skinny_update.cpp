@@ -26,7 +26,7 @@ class SkinnyPlan {
     q.beyond = builder.take<float>(s);
     q.inner = static_cast<int32_t>(inner);
     q.used = static_cast<int32_t>(p.rows[1]);
-    q.updates_factor = updates_factors(p, options_);
+    
     q.matrix_idx = adam.matrix_idx;
     problems_.push_back(q);
     project(p, q.X, XV, q);

@@ -16,7 +16,7 @@ class StepPlan {
   Plan build() {
     plan_.prepare(options_, inputs_, StepCount::kAdvance);
     for (int32_t i = 0; i < plan_.num(); ++i) {
-      if (plan_.problem(i).is_unsided()) {
+      if (plan_.problem(i).is_adamw()) {
         add_adamw(i);
       } else {
         add_matrix(i);
@@ -52,13 +52,12 @@ class StepPlan {
     auto* H = builder.take<float>(arrays.H);
     auto* scratch = builder.take<float>(arrays.scratch);
     auto* update = builder.take<float>(arrays.update);
-    const bool is_due = updates_factors(p, options_);
-    const bool is_orthogonal = orthogonalizes(p, options_);
-    if (is_due || is_orthogonal) {
-      auto* left = builder.take<float>(arrays.left_increment);
-      auto* right = builder.take<float>(arrays.right_increment);
-      if (is_due) factors_.push_back({i, H, scratch, left, right});
-      if (is_orthogonal) orthogonal_.push_back({i, update, scratch, /*A=*/left, /*B=*/right});
+    
+    auto* left = builder.take<float>(arrays.left_increment);
+    auto* right = builder.take<float>(arrays.right_increment);
+    factors_.push_back({i, H, scratch, left, right});
+    if (orthogonalizes(p, options_)) {
+      orthogonal_.push_back({i, update, scratch, /*A=*/left, /*B=*/right});
     }
 
     // With one basis the update must not land where the multiplication still reads the gradient.
@@ -117,7 +116,7 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
 }
 
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {
-  if (p.is_unsided()) return 0;
+  if (p.is_adamw()) return 0;
   return StepArrays(p, options).total() * static_cast<int64_t>(sizeof(float));
 }
 

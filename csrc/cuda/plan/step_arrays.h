@@ -9,7 +9,7 @@ namespace dykaf::cuda {
 
 // Whether the step makes the matrix's update orthogonal.
 inline bool orthogonalizes(const Problem<float>& p, const Options& options) {
-  return options.orthogonalize > 0 && !p.is_unsided() && !p.is_skinny();
+  return options.orthogonalize > 0 && !p.is_adamw() && !p.is_skinny();
 }
 
 // How many elements the workspace of a step has for a matrix with factors.

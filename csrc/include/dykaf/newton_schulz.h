@@ -1,11 +1,15 @@
-// The iteration that makes an update orthogonal: X_0 = D / ||D||, then
-// X <- a X + (b A + c A^2) X with A = X X^T on the short side, whose singular values go towards 1
-// (Jordan et al. 2024, Muon: the quintic's coefficients).
+// The iteration that makes an update orthogonal: X <- a X + (b A + c A^2) X with A = X X^T on the
+// short side, whose singular values go towards 1 (Jordan et al. 2024, Muon: the quintic's
+// coefficients). It starts with singular values of at most 1: X_0 = Y / ||Y Y^T||^(1/2) with
+// Y = D / ||D||, or Muon's X_0 = Y where the update is the momentum. Of s equal singular values Y
+// has s^(-1/2) and X_0 has s^(-1/4): the steps that it takes to 1 hang less on the width.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+
+#include "dykaf/types.h"
 
 namespace dykaf {
 
@@ -18,6 +22,11 @@ struct NewtonSchulz {
 // The root mean square of an orthogonal update: as AdamW's is about, so that rates are of its size
 // (Liu et al. 2025, arXiv 2502.16982).
 inline constexpr double kOrthogonalRms = 0.2;
+
+// Whether X_0 is Y / ||Y Y^T||^(1/2), and not Y.
+inline bool starts_from_gram(const Options& options) {
+  return options.second_moment != SecondMoment::kNone;
+}
 
 // What the last X is multiplied by.
 inline double orthogonal_scale(int64_t m, int64_t n) {

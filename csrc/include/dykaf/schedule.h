@@ -1,5 +1,5 @@
-// When the factors of a matrix are updated, and when the basis of a side is refreshed next. Matrix
-// is a Problem of types.h, or has its fields of these names.
+// When the basis of a side is refreshed next. Matrix is a Problem of types.h, or has its fields of
+// these names.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,7 @@
 
 namespace dykaf {
 
-// Whether the step that comes is one of those that update the factors of a matrix. Staggered,
-// matrices with different offsets take turns.
-template <typename Matrix>
-bool updates_factors(const Matrix& p, const Options& options) {
-  const int64_t t = *p.schedule_step + 1;
-  const int64_t offset = options.refresh_stagger ? p.update_offset : 0;
-  return (t + offset) % options.factor_update_every == 0;
-}
+
 
 // Steps until the next refresh after step t: the period, or with the geometric schedule a tenth of
 // the steps done, at least 1 and at most the period (bases move fast at the start).

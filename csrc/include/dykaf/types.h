@@ -9,7 +9,8 @@ namespace dykaf {
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 enum class Integrator : int32_t { kKsl, kBug, kDiagonal };
 enum class Init : int32_t { kIdentity, kRankOne };
-enum class SecondMoment : int32_t { kFull, kRankOne, kFactored };
+// kNone: the update is the momentum, as it is.
+enum class SecondMoment : int32_t { kFull, kRankOne, kFactored, kNone };
 enum class RefreshSchedule : int32_t { kGeometric, kFixed };
 enum class Side : int32_t { kLeft = 0, kRight = 1 };
 enum class Rotation : int32_t { kIntoBasis, kOutOfBasis };
@@ -29,7 +30,8 @@ struct Gradient {
 // One m x n matrix of the model and its state; T is double for float64 parameters, else float.
 // All arrays are row-major and contiguous and alias nothing else. L, R, exp_avg and exp_avg_sq
 // are stored in the bases Q_L and Q_R. A side without a factor has null L and Q_L (or R and Q_R).
-// A parameter without factors is a 1 x numel matrix, updated by AdamW.
+// A matrix without any has zero rho. What is no matrix has null rho and is 1 x numel, updated by
+// AdamW.
 //
 // A skinny matrix keeps the factor of its short side (s) as any other, and the one of its long side
 // (l) as flat I + basis^T core basis, with unit trace, in the original coordinates. Its exp_avg is
@@ -45,9 +47,9 @@ struct Problem {
   T* master;         // [m, n], the parameter in full precision; null: none
   T* exp_avg;        // [m, n]
 
-  T* exp_avg_sq;             // [m, n], skinny: [s, k + 1]; null with a compact second moment
-  T* exp_avg_sq_row;         // [m]; null with the full second moment
-  T* exp_avg_sq_col;         // [n]; null with the full second moment
+  T* exp_avg_sq;             // [m, n], skinny: [s, k + 1]; null with a compact second moment or none
+  T* exp_avg_sq_row;         // [m]; of a compact second moment
+  T* exp_avg_sq_col;         // [n]; of a compact second moment
   double* exp_avg_sq_scale;  // [1]; rank_one: the second moment is scale^2 row col^T
 
   T* L;         // [m, m], symmetric, unit Frobenius norm
@@ -70,10 +72,11 @@ struct Problem {
   int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period
-  int64_t update_offset;       // place among the steps of which one updates the factors
+  
   uint64_t stream;             // names the random numbers of this matrix
   double grad_max;             // max|grad|
 
+  bool is_adamw() const { return rho == nullptr; }
   bool is_unsided() const { return L == nullptr && R == nullptr; }
   bool is_skinny() const { return basis != nullptr; }
   bool is_wide() const { return m < n; }
@@ -103,11 +106,11 @@ struct Options {
   double beta2;
   double eps;
   double weight_decay;
-  double factor_beta;  // over factor_update_every steps
+  double factor_beta;
   double metric_power;
   double grad_scale;  // gradients are multiplied by it: +1 or -1 over GradScaler's scale
   int64_t precondition_frequency;
-  int64_t factor_update_every;
+  
   uint64_t seed;
   Integrator integrator;
   Init init;
@@ -117,8 +120,8 @@ struct Options {
   bool refresh_stagger;
   MatmulPrecision precision;
   double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
-  bool nesterov;          // of matrices with factors
-  int64_t orthogonalize;  // Newton-Schulz steps on the update of a matrix with factors; 0: none
+  bool nesterov;          // of matrices
+  int64_t orthogonalize;  // Newton-Schulz steps on the update of a matrix; 0: none
 };
 
 }  // namespace dykaf

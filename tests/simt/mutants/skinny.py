@@ -16,8 +16,6 @@ SKINNY = (
         ("writes beyond a row", "j + kQuad <= part.num_j && ", ""),
         ("rows taken for aligned", " && is_aligned(to, 0, 4)", ""),
         ("a row's tail is left out", "e < kQuad && j + e < part.num_j", "false"),
-        ("rows follow though none is due", "if (q.updates_factor) append", "append"),
-        ("the long factor moves though not due", " || !q.updates_factor", ""),
         ("rows over those in use", "p.basis + q.used * l", "p.basis + q.inner * l"),
         (
             "tail of the short side",
