@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from optim_helpers import bits, gradient, parameter, params_of, refuses, run, trajectory
 
 from dykaf import DyKAF
-from dykaf.schedule import stagger_offsets, update_offsets
+from dykaf.schedule import stagger_offsets
 from dykaf.state import Layout
 
 
@@ -274,7 +273,7 @@ def layout(*shape: int, batch_dims: int = 0, max_precond_dim: int = 10_000) -> L
         "second_moment": "full",
         "state_dtype": "float32",
         "low_precision": "stochastic",
-        "one_sided_ratio": math.inf,
+        "sides": "both",
     }
     return Layout.of(torch.empty(shape, device="meta"), group)
 
@@ -346,32 +345,6 @@ def test_equal_sides_differ_by_one_at_most(num_params: int, period: int) -> None
     layouts = [layout(3, 3)] * num_params
     slots = loads(layouts, stagger_offsets((each, period) for each in layouts), period)
     assert max(slots) - min(slots) <= 27
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20),
-    period=st.integers(1, 6),
-)
-def test_update_offsets_balance_the_work(shapes: list[tuple[int, int]], period: int) -> None:
-    offsets = update_offsets((layout(*shape), period) for shape in shapes)
-    costs = [m * n * (m + n) for m, n in shapes]
-    slots = [0] * period
-    for cost, place in zip(costs, offsets, strict=True):
-        slots[place] += cost
-    assert max(slots) <= sum(costs) / period + max(costs)
-
-
-def test_update_offsets_by_hand() -> None:
-    """Costs are 54, 0, 324, 36 and twice 54, of a stack; the dearest goes first."""
-    layouts = [
-        layout(3, 3),
-        layout(9),
-        layout(6, 9, max_precond_dim=8),
-        layout(9, 2, max_precond_dim=8),
-        layout(2, 3, 3, batch_dims=1),
-    ]
-    assert update_offsets((each, 2) for each in layouts) == [1, 0, 0, 1, 1]
 
 
 def test_offsets_do_not_hang_on_gradients() -> None:
