@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.evidence import optimizers
 from bench.evidence.fisher_report import settled_step
 from bench.evidence.grid import Run, load_grid
 from bench.evidence.optimizers import DYKAF_BASE, make_adamw, make_optimizer
@@ -157,16 +159,24 @@ def test_settled_step() -> None:
 # ---- Who gets what -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"rest_lr": 0.25}], ids=["one lr", "rest_lr"])
+@pytest.mark.parametrize(
+    ("options", "rest_lr"),
+    [({}, 0.5), ({"rest_lr": 0.25}, 0.25), ({"rest_ratio": 4.0}, 2.0)],
+    ids=["one lr", "rest_lr", "rest_ratio"],
+)
 @pytest.mark.parametrize(
     "kind",
     [
+        "adamw",
         pytest.param("muon", marks=needs_muon),
         "kronecker",
         pytest.param("dykaf", marks=needs_dykaf),
     ],
 )
-def test_hidden_weights_go_to_the_optimizer_under_test(kind: str, options: dict[str, Any]) -> None:
+def test_hidden_weights_go_to_the_optimizer_under_test(
+    kind: str, options: dict[str, Any], rest_lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "REST_BETAS", (0.25, 0.5))
     model = vision.ConvNet([3, 4])
     named = dict(model.named_parameters())
     parts = make_optimizer({"kind": kind, **options}, model, ["convs.1.weight"], 0.5, 0.125)
@@ -175,6 +185,7 @@ def test_hidden_weights_go_to_the_optimizer_under_test(kind: str, options: dict[
     assert (
         type(matrix).__name__
         == {
+            "adamw": "AdamW",
             "muon": "Muon",
             "kronecker": "KroneckerOptimizer",
             "dykaf": "DyKAF",
@@ -186,22 +197,29 @@ def test_hidden_weights_go_to_the_optimizer_under_test(kind: str, options: dict[
     assert isinstance(rest, torch.optim.AdamW)
     others = {id(p) for name, p in named.items() if name != "convs.1.weight"}
     assert {id(p) for group in rest.param_groups for p in group["params"]} == others
-    rest_lr = options.get("rest_lr", 0.5)
     for part in rest.param_groups:
         is_vector = part["params"][0].ndim < 2
         assert (part["lr"], part["weight_decay"]) == (rest_lr, 0.0 if is_vector else 0.125)
+        assert part["betas"] == (0.25, 0.5) != group.get("betas")
     parts.scale_lr(0.5)
     assert [part["lr"] for part in rest.param_groups] == [rest_lr / 2] * len(rest.param_groups)
     assert group["lr"] == 0.25
 
 
-def test_adamw_gets_all() -> None:
-    model = vision.ConvNet([3, 4])
-    (only,) = make_optimizer({"kind": "adamw"}, model, ["convs.1.weight"], 0.5, 0.0).optimizers
-    assert type(only) is type(make_adamw(list(model.parameters()), 0.5, 0.0))
-    assert {id(p) for group in only.param_groups for p in group["params"]} == {
-        id(p) for p in model.parameters()
-    }
+def test_adamw_in_two_parts_is_adamw() -> None:
+    torch.manual_seed(0)
+    ours = vision.ConvNet([3, 4])
+    whole = copy.deepcopy(ours)
+    parts = make_optimizer({"kind": "adamw"}, ours, ["convs.1.weight"], 0.5, 0.125)
+    adamw = make_adamw(list(whole.parameters()), 0.5, 0.125)
+    for _ in range(3):
+        images = torch.randn(4, 1, 8, 8)
+        for model, optimizer in ((ours, parts), (whole, adamw)):
+            model.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+    for ours_p, whole_p in zip(ours.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours_p, whole_p)
 
 
 @needs_dykaf
