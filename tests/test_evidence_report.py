@@ -156,6 +156,60 @@ def test_settled_step() -> None:
     assert settled_step(points(1.0, None, 1.0), "ksl") == 3
 
 
+# ---- Axes ----------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_axes(tmp_path: Path) -> None:
+    """Two sizes with records and one without; a contender that one of them does not have."""
+    pytest.importorskip("matplotlib")
+    from bench.evidence.records import append_record, results_path
+    from bench.evidence.report import write_report
+
+    table = GRID["tasks"]["vision"]["quick"]
+    sizes = {
+        "batch1": table | {"settings": {"steps": 3, "batch": 1, "clip": 2.0}},
+        "batch4": table | {"settings": {"steps": 3, "batch": 4, "clip": 2.0}},
+        "batch9": table,
+        "other": table,
+    }
+    members = ["vision/batch1", "vision/batch4", "vision/batch9"]
+    axes = {"batch": members, "lonely": ["vision/batch1", "vision/batch9"]}
+    grid = GRID | {"tasks": {"vision": sizes}, "axes": axes}
+    results = {
+        "batch1": {"base": (0.2, [2.0, 2.5, 3.0]), "ours": (0.2, [1.0, 1.6, 2.0])},
+        "batch4": {"base": (0.4, [2.0, 2.5, 3.0]), "wild": (0.1, [None, None, None])},
+        "other": {"base": (0.2, [2.0, 2.5, 3.0])},
+    }
+    for size, contenders in results.items():
+        for contender, (lr, losses) in contenders.items():
+            for entry in records_of(contender, lr, 0, losses):
+                own = {"settings": sizes[size]["settings"], "curve": []}
+                key = f"{contender} {entry['role']} {entry['lr']} {entry['warmup']} {entry['seed']}"
+                append_record(results_path(tmp_path, "vision", size), entry | own | {"key": key})
+    assert write_report(tmp_path, tmp_path, grid, ["vision"], ["other"]) == 0
+    assert not (tmp_path / "axes.md").exists()  # none of its sizes was written
+    assert write_report(tmp_path, tmp_path, grid, ["vision"], ["batch*"]) == 0
+    text = (tmp_path / "axes.md").read_text()
+    assert "- [vision/batch1](vision-batch1.md): batch 1\n" in text
+    assert "## Batch\n" in text and "Lonely" not in text and "batch9" not in text
+    tables = [[row.strip("| ") for row in part.splitlines()[2:]] for part in tables_of(text)]
+    rates, losses, differences = tables
+    assert rates == ["ours | 0.2", "base | 0.2 | 0.4 (edge)", "wild |  | 0.1 (edge)"]
+    assert losses == [
+        "ours | 1.5333 ± 0.5033",
+        "base | 2.5000 ± 0.5000 | 2.5000 ± 0.5000",
+        "wild",
+    ]
+    half = 4.30265 * (1 / 300) ** 0.5 / 3**0.5  # as in the result table
+    assert differences == [f"ours | **-0.9667 ± {half:.4f}**", "base", "wild"]
+    assert (tmp_path / "axes.png").exists()
+    assert "[Along an axis" in (tmp_path / "README.md").read_text()
+
+
+def tables_of(text: str) -> list[str]:
+    return [part for part in text.split("\n\n") if part.startswith("|")]
+
+
 # ---- Who gets what -------------------------------------------------------------------------------
 
 
