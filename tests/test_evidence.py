@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from evidence_helpers import InProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -340,23 +341,6 @@ def test_the_command_resumes_and_reports(
     # Records of another grid file do not enter.
     stale = {**records[0], "settings": {}, "key": "stale"}
     assert len(summarise("digits", "quick", [*records, stale], table).notes) == 1
-
-
-class InProcess:
-    """Stands for ProcessPoolExecutor: worker processes would not see the made-up data."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def submit(self, function: Any, argument: Any) -> Any:
-        from concurrent.futures import Future
-
-        future: Future[Any] = Future()
-        future.set_result(function(argument))
-        return future
-
-    def shutdown(self, **kwargs: Any) -> None:
-        pass
 
 
 # ---- Training ------------------------------------------------------------------------------------

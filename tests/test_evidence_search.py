@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from evidence_helpers import InProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.evidence import EvidenceError
 from bench.evidence.grid import Plan, Run, load_grid
+from bench.evidence.records import read_records
 from bench.evidence.search import Point, axes_of, edges, point_of, search, select
 from bench.evidence.summary import summarise
 
@@ -201,6 +204,50 @@ def test_a_plan_whose_tuner_found_nothing_is_done() -> None:
     runs = tuner.runnable({})
     done = {run.key: fake_record(run) | {"diverged": True, "final": None} for run in runs}
     assert tuner.runnable(done) == [] and tuner.total(done) == len(runs) == 3
+
+
+def test_one_command_tunes_on_one_text_and_runs_on_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, on made-up texts and a tiny model."""
+    pytest.importorskip("tqdm")
+    from bench.evidence import command, runner
+    from bench.evidence.tasks import byte_lm
+
+    text = torch.arange(600, dtype=torch.int32) % 7
+    monkeypatch.setattr(byte_lm, "load", lambda task: (text.byte(), text.byte(), task))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", InProcess)
+    settings = (
+        "seconds = 1\nsettings = { dim = 8, layers = 1, heads = 1, context = 8, batch = 2, "
+        "steps = 2, eval_every = 2, curve_windows = 2, eval_windows = 4, clip = 0.0, weight_decay = 0.0 }\n"
+    )
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        "tuning_seed = 9\nbaselines = ['a']\n[contenders]\na = { kind = 'adamw' }\n"
+        "[tasks.shakespeare.full]\nlrs = [1e-3, 1e-2]\nwarmups = [0]\nrest_ratios = [1.0, 0.5]\n"
+        f"search = [['lrs', 'warmups'], ['rest_ratios'], ['lrs']]\nseeds = [0]\n"
+        f"contenders = ['a']\n{settings}"
+        f"[tasks.bible.full]\ntuned_by = 'shakespeare/full'\nseeds = [0, 1]\n"
+        f"contenders = ['a']\n{settings}"
+    )
+    args = ["--grid", str(grid), "--out", str(tmp_path), "--jobs", "1", "--task"]
+    assert command.main([*args, "bible"]) == 0
+    assert "not tuned yet in shakespeare/full: a" in capsys.readouterr().out
+    assert not (tmp_path / "bible-full.jsonl").exists()
+    assert command.main([*args, "shakespeare", "bible"]) == 0
+    assert "data sha256 shakespeare, up to 5 runs, 0 done" in capsys.readouterr().out
+    tuned = read_records(tmp_path / "shakespeare-full.jsonl")
+    records = read_records(tmp_path / "bible-full.jsonl")
+    assert [record["role"] for record in tuned][-1] == "report" and len(tuned) in (4, 5)
+    assert {point_of(record) for record in records} == {point_of(tuned[-1])}
+    assert [(record["seed"], record["data_sha256"]) for record in records] == [
+        (0, "bible"),
+        (1, "bible"),
+    ]
+    assert command.main([*args, "shakespeare", "bible"]) == 0
+    out = capsys.readouterr().out
+    assert f"up to {len(tuned)} runs, {len(tuned)} done before" in out
+    assert "2 runs, 2 done before" in out and "Ctrl-C" not in out
 
 
 # ---- What a report makes of it -------------------------------------------------------------------
