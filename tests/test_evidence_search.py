@@ -219,7 +219,8 @@ def test_one_command_tunes_on_one_text_and_runs_on_another(
     monkeypatch.setattr(runner, "ProcessPoolExecutor", InProcess)
     settings = (
         "seconds = 1\nsettings = { dim = 8, layers = 1, heads = 1, context = 8, batch = 2, "
-        "steps = 2, eval_every = 2, curve_windows = 2, eval_windows = 4, clip = 0.0, weight_decay = 0.0 }\n"
+        "steps = 2, eval_every = 2, curve_windows = 2, eval_windows = 4, clip = 0.0, "
+        "weight_decay = 0.0 }\n"
     )
     grid = tmp_path / "grid.toml"
     grid.write_text(
