@@ -103,6 +103,11 @@ def both_seeds(*points: Point) -> list[Any]:
     return [(point, seed) for point in points for seed in (8, 9)]
 
 
+def test_how_much_can_come_later() -> None:
+    found = search(TABLE, {}, [8, 9], lambda *pair: None)
+    assert len(found.asked) == 2 * 3 and found.num_later == 2 * (2 + 1 + 2)
+
+
 def test_each_stage_stands_at_the_best_point_so_far() -> None:
     assert run_search(TABLE) == [
         both_seeds(*(Point(lr, 0, 1.0) for lr in LRS)),
