@@ -254,6 +254,8 @@ def test_one_command_tunes_on_one_text_and_runs_on_another(
     out = capsys.readouterr().out
     assert f"up to {len(tuned)} runs, {len(tuned)} done before" in out
     assert "2 runs, 2 done before" in out and "Ctrl-C" not in out
+    assert command.main([*args, "bible"]) == 0
+    assert "2 runs, 2 done before" in capsys.readouterr().out
 
 
 # ---- What a report makes of it -------------------------------------------------------------------
@@ -272,7 +274,11 @@ def test_a_record_that_was_not_asked_for_selects_nothing() -> None:
     stray = plan.run("a", Point(0.1, 0, 0.25), 9, "tune")
     assert stray.key not in done
     records.append(fake_record(stray, loss=-9.0))
-    rows = {row.contender: row for row in summarise("vision", "quick", records, grid).rows}
+    records.append(fake_record(plan.run("a", Point(0.4, 0, 0.5), 0, "report"), loss=-9.0))
+    unlisted = fake_record(plan.run("a", Point(0.4, 5, 9.0), 0, "report"), loss=-9.0)
+    summary = summarise("vision", "quick", [*records, unlisted], grid)
+    assert summary.notes == ["1 records of another grid file or other data are left out."]
+    rows = {row.contender: row for row in summary.rows}
     assert rows["a"].best == BEST and len(rows["a"].tuning) == 8
     assert rows["a"].edges == ["lr", "warmup"] and len(rows["a"].reports) == 2
     assert rows["b"].best == Point(0.2, 5, 0.25) and rows["b"].edges == ["warmup"]
