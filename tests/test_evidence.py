@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from evidence_helpers import InProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,17 +31,12 @@ from bench.evidence.grid import (
     load_grid,
     settings_of,
     tuning_seeds_of,
+    tuning_table,
 )
 from bench.evidence.optimizers import make_optimizer
 from bench.evidence.records import append_record, by_key, read_kept, read_records
 from bench.evidence.sources import Source, check_sha256, fetch, members, sha256_of
-from bench.evidence.stats import (
-    edges,
-    paired_difference,
-    select,
-    student_cdf,
-    student_quantile,
-)
+from bench.evidence.stats import paired_difference, student_cdf, student_quantile
 from bench.evidence.summary import current_records, summarise
 from bench.evidence.tasks import byte_lm, digits, minilm, vision
 from bench.evidence.training import lr_factor, train
@@ -121,6 +116,15 @@ def test_corpus_split_and_hash() -> None:
     assert byte_lm.split_files({"a": files["a"] + files["b"][:1], "b": files["b"][1:]})[2] != digest
 
 
+def test_verses_become_books() -> None:
+    verses = [("Ruth", "It came."), ("Jude", "Mercy — unto you."), ("Ruth", "So they two went.")]
+    lines = [json.dumps({"book": book, "text": text, "verse": 1}) for book, text in verses]
+    assert byte_lm.bible_books("\n".join(lines).encode()) == {
+        "Ruth": b"It came.\nSo they two went.\n",
+        "Jude": "Mercy — unto you.\n".encode(),
+    }
+
+
 def test_tuning_and_reported_windows_are_disjoint() -> None:
     data = torch.arange(5000, dtype=torch.int32)
     tune = byte_lm.held_out_windows(data, 16, 64, "tune")
@@ -177,32 +181,6 @@ def test_paired_difference() -> None:
     assert paired_difference({5: 1.0}, base) is None
 
 
-def tuning_record(loss: float | None, lr: float, warmup: int = 0) -> dict[str, Any]:
-    final = None if loss is None else {"loss": loss}
-    return {"lr": lr, "warmup": warmup, "diverged": loss is None, "final": final}
-
-
-def test_selection_rule() -> None:
-    records = [
-        tuning_record(2.0, 0.1),
-        tuning_record(1.5, 0.2, 30),
-        tuning_record(1.5, 0.2, 10),
-        tuning_record(1.5, 0.4),
-        tuning_record(None, 0.01),
-    ]
-    for order in itertools.permutations(records):
-        best = select(order)
-        assert best is not None and (best["lr"], best["warmup"]) == (0.2, 10)
-    assert select([tuning_record(None, 0.1)]) is None
-    # Several seeds: their mean, where all of them ended.
-    seeds = [(3.0, 0.1), (1.0, 0.1), (1.5, 0.2), (2.0, 0.2), (0.5, 0.4), (None, 0.4)]
-    assert select([tuning_record(*pair) for pair in seeds]) == {"lr": 0.2, "warmup": 0}
-    assert edges(records[0], [0.1, 0.2], [0]) == ["lr"]
-    assert edges(records[1], [0.1, 0.2, 0.4], [10, 30]) == ["warmup"]
-    assert edges(records[2], [0.1, 0.2, 0.4], [10, 30]) == []
-    assert edges(records[3], [0.1, 0.2, 0.4], [0, 30]) == ["lr"]
-
-
 # ---- Grid, records, resumption -------------------------------------------------------------------
 
 
@@ -212,7 +190,8 @@ def test_the_grid_file_is_sound() -> None:
     for task, sizes in grid["tasks"].items():
         assert {"full", "quick"} <= set(sizes)
         for table in sizes.values():
-            assert not set(tuning_seeds_of(grid, table)) & set(table["seeds"])
+            tuner = tuning_table(grid, table)
+            assert not set(tuning_seeds_of(grid, tuner)) & set(table["seeds"])
             if task != "fisher":
                 assert set(baselines_of(grid, table)) <= set(table["contenders"])
             if "steps" in table:
@@ -279,7 +258,7 @@ def test_a_plan_goes_on_where_the_records_end() -> None:
         *(("a", "report", 0.1, 0), ("b", "report", 0.2, 0)),
         *(("a", "report", 0.1, 1), ("b", "report", 0.2, 1)),
     ]
-    assert len(order) == plan.total()
+    assert len(order) == plan.total(done) == plan.total({})
     # A longer list of rates asks for the new ones alone.
     missing = make_plan([0.1, 0.2, 0.3]).runnable(done)
     assert [(run.contender, run.lr, run.role) for run in missing] == [
@@ -362,23 +341,6 @@ def test_the_command_resumes_and_reports(
     # Records of another grid file do not enter.
     stale = {**records[0], "settings": {}, "key": "stale"}
     assert len(summarise("digits", "quick", [*records, stale], table).notes) == 1
-
-
-class InProcess:
-    """Stands for ProcessPoolExecutor: worker processes would not see the made-up data."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def submit(self, function: Any, argument: Any) -> Any:
-        from concurrent.futures import Future
-
-        future: Future[Any] = Future()
-        future.set_result(function(argument))
-        return future
-
-    def shutdown(self, **kwargs: Any) -> None:
-        pass
 
 
 # ---- Training ------------------------------------------------------------------------------------

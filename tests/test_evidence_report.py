@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.evidence import optimizers
 from bench.evidence.fisher_report import settled_step
 from bench.evidence.grid import Run, load_grid
 from bench.evidence.optimizers import DYKAF_BASE, make_adamw, make_optimizer
@@ -154,19 +156,81 @@ def test_settled_step() -> None:
     assert settled_step(points(1.0, None, 1.0), "ksl") == 3
 
 
+# ---- Axes ----------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_axes(tmp_path: Path) -> None:
+    """Two sizes with records and one without; a contender that one of them does not have."""
+    pytest.importorskip("matplotlib")
+    from bench.evidence.records import append_record, results_path
+    from bench.evidence.report import write_report
+
+    table = GRID["tasks"]["vision"]["quick"]
+    sizes = {
+        "batch1": table | {"settings": {"steps": 3, "batch": 1, "clip": 2.0}},
+        "batch4": table | {"settings": {"steps": 3, "batch": 4, "clip": 2.0}},
+        "batch9": table,
+        "other": table,
+    }
+    members = ["vision/batch1", "vision/batch4", "vision/batch9"]
+    axes = {"batch": members, "lonely": ["vision/batch1", "vision/batch9"]}
+    grid = GRID | {"tasks": {"vision": sizes}, "axes": axes}
+    results = {
+        "batch1": {"base": (0.2, [2.0, 2.5, 3.0]), "ours": (0.2, [1.0, 1.6, 2.0])},
+        "batch4": {"base": (0.4, [2.0, 2.5, 3.0]), "wild": (0.1, [None, None, None])},
+        "other": {"base": (0.2, [2.0, 2.5, 3.0])},
+    }
+    for size, contenders in results.items():
+        for contender, (lr, losses) in contenders.items():
+            for entry in records_of(contender, lr, 0, losses):
+                own = {"settings": sizes[size]["settings"], "curve": []}
+                key = f"{contender} {entry['role']} {entry['lr']} {entry['warmup']} {entry['seed']}"
+                append_record(results_path(tmp_path, "vision", size), entry | own | {"key": key})
+    assert write_report(tmp_path, tmp_path, grid, ["vision"], ["other"]) == 0
+    assert not (tmp_path / "axes.md").exists()  # none of its sizes was written
+    assert write_report(tmp_path, tmp_path, grid, ["vision"], ["batch*"]) == 0
+    text = (tmp_path / "axes.md").read_text()
+    assert "- [vision/batch1](vision-batch1.md): batch 1\n" in text
+    assert "## Batch\n" in text and "Lonely" not in text and "batch9" not in text
+    tables = [[row.strip("| ") for row in part.splitlines()[2:]] for part in tables_of(text)]
+    rates, losses, differences = tables
+    assert rates == ["ours | 0.2", "base | 0.2 | 0.4 (edge)", "wild |  | 0.1 (edge)"]
+    assert losses == [
+        "ours | 1.5333 ± 0.5033",
+        "base | 2.5000 ± 0.5000 | 2.5000 ± 0.5000",
+        "wild",
+    ]
+    half = 4.30265 * (1 / 300) ** 0.5 / 3**0.5  # as in the result table
+    assert differences == [f"ours | **-0.9667 ± {half:.4f}**", "base", "wild"]
+    assert (tmp_path / "axes.png").exists()
+    assert "[Along an axis" in (tmp_path / "README.md").read_text()
+
+
+def tables_of(text: str) -> list[str]:
+    return [part for part in text.split("\n\n") if part.startswith("|")]
+
+
 # ---- Who gets what -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"rest_lr": 0.25}], ids=["one lr", "rest_lr"])
+@pytest.mark.parametrize(
+    ("options", "rest_lr"),
+    [({}, 0.5), ({"rest_lr": 0.25}, 0.25), ({"rest_ratio": 4.0}, 2.0)],
+    ids=["one lr", "rest_lr", "rest_ratio"],
+)
 @pytest.mark.parametrize(
     "kind",
     [
+        "adamw",
         pytest.param("muon", marks=needs_muon),
         "kronecker",
         pytest.param("dykaf", marks=needs_dykaf),
     ],
 )
-def test_hidden_weights_go_to_the_optimizer_under_test(kind: str, options: dict[str, Any]) -> None:
+def test_hidden_weights_go_to_the_optimizer_under_test(
+    kind: str, options: dict[str, Any], rest_lr: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "REST_BETAS", (0.25, 0.5))
     model = vision.ConvNet([3, 4])
     named = dict(model.named_parameters())
     parts = make_optimizer({"kind": kind, **options}, model, ["convs.1.weight"], 0.5, 0.125)
@@ -175,6 +239,7 @@ def test_hidden_weights_go_to_the_optimizer_under_test(kind: str, options: dict[
     assert (
         type(matrix).__name__
         == {
+            "adamw": "AdamW",
             "muon": "Muon",
             "kronecker": "KroneckerOptimizer",
             "dykaf": "DyKAF",
@@ -186,22 +251,29 @@ def test_hidden_weights_go_to_the_optimizer_under_test(kind: str, options: dict[
     assert isinstance(rest, torch.optim.AdamW)
     others = {id(p) for name, p in named.items() if name != "convs.1.weight"}
     assert {id(p) for group in rest.param_groups for p in group["params"]} == others
-    rest_lr = options.get("rest_lr", 0.5)
     for part in rest.param_groups:
         is_vector = part["params"][0].ndim < 2
         assert (part["lr"], part["weight_decay"]) == (rest_lr, 0.0 if is_vector else 0.125)
+        assert part["betas"] == (0.25, 0.5) != group.get("betas")
     parts.scale_lr(0.5)
     assert [part["lr"] for part in rest.param_groups] == [rest_lr / 2] * len(rest.param_groups)
     assert group["lr"] == 0.25
 
 
-def test_adamw_gets_all() -> None:
-    model = vision.ConvNet([3, 4])
-    (only,) = make_optimizer({"kind": "adamw"}, model, ["convs.1.weight"], 0.5, 0.0).optimizers
-    assert type(only) is type(make_adamw(list(model.parameters()), 0.5, 0.0))
-    assert {id(p) for group in only.param_groups for p in group["params"]} == {
-        id(p) for p in model.parameters()
-    }
+def test_adamw_in_two_parts_is_adamw() -> None:
+    torch.manual_seed(0)
+    ours = vision.ConvNet([3, 4])
+    whole = copy.deepcopy(ours)
+    parts = make_optimizer({"kind": "adamw"}, ours, ["convs.1.weight"], 0.5, 0.125)
+    adamw = make_adamw(list(whole.parameters()), 0.5, 0.125)
+    for _ in range(3):
+        images = torch.randn(4, 1, 8, 8)
+        for model, optimizer in ((ours, parts), (whole, adamw)):
+            model.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+    for ours_p, whole_p in zip(ours.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours_p, whole_p)
 
 
 @needs_dykaf

@@ -16,7 +16,7 @@ rates and warm-ups, and compare them in pairs. Results are appended to runs/evid
 the same command goes on with what is missing."""
 
 # Quick results show that the suite works, no more.
-DEFAULT_REPORT_SIZES = ("full", "time", "parts", "long")
+DEFAULT_REPORT_SIZES = ("full", "time", "parts", "long", "batch*", "width*")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from bench.evidence import EvidenceError
-from bench.evidence.stats import select
+from bench.evidence.search import AXES, Point, Search, search
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +26,7 @@ GRID_FILE = Path(__file__).parent / "grid.toml"
 MODULES = {
     "shakespeare": "byte_lm",
     "stdlib": "byte_lm",
+    "bible": "byte_lm",
     "lora": "lora",
     "vision": "vision",
     "digits": "digits",
@@ -57,9 +58,11 @@ class Run:
 
     @property
     def title(self) -> str:
+        ratio = self.options.get("rest_ratio")
+        rest = "" if ratio is None else f" rest {ratio:g}"
         return (
             f"{self.task} {self.size} {self.contender} {self.role} "
-            f"lr {self.lr:g} warm-up {self.warmup} seed {self.seed}"
+            f"lr {self.lr:g}{rest} warm-up {self.warmup} seed {self.seed}"
         )
 
 
@@ -73,38 +76,56 @@ class Plan:
     contenders: dict[str, dict[str, Any]]  # the chosen ones, in order
     tuning_seeds: list[int]
     data_sha256: str
+    tuner: Plan | None = None  # whose selected points are taken; None: tuned here
 
-    def run(self, contender: str, lr: float, warmup: int, seed: int, role: str) -> Run:
-        options = self.contenders[contender]
-        task, size, data = self.task, self.size, self.data_sha256
-        settings = settings_of(self.table, contender)
-        return Run(task, size, contender, options, lr, warmup, seed, role, settings, data)
+    def run(self, contender: str, point: Point, seed: int, role: str) -> Run:
+        return Run(
+            self.task,
+            self.size,
+            contender,
+            point.options(self.contenders[contender]),
+            point.lr,
+            point.warmup,
+            seed,
+            role,
+            settings_of(self.table, contender),
+            self.data_sha256,
+        )
 
-    def tuning_runs(self, contender: str) -> list[Run]:
-        points = itertools.product(self.table["lrs"], self.table["warmups"], self.tuning_seeds)
-        return [self.run(contender, *point, "tune") for point in points]
+    def search(self, contender: str, done: Mapping[str, Record]) -> Search:
+        """How far the tuning of a contender is, here or where the table says it is tuned."""
+        plan = self.tuner or self
 
-    def report_runs(self, contender: str, lr: float, warmup: int) -> list[Run]:
-        return [self.run(contender, lr, warmup, seed, "report") for seed in self.table["seeds"]]
+        def find(point: Point, seed: int) -> Record | None:
+            return done.get(plan.run(contender, point, seed, "tune").key)
 
-    def runnable(self, done: Mapping[str, Record]) -> list[Run]:
-        """Runs whose turn can come now, first things first.
+        return search(plan.table, plan.contenders[contender], plan.tuning_seeds, find)
+
+    def asked(self, done: Mapping[str, Record]) -> list[Run]:
+        """Runs whose turn has come, done or not, first things first.
 
         All tuning comes before all reports. Reports go seed by seed over all contenders, so that
         whenever it stops, what is there can be compared in pairs.
+
+        Args:
+            done: records by key, those of the plan that this one is tuned by among them.
         """
         if self.task == "fisher":
-            return [run for run in self.fisher_runs() if run.key not in done]
+            return self.fisher_runs()
         tuning, reports = [], []
         for contender in self.contenders:
-            runs = self.tuning_runs(contender)
-            missing = [run for run in runs if run.key not in done]
-            tuning += missing
-            best = None if missing else select([done[run.key] for run in runs])
-            if best is not None:
-                reports += self.report_runs(contender, best["lr"], best["warmup"])
+            found = self.search(contender, done)
+            if self.tuner is None:
+                tuning += [self.run(contender, *pair, "tune") for pair in found.asked]
+            if found.best is not None:
+                seeds = self.table["seeds"]
+                reports += [self.run(contender, found.best, seed, "report") for seed in seeds]
         reports.sort(key=lambda run: self.table["seeds"].index(run.seed))
-        return tuning + [run for run in reports if run.key not in done]
+        return tuning + reports
+
+    def runnable(self, done: Mapping[str, Record]) -> list[Run]:
+        """What of `asked` is missing."""
+        return [run for run in self.asked(done) if run.key not in done]
 
     def fisher_runs(self) -> list[Run]:
         """One run per problem, beta, gradient scale and seed; it follows all methods at once."""
@@ -126,13 +147,20 @@ class Plan:
             for problem, beta, scale, seed in axes
         ]
 
-    def total(self) -> int:
-        """Number of runs of the whole plan."""
-        table = self.table
+    def total(self, done: Mapping[str, Record]) -> int:
+        """Number of runs of the whole plan, done or not.
+
+        While a search in stages is not complete, this is the most that it can come to.
+        """
         if self.task == "fisher":
             return len(self.fisher_runs())
-        num_tuning = len(table["lrs"]) * len(table["warmups"]) * len(self.tuning_seeds)
-        return len(self.contenders) * (num_tuning + len(table["seeds"]))
+        total = 0
+        for contender in self.contenders:
+            found = self.search(contender, done)
+            total += 0 if self.tuner else len(found.asked) + found.num_later
+            is_lost = found.is_complete and found.best is None
+            total += 0 if is_lost else len(self.table["seeds"])
+        return total
 
 
 def settings_of(table: Mapping[str, Any], contender: str) -> dict[str, Any]:
@@ -156,16 +184,59 @@ def task_module(task: str) -> ModuleType:
     return importlib.import_module(f"bench.evidence.tasks.{MODULES[task]}")
 
 
+def tuning_table(grid: Mapping[str, Any], table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table whose lists are searched: of a size that is tuned by another, the other's."""
+    return find_table(grid, table["tuned_by"]) if "tuned_by" in table else table
+
+
+def find_table(grid: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The table of "task/size".
+
+    Raises:
+        EvidenceError: there is none.
+    """
+    task, _, size = name.partition("/")
+    table = grid["tasks"].get(task, {}).get(size)
+    if table is None:
+        raise EvidenceError(f"the grid has no task and size {name}")
+    return table
+
+
 def load_grid(path: Path = GRID_FILE) -> dict[str, Any]:
-    """The grid file; every contender that a task names must exist."""
+    """The grid file, checked.
+
+    Raises:
+        EvidenceError: something that it names is not there, or a list is never searched.
+    """
     with path.open("rb") as file:
         grid = tomllib.load(file)
     for task, sizes in grid["tasks"].items():
         for size, table in sizes.items():
-            unknown = set(table.get("contenders", [])) - set(grid["contenders"])
-            if unknown:
-                raise EvidenceError(f"{path}: [tasks.{task}.{size}]: no contender {min(unknown)}")
+            try:
+                check_table(grid, table)
+            except EvidenceError as error:
+                raise EvidenceError(f"{path}: [tasks.{task}.{size}]: {error}") from error
+    for name, members in grid.get("axes", {}).items():
+        for member in members:
+            if "lrs" not in find_table(grid, member):
+                raise EvidenceError(f"{path}: [axes] {name}: {member} is not tuned")
     return grid
+
+
+def check_table(grid: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+    unknown = set(table.get("contenders", [])) - set(grid["contenders"])
+    if unknown:
+        raise EvidenceError(f"no contender {min(unknown)}")
+    lists = [name for name in AXES if name in table]
+    if "tuned_by" in table:
+        if lists or "search" in table:
+            raise EvidenceError("tuned_by, and lists to tune")
+        if "lrs" not in find_table(grid, table["tuned_by"]):
+            raise EvidenceError(f"tuned_by: {table['tuned_by']} is not tuned itself")
+    if "search" in table:
+        searched = {name for stage in table["search"] for name in stage}
+        if searched != set(lists):
+            raise EvidenceError(f"search: expected stages of {', '.join(lists)}")
 
 
 def make_plan(
@@ -190,6 +261,9 @@ def make_plan(
     for name in names:
         if name not in grid["contenders"]:
             raise EvidenceError(f"no contender {name}; see {GRID_FILE.name}")
+    tuner = None
+    if "tuned_by" in table:
+        tuner = make_plan(grid, *table["tuned_by"].split("/"), names)
     return Plan(
         task,
         size,
@@ -197,4 +271,5 @@ def make_plan(
         {name: grid["contenders"][name] for name in names},
         tuning_seeds_of(grid, table),
         task_module(task).data_sha256(task, table["settings"]),
+        tuner,
     )

@@ -1,7 +1,7 @@
 """Makes the optimizers that are compared, all alike: one weight decay, AdamW for the rest.
 
-`hidden` weights go to the optimizer under test; all others (embeddings, output heads, vectors) to
-the same torch.optim.AdamW whatever the contender is.
+`hidden` weights go to the optimizer under test; the rest (embeddings, output heads, vectors) to the
+same torch.optim.AdamW whatever the contender is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from bench.evidence import EvidenceError
 from bench.evidence.kronecker import KroneckerOptimizer
 from bench.evidence.orthogonal import OrthogonalOptimizer
 
-ADAMW_BETAS = (0.9, 0.95)
+ADAMW_BETAS = (0.9, 0.95)  # of the contender AdamW
+REST_BETAS = (0.9, 0.95)  # of the rest, for all contenders
 
 
 class MatrixViews:
@@ -87,8 +88,8 @@ def make_optimizer(
 
     Args:
         options: `kind` ("adamw", "muon", "orthogonal", "kronecker", "dykaf"), that optimizer's own
-            options, and for others than "adamw" of all but the hidden weights `rest_lr`, the peak
-            learning rate, or `rest_ratio`, the same over lr (default: 1), and `rest_betas`.
+            options, and for the rest `rest_lr`, its peak learning rate, or `rest_ratio`, the same
+            over lr (default: 1).
         model: its parameters that need a gradient are trained.
         hidden: names of the weights for the optimizer under test.
         lr: peak learning rate.
@@ -100,13 +101,12 @@ def make_optimizer(
     options = dict(options)
     kind = options.pop("kind")
     rest_lr = options.pop("rest_lr", lr) * options.pop("rest_ratio", 1.0)
-    rest_betas = tuple(options.pop("rest_betas", ADAMW_BETAS))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = [named[name] for name in hidden]
     rest = [p for name, p in named.items() if name not in set(hidden)]
+    others = [make_adamw(rest, rest_lr, weight_decay, REST_BETAS)] if rest else []
     if kind == "adamw":
-        return Parts([make_adamw(weights + rest, lr, weight_decay)])
-    others = [make_adamw(rest, rest_lr, weight_decay, rest_betas)] if rest else []
+        return Parts([make_adamw(weights, lr, weight_decay, **options), *others])
     if kind == "dykaf":
         try:
             import dykaf  # only here: the other optimizers run without it

@@ -40,22 +40,24 @@ def mean_curve(reports: Sequence[Record], key: str) -> tuple[list[float], list[f
 
 
 def draw_training(summary: Summary, measure: str, path: Path) -> None:
-    """Loss over steps, over core seconds, and over the learning rates tried."""
-    figure = Figure(figsize=(15, 5.6), layout="constrained")
-    axes = figure.subplots(1, 3)
+    """Loss over steps, over core seconds, and over the learning rates tried, if any were."""
+    is_tuned_here = "tuned_by" not in summary.table
+    num_panels = 3 if is_tuned_here else 2
+    figure = Figure(figsize=(5 * num_panels, 5.6), layout="constrained")
+    axes = figure.subplots(1, num_panels)
     lowest = []
     for idx, row in enumerate(sorted(summary.rows, key=lambda row: row.contender)):
         style = style_of(idx)
-        label = row.contender + (f", lr {row.best['lr']:g}" if row.best else "")
+        label = row.contender + (f", lr {row.best.lr:g}" if row.best else "")
         reports = [record for record in row.reports if not record["diverged"]]
         for axis, key in zip(axes, ("step", "cpu_seconds"), strict=False):
-            if reports:
-                x, y = mean_curve(reports, key)
-                axis.plot(x, y, **style)
-                lowest.append(min(y))
+            x, y = mean_curve(reports, key)
+            axis.plot(x, y, label=label, **style)
+            lowest += y
         losses = best_per_rate(row)
-        axes[2].plot(list(losses), list(losses.values()), marker=".", label=label, **style)
-        lowest += [min(losses.values())] if losses and not reports else []
+        if is_tuned_here:
+            axes[2].plot(list(losses), list(losses.values()), marker=".", **style)
+        lowest += losses.values() if not reports else []
     for axis, title in zip(
         axes,
         (
@@ -63,7 +65,7 @@ def draw_training(summary: Summary, measure: str, path: Path) -> None:
             "seconds of one core, evaluation not counted",
             "peak learning rate (tuning)",
         ),
-        strict=True,
+        strict=False,
     ):
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
@@ -72,14 +74,18 @@ def draw_training(summary: Summary, measure: str, path: Path) -> None:
             axis.set_yscale("log")
         elif lowest:
             axis.set_ylim(min(lowest) - 0.03, min(lowest) + SHOWN_RANGE)
-    lrs = summary.table["lrs"]
-    axes[2].set_xscale("log")
-    axes[2].minorticks_off()  # its labels would run into each other
-    axes[2].set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    if is_tuned_here:
+        mark_rates(axes[2], summary.table["lrs"])
     axes[0].set_ylabel("gap to the optimum" if summary.is_log else measure)
-    handles, labels = axes[2].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def mark_rates(axis: Any, lrs: Sequence[float]) -> None:
+    axis.set_xscale("log")
+    axis.minorticks_off()  # its labels would run into each other
+    axis.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
 
 
 def draw_fisher(records: Sequence[Record], path: Path) -> None:

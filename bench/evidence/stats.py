@@ -1,50 +1,12 @@
-"""Selection and the paired comparison; no dependency but the standard library."""
+"""The paired comparison; no dependency but the standard library."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Record = dict[str, Any]
 CONFIDENCE = 0.95
-
-
-def tuning_means(tuning: Iterable[Record]) -> dict[tuple[float, int], float]:
-    """By learning rate and warm-up, the mean final loss over the tuning seeds, where all ended."""
-    points: dict[tuple[float, int], list[Record]] = {}
-    for record in tuning:
-        points.setdefault((record["lr"], record["warmup"]), []).append(record)
-    return {
-        point: statistics.fmean(record["final"]["loss"] for record in records)
-        for point, records in points.items()
-        if not any(record["diverged"] for record in records)
-    }
-
-
-def select(tuning: Iterable[Record]) -> dict[str, Any] | None:
-    """The "lr" and "warmup" of the lowest mean loss in tuning; None where all diverged.
-
-    Ties go to the smaller learning rate, then to the shorter warm-up, whatever the order of the
-    records.
-    """
-    means = tuning_means(tuning)
-    best = min(means, key=lambda point: (means[point], *point), default=None)
-    return None if best is None else {"lr": best[0], "warmup": best[1]}
-
-
-def edges(best: Record, lrs: Sequence[float], warmups: Sequence[int]) -> list[str]:
-    """Which of the selected "lr" and "warmup" a longer list could better.
-
-    That is the smallest and largest rate, and the longest warm-up where there was a choice.
-    """
-    at_end = {
-        "lr": best["lr"] in (min(lrs), max(lrs)),
-        "warmup": len(warmups) > 1 and best["warmup"] == max(warmups),
-    }
-    return [name for name, is_at_end in at_end.items() if is_at_end]
 
 
 def student_cdf(t: float, dof: int) -> float:

@@ -9,14 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.evidence.grid import baselines_of, settings_of, tuning_seeds_of
-from bench.evidence.stats import (
-    Difference,
+from bench.evidence.grid import baselines_of, settings_of, tuning_seeds_of, tuning_table
+from bench.evidence.search import (
+    Point,
+    Search,
+    axes_of,
     edges,
-    paired_difference,
-    select,
+    point_of,
+    search,
     tuning_means,
 )
+from bench.evidence.stats import Difference, paired_difference
 
 Record = dict[str, Any]
 # Gaps that span orders of magnitude are averaged and subtracted as logarithms.
@@ -28,10 +31,12 @@ class Row:
     """One contender."""
 
     contender: str
-    tuning: list[Record]
-    best: dict[str, Any] | None  # "lr" and "warmup", as stats.select has them
-    reports: list[Record]  # at the selected rate
-    edges: list[str] = field(default_factory=list)  # as stats.edges has them
+    options: Mapping[str, Any]
+    tuning: list[Record]  # that the search asked for; none where another size tunes
+    is_tuned: bool
+    best: Point | None  # None where tuning is not complete, or all diverged
+    reports: list[Record]  # at the selected point
+    edges: list[str] = field(default_factory=list)  # as search.edges has them
     losses: dict[int, float] = field(default_factory=dict)  # by seed; diverged ones left out
     differences: dict[str, Difference | None] = field(default_factory=dict)  # by baseline
 
@@ -58,6 +63,7 @@ class Summary:
     task: str
     size: str
     table: Mapping[str, Any]
+    tuning_table: Mapping[str, Any]  # of the size that tunes: this one, or that of `tuned_by`
     rows: list[Row]  # best first
     baselines: list[str]
     num_tuning_seeds: int
@@ -75,11 +81,17 @@ def is_planned(record: Record, table: Mapping[str, Any], grid: Mapping[str, Any]
         return False
     if record["task"] == "fisher":
         return True
+    options = grid["contenders"].get(record["contender"])
+    if options is None or (record["role"] == "tune" and "tuned_by" in table):
+        return False
     seeds = tuning_seeds_of(grid, table) if record["role"] == "tune" else table["seeds"]
+    point = point_of(record)
+    axes = axes_of(tuning_table(grid, table), options)
     return (
-        record["options"] == grid["contenders"].get(record["contender"])
-        and record["lr"] in table["lrs"]
-        and record["warmup"] in table["warmups"]
+        record["options"] == point.options(options)
+        and point.lr in axes["lrs"]
+        and point.warmup in axes["warmups"]
+        and point.rest_ratio in axes["rest_ratios"]
         and record["seed"] in seeds
     )
 
@@ -114,19 +126,42 @@ def score(task: str, record: Record) -> float:
     return math.log10(loss) if task in LOG_TASKS else loss
 
 
-def make_row(task: str, contender: str, records: Sequence[Record], table: Mapping[str, Any]) -> Row:
-    """Select on the tuning runs; take the reported runs at the selected rate."""
-    own = [record for record in records if record["contender"] == contender]
-    tuning = [record for record in own if record["role"] == "tune"]
-    best = select(tuning)
-    row = Row(contender, tuning, best, [])
-    if best is not None:
-        point = (best["lr"], best["warmup"])
-        row.edges = edges(best, table["lrs"], table["warmups"])
+def search_records(
+    contender: str, records: Sequence[Record], table: Mapping[str, Any], grid: Mapping[str, Any]
+) -> Search:
+    """How far the records of a size reach in the tuning of a contender."""
+    found = {
+        (point_of(record), record["seed"]): record
+        for record in records
+        if record["contender"] == contender and record["role"] == "tune"
+    }
+    seeds = tuning_seeds_of(grid, table)
+    options = grid["contenders"][contender]
+    return search(table, options, seeds, lambda point, seed: found.get((point, seed)))
+
+
+def make_row(
+    task: str,
+    contender: str,
+    records: Sequence[Record],
+    tuning: Sequence[Record],
+    table: Mapping[str, Any],
+    grid: Mapping[str, Any],
+) -> Row:
+    """Select on the tuning runs; take the reported runs at the selected point."""
+    options = grid["contenders"][contender]
+    tuner = tuning_table(grid, table)
+    found = search_records(contender, tuning, tuner, grid)
+    own = found.records if tuner is table else []
+    row = Row(contender, options, own, found.is_complete, found.best, [])
+    if row.best is not None:
+        row.edges = edges(row.best, axes_of(tuner, options))
         reports = [
             record
-            for record in own
-            if record["role"] == "report" and (record["lr"], record["warmup"]) == point
+            for record in records
+            if record["contender"] == contender
+            and record["role"] == "report"
+            and point_of(record) == row.best
         ]
         row.reports = sorted(reports, key=lambda record: record["seed"])
         row.losses = {
@@ -136,20 +171,36 @@ def make_row(task: str, contender: str, records: Sequence[Record], table: Mappin
 
 
 def best_per_rate(row: Row) -> dict[float, float]:
-    """By learning rate, in order, the least tuning loss over the warm-ups."""
+    """By learning rate, in order, the least tuning loss over the warm-ups and ratios tried."""
     losses: dict[float, float] = {}
-    for (lr, _), loss in sorted(tuning_means(row.tuning).items()):
-        losses[lr] = min(loss, losses.get(lr, loss))
+    for point, loss in sorted(tuning_means(row.tuning).items()):
+        losses[point.lr] = min(loss, losses.get(point.lr, loss))
     return losses
 
 
-def summarise(task: str, size: str, records: Sequence[Record], grid: Mapping[str, Any]) -> Summary:
-    """Everything that the tables and pictures of a training task show."""
+def summarise(
+    task: str,
+    size: str,
+    records: Sequence[Record],
+    grid: Mapping[str, Any],
+    tuned_by: Sequence[Record] = (),
+) -> Summary:
+    """Everything that the tables and pictures of a training task show.
+
+    Args:
+        task: name of the task.
+        size: name of the size.
+        records: those of this task and size.
+        grid: what load_grid returned.
+        tuned_by: the records of the task and size in the table's `tuned_by`, if it has that.
+    """
     table = grid["tasks"][task][size]
+    tuner = tuning_table(grid, table)
     kept, notes = current_records(records, table, grid)
+    tuning = kept if tuner is table else current_records(tuned_by, tuner, grid)[0]
     names = {record["contender"] for record in kept}
     order = [name for name in grid["contenders"] if name in names]
-    rows = [make_row(task, name, kept, table) for name in order]
+    rows = [make_row(task, name, kept, tuning, table, grid) for name in order]
     by_name = {row.contender: row for row in rows}
     baselines = [name for name in baselines_of(grid, table) if name in by_name]
     for row in rows:
@@ -157,13 +208,13 @@ def summarise(task: str, size: str, records: Sequence[Record], grid: Mapping[str
             if name != row.contender:
                 row.differences[name] = paired_difference(row.losses, by_name[name].losses)
     rows.sort(key=lambda row: row.mean)
-    num_seeds = len(tuning_seeds_of(grid, table))
-    num_tuning = len(table["lrs"]) * len(table["warmups"]) * num_seeds
-    partial = [row.contender for row in rows if len(row.tuning) < num_tuning]
+    partial = [row.contender for row in rows if not row.is_tuned]
     if partial:
-        notes.append(f"Tuning is not complete for: {', '.join(partial)}.")
+        where = f" in {table['tuned_by']}" if "tuned_by" in table else ""
+        notes.append(f"Tuning{where} is not complete for: {', '.join(partial)}.")
     waiting = [row.contender for row in rows if len(row.reports) < len(table["seeds"])]
     if waiting:
         notes.append(f"Reported seeds are missing for: {', '.join(waiting)}.")
+    num_seeds = len(tuning_seeds_of(grid, tuner))
     data = kept[0]["data_sha256"] if kept else ""
-    return Summary(task, size, table, rows, baselines, num_seeds, data, notes)
+    return Summary(task, size, table, tuner, rows, baselines, num_seeds, data, notes)

