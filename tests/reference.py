@@ -253,7 +253,7 @@ class ReferenceDyKAF:
     def __init__(
         self,
         W: Tensor,
-        lr: float = 3e-3,
+        lr: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,

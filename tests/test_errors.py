@@ -272,7 +272,7 @@ def test_bad_parameters(kind: str) -> None:
     with refuses(optimizer, f"param_groups[1]['params'][1]: {message}"):
         optimizer.add_param_group({"params": [good, make()], "lr": 0.5})
     optimizer.add_param_group({"params": [good]})
-    assert optimizer.param_groups[1]["lr"] == 3e-3
+    assert optimizer.param_groups[1]["lr"] == 1e-2
     run(optimizer, range(2, 4))
     assert float(optimizer.state[good]["step"]) == 2
 

@@ -283,6 +283,7 @@ def test_the_contender_dykaf_is_the_package_at_its_defaults() -> None:
     options = {**DYKAF_BASE, **load_grid()["contenders"]["dykaf"]}
     defaults = DyKAF([torch.zeros(2)]).defaults
     assert options.pop("kind") == "dykaf"
+    options["betas"] = tuple(options["betas"])
     assert options == {name: defaults[name] for name in options}
 
 

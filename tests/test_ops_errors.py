@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import bits, gradient, parameter, randn
+from optim_helpers import bits, gradient, parameter, randn, two_sided
 from torch import Tensor
 
-from dykaf import DyKAF, ops
+from dykaf import ops
 from dykaf.options import StepOptions, step_options
 from dykaf.state import Layout, State, new_state
 
@@ -31,7 +31,7 @@ class Inputs:
         self.params: list[Tensor] = [
             parameter(*shape, seed=idx, dtype=dtype).detach() for idx, shape in enumerate(SHAPES)
         ]
-        group = DyKAF([torch.zeros(1)], **options).param_groups[0]
+        group = two_sided([torch.zeros(1)], **options).param_groups[0]
         self.options: StepOptions = step_options(group, 1.0)
         self.grads = [gradient(param, 0, idx) for idx, param in enumerate(self.params)]
         self.states: list[State] = [
@@ -246,7 +246,8 @@ def test_parameters_that_do_not_fit() -> None:
         (
             "second_moment",
             "half",
-            "options['second_moment']: expected one of 'full', 'rank_one', 'factored', got 'half'",
+            "options['second_moment']: expected one of 'full', 'rank_one', 'factored', 'none', "
+            "got 'half'",
         ),
         ("init", "eye", "options['init']: expected one of 'identity', 'rank_one', got 'eye'"),
         (
@@ -311,7 +312,7 @@ def test_grad_max(grads: list[Tensor], counts: list[int], message: str) -> None:
 def _vector(inputs: Inputs) -> None:
     """Adds a parameter without factors: operations on the factors have nothing to work on."""
     param = torch.ones(50_000)
-    group = DyKAF([torch.zeros(1)]).param_groups[0]
+    group = two_sided([torch.zeros(1)]).param_groups[0]
     inputs.params = [param]
     inputs.grads = [torch.ones(50_000)]
     inputs.states = [new_state(param, Layout.of(param, group))]

@@ -62,8 +62,8 @@ def test_the_rules() -> None:
     assert [set(group) for group in names(groups)] == [set(MATRICES), set(ADAM), set(NO_DECAY)]
     assert [{k: v for k, v in group.items() if k != "params"} for group in groups] == [
         {},
-        {"max_precond_dim": 0},
-        {"max_precond_dim": 0, "weight_decay": 0.0},
+        {"max_precond_dim": 0, "lr_ratio": 2.0},
+        {"max_precond_dim": 0, "lr_ratio": 2.0, "weight_decay": 0.0},
     ]
     by_name = dict(model.named_parameters())
     for group in groups:
@@ -72,7 +72,9 @@ def test_the_rules() -> None:
 
 def test_the_optimizer_takes_them() -> None:
     model = Model()
-    optimizer = DyKAF(param_groups(model), weight_decay=0.1)
+    optimizer = DyKAF(param_groups(model, adam_lr_ratio=4.0), lr=0.25, weight_decay=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 1.0, 1.0]
+    assert not any("lr_ratio" in group for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
     assert [group["max_precond_dim"] for group in optimizer.param_groups] == [10000, 0, 0]
     run(optimizer, range(3))
@@ -295,12 +297,20 @@ def test_options_of_the_groups() -> None:
     )
     assert [{k: v for k, v in group.items() if k != "params"} for group in groups] == [
         {"weight_decay": 0.2, "integrator": "bug"},
-        {"lr": 1e-4, "max_precond_dim": 7},
-        {"betas": (0.8, 0.9), "weight_decay": 0.05, "max_precond_dim": 0},
+        {"lr": 1e-4, "lr_ratio": 2.0, "max_precond_dim": 7},
+        {"betas": (0.8, 0.9), "lr_ratio": 2.0, "weight_decay": 0.05, "max_precond_dim": 0},
     ]
     optimizer = DyKAF(groups, lr=0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1e-4, 0.1]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1e-4, 0.2]
     assert optimizer.param_groups[0]["integrator"] == "bug"
+
+
+@pytest.mark.parametrize("ratio", [-1.0, float("inf"), float("nan"), "2", None, True])
+def test_a_ratio_that_is_none(ratio: Any) -> None:
+    message = f"lr_ratio: expected a finite number >= 0, got {ratio!r}"
+    with pytest.raises(ValueError) as caught:
+        DyKAF(param_groups(Model(), adam_lr_ratio=ratio))
+    assert str(caught.value) == message
 
 
 def test_groups_are_independent_of_the_arguments() -> None:

@@ -120,7 +120,8 @@ def test_rows_and_columns_outside_of_a_block(
         )
     options = MEDIUM if form == "medium" else FORMS[form]
     param = nn.Parameter(torch.zeros(shape, device=backends.device()))
-    optimizer = DyKAF([param], lr=1e-3, weight_decay=0, skinny_rank=4, **options)
+    options = {"skinny_rank": 4, **options}
+    optimizer = DyKAF([param], lr=1e-3, weight_decay=0, **options)
     for grad in gradients(shape, live, rank, 20 if backends.is_gpu() else 100):
         param.grad = grad.to(param.device)
         optimizer.step()

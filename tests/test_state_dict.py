@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import bits, gradient, parameter, params_of, run, trajectory
+from optim_helpers import bits, gradient, parameter, params_of, run, trajectory, two_sided
 from torch import nn
 
 from dykaf import DyKAF
@@ -140,9 +140,9 @@ def test_loaded_state_is_not_shared() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_loading_casts_nothing(dtype: torch.dtype) -> None:
-    optimizer = DyKAF([parameter(4, 3, dtype=dtype)])
+    optimizer = two_sided([parameter(4, 3, dtype=dtype)])
     run(optimizer, range(5))
-    other = DyKAF([parameter(4, 3, dtype=dtype)])
+    other = two_sided([parameter(4, 3, dtype=dtype)])
     other.load_state_dict(optimizer.state_dict())
     state = other.state[params_of(other)[0]]
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -8,7 +8,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from optim_helpers import bits, gradient, params_of, refuses, run, state_bits, with_stack
+from optim_helpers import BOTH, bits, gradient, params_of, refuses, run, state_bits, with_stack
 from torch import Tensor
 
 from dykaf import DyKAF, narrow
@@ -23,7 +23,12 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def make(dtype: torch.dtype = torch.float32, **options: Any) -> DyKAF:
-    return with_stack(SHAPES, (2, 5, 6), dtype, **{"precondition_frequency": 3, **options})
+    return with_stack(
+        SHAPES,
+        (2, 5, 6),
+        dtype,
+        **{**BOTH, "precondition_frequency": 3, "skinny_rank": 64, **options},
+    )
 
 
 def round_factors(optimizer: DyKAF) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import frozen, parameter, params_of, refuses, run, trajectory
+from optim_helpers import frozen, parameter, params_of, refuses, run, trajectory, two_sided
 
 from dykaf import DyKAF
 
@@ -56,7 +56,7 @@ CHANGED = "state of param_groups[0]['params'][0], which cannot follow a change o
 def test_structure_cannot_change(
     option: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, message: str | None
 ) -> None:
-    optimizer = DyKAF([parameter(*shape, dtype=dtype), parameter(3)])
+    optimizer = two_sided([parameter(*shape, dtype=dtype), parameter(3)])
     run(optimizer, range(3))
     good = optimizer.param_groups[0][option]
     optimizer.param_groups[0][option] = value
@@ -71,14 +71,15 @@ def test_structure_cannot_change(
         optimizer.step()
     optimizer.param_groups[0][option] = good
     run(optimizer, range(3, 5))
-    undisturbed = DyKAF([parameter(*shape, dtype=dtype), parameter(3)])
+    undisturbed = two_sided([parameter(*shape, dtype=dtype), parameter(3)])
     run(undisturbed, range(5))
     assert trajectory(optimizer) == trajectory(undisturbed)
 
 
 def _layout_names(optimizer: DyKAF, shape: tuple[int, ...]) -> list[str]:
     """What a matrix has under the group's options, from an optimizer that began with them."""
-    fresh = DyKAF([parameter(*shape)], max_precond_dim=optimizer.param_groups[0]["max_precond_dim"])
+    limit = optimizer.param_groups[0]["max_precond_dim"]
+    fresh = two_sided([parameter(*shape)], max_precond_dim=limit)
     run(fresh, range(1))
     return list(fresh.state[params_of(fresh)[0]])
 
@@ -107,7 +108,7 @@ def test_a_parameter_that_became_another(
     shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], message: str
 ) -> None:
     """Its new gradient fits; its state does not."""
-    optimizer = DyKAF([parameter(4, 3), parameter(3)], **options)
+    optimizer = two_sided([parameter(4, 3), parameter(3)], **options)
     run(optimizer, range(3))
     param = params_of(optimizer)[0]
     param.grad = None
@@ -119,13 +120,13 @@ def test_a_parameter_that_became_another(
 
 def test_structure_of_what_has_no_factors_may_change() -> None:
     """A vector's state is the same under all of them."""
-    optimizer = DyKAF([parameter(5)])
+    optimizer = two_sided([parameter(5)])
     run(optimizer, range(2))
     optimizer.param_groups[0].update(
         max_precond_dim=0, batch_dims=1, second_moment="factored", low_precision="master"
     )
     run(optimizer, range(2, 4))
-    undisturbed = DyKAF([parameter(5)])
+    undisturbed = two_sided([parameter(5)])
     run(undisturbed, range(4))
     assert trajectory(optimizer) == trajectory(undisturbed)
 
@@ -134,7 +135,7 @@ def test_structure_of_what_has_no_factors_may_change() -> None:
 
 
 def _saved(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
-    optimizer = DyKAF([parameter(*shape, dtype=dtype)], **options)
+    optimizer = two_sided([parameter(*shape, dtype=dtype)], **options)
     run(optimizer, range(3))
     saved = optimizer.state_dict()
     return {**saved, "state": {idx: dict(state) for idx, state in saved["state"].items()}}
@@ -186,7 +187,7 @@ def test_saved_tensors_that_do_not_fit(change: tuple[str, Any, str], has_state: 
     key, spoil, message = change
     saved = _saved(4, 3)
     saved["state"][0][key] = spoil(saved["state"][0][key])
-    optimizer = DyKAF([parameter(4, 3)])
+    optimizer = two_sided([parameter(4, 3)])
     if has_state:
         run(optimizer, range(5))
     with refuses(optimizer, PREFIX + message):
@@ -194,7 +195,7 @@ def test_saved_tensors_that_do_not_fit(change: tuple[str, Any, str], has_state: 
 
 
 def test_missing_and_unknown_saved_tensors() -> None:
-    optimizer = DyKAF([parameter(4, 3)])
+    optimizer = two_sided([parameter(4, 3)])
     run(optimizer, range(2))
     saved = _saved(4, 3)
     del saved["state"][0]["exp_avg"]
@@ -222,7 +223,7 @@ def test_missing_and_unknown_saved_tensors() -> None:
     ],
 )
 def test_saved_state_of_another_parameter(saved_with: dict[str, Any], message: str) -> None:
-    optimizer = DyKAF([parameter(4, 3)])
+    optimizer = two_sided([parameter(4, 3)])
     run(optimizer, range(2))
     shape = saved_with.pop("shape")
     with refuses(optimizer, PREFIX + message):
@@ -230,7 +231,7 @@ def test_saved_state_of_another_parameter(saved_with: dict[str, Any], message: s
 
 
 def test_bad_options_in_a_saved_group() -> None:
-    optimizer = DyKAF([parameter(4, 3)])
+    optimizer = two_sided([parameter(4, 3)])
     run(optimizer, range(2))
     saved = _saved(4, 3)
     saved["param_groups"][0]["betas"] = (0.9, 1.5)
@@ -240,19 +241,19 @@ def test_bad_options_in_a_saved_group() -> None:
 
 def test_saved_state_of_another_number_of_parameters() -> None:
     """torch's own messages."""
-    optimizer = DyKAF([parameter(4, 3), parameter(3)])
+    optimizer = two_sided([parameter(4, 3), parameter(3)])
     run(optimizer, range(2))
     before = frozen(optimizer)
     with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
         optimizer.load_state_dict(_saved(4, 3))
-    two_groups = DyKAF([{"params": [parameter(4, 3)]}, {"params": [parameter(3)]}])
+    two_groups = two_sided([{"params": [parameter(4, 3)]}, {"params": [parameter(3)]}])
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(two_groups.state_dict())
     assert frozen(optimizer) == before
 
 
 def test_after_a_refused_load_pre_hooks_work_as_before() -> None:
-    optimizer = DyKAF([parameter(4, 3)])
+    optimizer = two_sided([parameter(4, 3)])
     good, bad = _saved(4, 3), _saved(3, 4)
     for _ in range(2):
         with pytest.raises(ValueError):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import bits, gradient, parameter, params_of, randn, run, trajectory
+from optim_helpers import bits, gradient, parameter, params_of, randn, run, trajectory, two_sided
 from torch import Tensor, nn
 
 from dykaf import DyKAF
@@ -127,7 +127,7 @@ def test_parameters_that_are_views_leave_the_rest_alone() -> None:
 def test_convolution_weights_are_matrices(second_moment: str) -> None:
     conv, matrix = parameter(4, 3, 2, 2), nn.Parameter(parameter(4, 3, 2, 2).detach().view(4, 12))
     optimizers = [
-        DyKAF([param], precondition_frequency=3, second_moment=second_moment)
+        two_sided([param], precondition_frequency=3, second_moment=second_moment)
         for param in (conv, matrix)
     ]
     for step in range(10):

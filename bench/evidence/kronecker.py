@@ -10,7 +10,7 @@ For a weight W (m x n) with gradient G, factors S_L (m x m) and S_R (n x n) with
     "adam" update (SOAP): Adam in the basis, M the average of G in the original coordinates
         V <- beta2 V + (1 - beta2) (Q_L^T G Q_R)^2
         W <- W - lr Q_L [ (Q_L^T M Q_R) / (sqrt(V) + eps) ] Q_R^T
-    with `newton_schulz` = k > 0 the update is orthogonalised, as bench/evidence/orthogonal.py has it
+    with `newton_schulz` = k > 0 orthogonalised, as bench/evidence/orthogonal.py has it
         W <- W - lr 0.2 sqrt(max(m, n)) NS_k(Q_L [ ... ] Q_R^T)
     "root" update (KL-Shampoo), after the factors have seen G
         W <- W - lr S_L^-1/2 M S_R^-1/2

@@ -127,7 +127,7 @@ class DyKAF(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 3e-3,
+        lr: float | Tensor = 1e-2,
         betas: Sequence[float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
