@@ -12,30 +12,25 @@ import math
 from typing import Any
 
 import torch
-from optim_helpers import params_of
+from optim_helpers import BOTH, params_of
 from reference import momentum_bound
 from tolerances import unit_roundoff
 from torch import Tensor
 
-from dykaf import DyKAF
+from dykaf import DyKAF, preset
 from dykaf.state import State, matrices
 
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
-    "rank_one_init": {"init": "rank_one"},
-    "ksl": {"integrator": "ksl"},
-    "bug": {"integrator": "bug"},
-    "paper": {
-        "integrator": "bug",
-        "init": "rank_one",
-        "refresh_schedule": "fixed",
-        "factor_beta": None,
-        "rescale_exp_avg_sq": False,
-    },
-    "metric_power": {"metric_power": 1.0},
-    "rank_one": {"second_moment": "rank_one"},
-    "factored": {"second_moment": "factored"},
-    "bfloat16": {"state_dtype": "bfloat16"},
+    "both_sides": BOTH,
+    "rank_one_init": {**BOTH, "init": "rank_one"},
+    "ksl": {**BOTH, "integrator": "ksl"},
+    "bug": {**BOTH, "integrator": "bug"},
+    "paper": preset("paper"),
+    "metric_power": {**BOTH, "metric_power": 1.0},
+    "rank_one": {**BOTH, "second_moment": "rank_one"},
+    "factored": {**BOTH, "second_moment": "factored"},
+    "bfloat16": {**BOTH, "state_dtype": "bfloat16"},
 }
 
 

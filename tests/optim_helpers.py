@@ -26,6 +26,11 @@ BOTH: dict[str, Any] = {
 }
 
 
+def two_sided(params: Any, **options: Any) -> DyKAF:
+    """A DyKAF that keeps both sides, with Adam's own update."""
+    return DyKAF(params, **{**BOTH, **options})
+
+
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers; the same for every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,9 +20,11 @@ Equations (beta is the factor decay, A the Van Loan rearrangement of the target)
 """
 
 import math
+from typing import Any
 
 import torch
-from orthogonal_reference import orthogonalized
+from optim_helpers import BOTH
+from orthogonal_reference import noise_rms, orthogonalized
 from torch import Tensor
 
 # ---- Dense objects -------------------------------------------------------------------------------
@@ -358,8 +360,8 @@ class ReferenceDyKAF:
             D = D.clamp(-bound, bound)
         update = self._rotate_back(D)
         if self.orthogonalize and self.is_matrix:
-            as_muon = self.second_moment == "none"
-            update = orthogonalized(update, self.orthogonalize, as_muon)
+            least_rms = noise_rms(beta1, self.nesterov) if self.second_moment != "none" else 0.0
+            update = orthogonalized(update, self.orthogonalize, least_rms)
         self.update_rms = float(update.square().mean().sqrt())
         self.W = self.W * (1 - self.lr * self.weight_decay) - self.lr * update
         if self.kept:
@@ -492,3 +494,8 @@ class ReferenceDyKAF:
     def _rotate_back(self, X: Tensor) -> Tensor:
         X = X if self.Q_L is None else self.Q_L @ X
         return X if self.Q_R is None else X @ self.Q_R.T
+
+
+def two_sided_reference(W: Tensor, **options: Any) -> ReferenceDyKAF:
+    """One that keeps both sides, with Adam's own update."""
+    return ReferenceDyKAF(W, **{**BOTH, **options})

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import bits, frozen, gradient, parameter, params_of, randn, run, trajectory
+from optim_helpers import (
+    bits,
+    frozen,
+    gradient,
+    parameter,
+    params_of,
+    randn,
+    run,
+    trajectory,
+    two_sided,
+)
 from torch import Tensor, nn
 
 from dykaf import DyKAF, ops
@@ -79,7 +89,7 @@ def test_scaled_gradients_may_fill_the_whole_range() -> None:
     """float16 gradients near the largest number: unscaling first in float16 would lose them."""
     low, plain = parameter(6, 4, dtype=torch.float16), parameter(6, 4, dtype=torch.float16)
     scaler = make_scaler(2.0**30)
-    optimizer, other = (DyKAF([param], low_precision="master") for param in (low, plain))
+    optimizer, other = (two_sided([param], low_precision="master") for param in (low, plain))
     optimizer.amp_scaling = True
     for step in range(5):
         large = gradient(low, step, 0).double() * 2.0**13
@@ -273,7 +283,7 @@ def test_the_setting_of_torch_survives_an_error_in_an_operation(setting: str) ->
 @needs_backend_settings
 def test_the_backend_settings_of_torch_are_respected() -> None:
     """torch's newer per-backend setting, which torch refuses to read through the older one."""
-    optimizer, other = (DyKAF([parameter(6, 4)], precondition_frequency=1) for _ in range(2))
+    optimizer, other = (two_sided([parameter(6, 4)], precondition_frequency=1) for _ in range(2))
     run(other, range(4))
     saved = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
@@ -308,7 +318,7 @@ def test_medium_stays_near_highest(m: int, n: int, source: str) -> None:
         param = parameter(m, n)
         torch.set_float32_matmul_precision(precision if source == "torch" else "high")
         option = precision if source == "option" else None
-        optimizer = DyKAF(
+        optimizer = two_sided(
             [param],
             matmul_precision=option,
             precondition_frequency=100,
@@ -337,7 +347,7 @@ def test_refreshed_bases_are_orthogonal_at_medium() -> None:
     On a CPU without bfloat16 instructions both settings give float32.
     """
     param = parameter(320, 288)
-    optimizer = DyKAF([param], matmul_precision="medium", precondition_frequency=1)
+    optimizer = two_sided([param], matmul_precision="medium", precondition_frequency=1)
     run(optimizer, range(6))
     state = optimizer.state[param]
     for key, size in (("Q_L", 320), ("Q_R", 288)):
@@ -352,9 +362,9 @@ def test_initialisation_and_refreshes_are_the_same_at_medium() -> None:
     states = []
     for precision in ("highest", "medium"):
         param = parameter(40, 24)
-        optimizer = DyKAF([param], matmul_precision="highest", refresh_schedule="fixed")
+        optimizer = two_sided([param], matmul_precision="highest", refresh_schedule="fixed")
         run(optimizer, range(3))
-        fresh = DyKAF([parameter(40, 24)], matmul_precision=precision)
+        fresh = two_sided([parameter(40, 24)], matmul_precision=precision)
         run(fresh, range(1))
         ops.refresh_basis_(
             [optimizer.state[param]], "left", step_options({**fresh.param_groups[0]}, 1.0)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import randn, run
-from reference import ReferenceDyKAF
+from optim_helpers import randn, run, two_sided
+from reference import two_sided_reference
 from tolerances import TRAJECTORY, gamma
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,8 +168,8 @@ def test_a_run_goes_on_with_another_backend() -> None:
     shape = (6, 9)
     W = randn(*shape, seed=1)
     param = nn.Parameter(W.clone())
-    optimizer = DyKAF([param], refresh_stagger=False)
-    ref = ReferenceDyKAF(W, stagger_offsets=None)
+    optimizer = two_sided([param], refresh_stagger=False)
+    ref = two_sided_reference(W, stagger_offsets=None)
     for step in range(30):
         param.grad = randn(*shape, seed=step) + randn(*shape, seed=99)
         ref.step(param.grad)

@@ -76,7 +76,6 @@ def test_refresh_passes_over_matrices_without_a_gradient() -> None:
     ("options", "message"),
     [
         ({"nonfinite": "raise"}, 'expected nonfinite="skip" or "propagate", got "raise", for whi'),
-        ({"factor_update_every": 2}, "expected factor_update_every=1, got 2"),
     ],
 )
 def test_options_that_a_graph_cannot_hold(

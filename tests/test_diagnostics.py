@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from optim_helpers import frozen, gradient, parameter, params_of, randn, run
-from reference import ReferenceDyKAF
+from optim_helpers import frozen, gradient, parameter, params_of, randn, run, two_sided
+from reference import two_sided_reference
 
-from dykaf import DyKAF
 from dykaf.diagnostics import _probe, condition, orthogonality_error, staleness
 
 NAME = "param_groups[0]['params'][0]"
@@ -64,8 +63,8 @@ def test_orthogonality_error() -> None:
 def test_a_run_against_the_reference() -> None:
     param = parameter(6, 4, dtype=torch.float64)
     options: dict[str, Any] = {"precondition_frequency": 4, "integrator": "ksl"}
-    optimizer = DyKAF([param], refresh_stagger=False, **options)
-    reference = ReferenceDyKAF(param.detach(), **options)
+    optimizer = two_sided([param], refresh_stagger=False, **options)
+    reference = two_sided_reference(param.detach(), **options)
     for step in range(15):
         run(optimizer, range(step, step + 1))
         reference.step(gradient(param, step, 0))
@@ -101,7 +100,7 @@ def test_a_run_against_the_reference() -> None:
 def test_update_rms_is_seen_in_the_parameter(options: dict[str, Any]) -> None:
     """A rotation keeps norms: without decay it is the root mean square of the change over lr."""
     param = parameter(6, 4, dtype=torch.float64)
-    optimizer = DyKAF([param], lr=0.01, weight_decay=0.0, **options)
+    optimizer = two_sided([param], lr=0.01, weight_decay=0.0, **options)
     run(optimizer, range(5))
     before = param.detach().clone()
     run(optimizer, range(5, 6))
@@ -113,7 +112,7 @@ def test_update_rms_is_seen_in_the_parameter(options: dict[str, Any]) -> None:
 
 def test_a_spoiled_basis_is_seen() -> None:
     param = parameter(6, 4)
-    optimizer = DyKAF([param])
+    optimizer = two_sided([param])
     run(optimizer, range(8))
     healthy = optimizer.diagnostics()[NAME]
     assert healthy["orthogonality_L"] < 1e-5 and healthy["orthogonality_R"] < 1e-5
@@ -130,7 +129,7 @@ def test_a_spoiled_basis_is_seen() -> None:
 
 def test_a_turned_basis_is_stale() -> None:
     param = parameter(6, 4, dtype=torch.float64)
-    optimizer = DyKAF([param], precondition_frequency=1, integrator="ksl", factor_beta=0.95)
+    optimizer = two_sided([param], precondition_frequency=1, integrator="ksl", factor_beta=0.95)
     run(optimizer, range(30))
     state = optimizer.state[param]
     before = optimizer.diagnostics()[NAME]["staleness_L"]
@@ -148,7 +147,7 @@ def test_a_turned_basis_is_stale() -> None:
 def test_rho_of_the_diagonal_integrator() -> None:
     """L and R have a scale each there; their product is the square of what is reported."""
     param = parameter(6, 4)
-    optimizer = DyKAF([param], integrator="diagonal")
+    optimizer = two_sided([param], integrator="diagonal")
     run(optimizer, range(6))
     rho = optimizer.state[param]["rho"]
     assert float(rho[0]) != float(rho[1])
@@ -157,7 +156,7 @@ def test_rho_of_the_diagonal_integrator() -> None:
 
 
 def test_one_side_and_none() -> None:
-    optimizer = DyKAF([parameter(3, 9), parameter(9, 9), parameter(5)], max_precond_dim=4)
+    optimizer = two_sided([parameter(3, 9), parameter(9, 9), parameter(5)], max_precond_dim=4)
     run(optimizer, range(4))
     report = optimizer.diagnostics()
     names = [f"param_groups[0]['params'][{idx}]" for idx in range(3)]
@@ -175,7 +174,7 @@ def test_one_side_and_none() -> None:
 def test_a_stack_reports_its_worst() -> None:
     """Each entry is the largest over the matrices; one without a gradient has no say."""
     stack = parameter(3, 5, 4)
-    optimizer = DyKAF([stack], batch_dims=1, refresh_stagger=False, integrator="ksl")
+    optimizer = two_sided([stack], batch_dims=1, refresh_stagger=False, integrator="ksl")
     for step in range(8):
         stack.grad = gradient(stack, step, 0)
         stack.grad[0] *= 100
@@ -198,7 +197,7 @@ def test_a_stack_reports_its_worst() -> None:
 
 def test_before_the_first_gradient() -> None:
     param = parameter(6, 4)
-    optimizer = DyKAF([param, parameter(3)])
+    optimizer = two_sided([param, parameter(3)])
     assert optimizer.diagnostics() == {"optimizer": {"skipped_steps": 0}}
     param.grad = torch.zeros_like(param)
     optimizer.step()
@@ -208,7 +207,7 @@ def test_before_the_first_gradient() -> None:
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_the_modes_of_torch_do_not_matter(state_dtype: str) -> None:
     """autocast would round the products of the orthogonality error to 8 bits."""
-    optimizer = DyKAF([parameter(40, 30), parameter(5)], state_dtype=state_dtype)
+    optimizer = two_sided([parameter(40, 30), parameter(5)], state_dtype=state_dtype)
     run(optimizer, range(6))
     expected = optimizer.diagnostics()
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,7 +220,7 @@ def test_the_modes_of_torch_do_not_matter(state_dtype: str) -> None:
 
 
 def test_asking_changes_nothing() -> None:
-    optimizer = DyKAF([parameter(6, 4), parameter(3)])
+    optimizer = two_sided([parameter(6, 4), parameter(3)])
     run(optimizer, range(3))
     before = frozen(optimizer)
     optimizer.diagnostics()
@@ -374,7 +373,7 @@ VECTOR_SCALARS = 4 + 4
 def test_state_bytes_by_hand(
     shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], expected: dict[str, int]
 ) -> None:
-    optimizer = DyKAF([parameter(*shape, dtype=dtype)], **options)
+    optimizer = two_sided([parameter(*shape, dtype=dtype)], **options)
     kinds = dict.fromkeys(("exp_avg", "exp_avg_sq", "factors", "bases", "master", "scalars"), 0)
     assert optimizer.state_bytes() == {**kinds, "total": 0}
     run(optimizer, range(1))
@@ -385,7 +384,7 @@ def test_state_bytes_by_hand(
 
 
 def test_state_bytes_sum_over_parameters() -> None:
-    optimizer = DyKAF([{"params": [parameter(6, 4)]}, {"params": [parameter(7)]}])
+    optimizer = two_sided([{"params": [parameter(6, 4)]}, {"params": [parameter(7)]}])
     run(optimizer, range(1))
     assert optimizer.state_bytes()["exp_avg"] == 4 * 24 + 4 * 7
     assert optimizer.state_bytes()["scalars"] == MATRIX_SCALARS + VECTOR_SCALARS

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from optim_helpers import bits, gradient, params_of, randn, run
-from reference import ReferenceDyKAF
+from reference import two_sided_reference
 from tolerances import TRAJECTORY, gamma, newton_schulz_growth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,8 +71,6 @@ def amplification(factor: Tensor) -> float:
         {"second_moment": "rank_one"},
         {"second_moment": "factored", "integrator": "ksl"},
         {"max_precond_dim": 6},
-        {"factor_update_every": 2},
-        {"factor_update_every": 3, "integrator": "ksl"},
         {"matmul_precision": "highest", "precondition_frequency": 1},
         {"nesterov": True},
         {"orthogonalize": 3, "nesterov": True},
@@ -113,7 +111,7 @@ def test_trajectory(
         return orthogonalized(U, num_steps)
 
     monkeypatch.setattr(reference, "orthogonalized", recorded)
-    ref = ReferenceDyKAF(
+    ref = two_sided_reference(
         W.float().double(), **options, stagger_offsets=optimizer._stagger_offsets()[0]
     )
     for grad in grads:
@@ -402,7 +400,7 @@ def test_float64_beside_what_the_kernels_take() -> None:
     wide, narrow = W.clone().to(backends.device()), W.float().to(backends.device())
     optimizer = DyKAF([narrow, wide], precondition_frequency=5, eps=1e-2)
     offsets = optimizer._stagger_offsets()
-    ref = ReferenceDyKAF(W, precondition_frequency=5, eps=1e-2, stagger_offsets=offsets[1])
+    ref = two_sided_reference(W, precondition_frequency=5, eps=1e-2, stagger_offsets=offsets[1])
     for grad in grads:
         for param in (wide, narrow):
             param.grad = grad.to(param)

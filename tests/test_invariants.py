@@ -10,6 +10,7 @@ import torch
 from conftest import Matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optim_helpers import two_sided
 from tolerances import TRAJECTORY, factor_bounds, unit_roundoff
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def run(
     param: Tensor, grads: list[Tensor], **options: Any
 ) -> tuple[dykaf.DyKAF, dict[str, Tensor], Tensor]:
     param = torch.nn.Parameter(param.clone())
-    optimizer = dykaf.DyKAF([param], **options)
+    optimizer = two_sided([param], **options)
     for grad in grads:
         param.grad = grad
         optimizer.step()
@@ -37,7 +38,7 @@ def test_ten_thousand_steps_keep_factors_and_bases_sound(
     m, n = 24, 16
     left = matrices.randn(m, m)
     param = torch.nn.Parameter(matrices.randn(m, n))
-    optimizer = dykaf.DyKAF(
+    optimizer = two_sided(
         [param], integrator=integrator, precondition_frequency=precondition_frequency
     )
     for _ in range(10_000):
@@ -162,7 +163,7 @@ def test_a_matrix_has_the_same_bits_alone_and_in_company() -> None:
     for company in (shapes[:1], shapes):
         matrices = Matrices(torch.float32)
         params = [torch.nn.Parameter(torch.ones(shape)) for shape in company]
-        optimizer = dykaf.DyKAF(params, refresh_stagger=False)
+        optimizer = two_sided(params, refresh_stagger=False)
         for _ in range(20):
             params[0].grad = matrices.randn(*shapes[0])
             for param in params[1:]:
@@ -239,7 +240,7 @@ def test_matrices_side_by_side_are_those_of_one_after_the_other(integrator: str)
         matrices = Matrices(torch.float64)
         params = [torch.nn.Parameter(matrices.randn(*shape)) for shape in shapes]
         start = [param.detach().clone() for param in params]
-        optimizer = dykaf.DyKAF(params, integrator=integrator, precondition_frequency=3)
+        optimizer = two_sided(params, integrator=integrator, precondition_frequency=3)
         for step in range(9):
             for param in params:
                 param.grad = matrices.randn(*param.shape)

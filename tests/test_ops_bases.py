@@ -52,9 +52,7 @@ def test_initialize(
     state = matrices.zero_state(m, n)
     options = matrices.options(init=init, integrator=integrator)
     ops.initialize_([G], [state], [(0, 0)], options)
-    ref = reference.ReferenceDyKAF(
-        torch.zeros(m, n), **BOTH, init=init, integrator=integrator
-    )
+    ref = reference.ReferenceDyKAF(torch.zeros(m, n), **BOTH, init=init, integrator=integrator)
     ref._first_gradient(G.double() / scale)
 
     # Gradient products as in factor_update, a rotation each way and, with "rank_one", an SVD whose

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from reference import (
-    ReferenceDyKAF,
     best_kronecker,
     bug_dense,
     bug_matrix,
@@ -31,6 +30,7 @@ from reference import (
     outer_fisher,
     positive_qr,
     refresh_interval,
+    two_sided_reference,
     van_loan,
     van_loan_inverse,
 )
@@ -206,7 +206,7 @@ def test_trajectories_with_dense_and_matrix_factor_updates_agree(name: str) -> N
     m, n = (6, 4) if name == "right-only" else (4, 6)
     W = randn(m, n, seed=9)
     options = {"lr": 0.05, "eps": 1e-5, **OPTIONS[name]}
-    dense, matrix = ReferenceDyKAF(W, **options, dense=True), ReferenceDyKAF(W, **options)
+    dense, matrix = two_sided_reference(W, **options, dense=True), two_sided_reference(W, **options)
     for G in gradients(m, n, 41):
         dense.step(G)
         matrix.step(G)
@@ -220,7 +220,7 @@ def test_trajectory_is_equivariant_under_rotations(name: str) -> None:
     d = 5  # square: no basis is completed by unit vectors, which would single out coordinates
     U, V, W = random_orthogonal(d, 1), random_orthogonal(d, 2), randn(d, d, seed=3)
     options = {"lr": 0.05, "eps": 1e-5, **OPTIONS[name]}
-    plain, turned = ReferenceDyKAF(W, **options), ReferenceDyKAF(U @ W @ V.T, **options)
+    plain, turned = two_sided_reference(W, **options), two_sided_reference(U @ W @ V.T, **options)
     for G in gradients(d, d, 41):
         plain.step(G)
         turned.step(U @ G @ V.T)
@@ -231,8 +231,8 @@ def test_trajectory_is_equivariant_under_rotations(name: str) -> None:
 def test_trajectory_does_not_depend_on_the_scale_of_the_gradient(name: str) -> None:
     m, n = (6, 4) if name == "right-only" else (4, 6)
     W = randn(m, n, seed=3)
-    plain = ReferenceDyKAF(W, lr=0.05, eps=1e-5, **OPTIONS[name])
-    scaled = ReferenceDyKAF(W, lr=0.05, eps=1e25, **OPTIONS[name])
+    plain = two_sided_reference(W, lr=0.05, eps=1e-5, **OPTIONS[name])
+    scaled = two_sided_reference(W, lr=0.05, eps=1e25, **OPTIONS[name])
     for G in gradients(m, n, 31):
         plain.step(G)
         scaled.step(1e30 * G)
@@ -242,7 +242,7 @@ def test_trajectory_does_not_depend_on_the_scale_of_the_gradient(name: str) -> N
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_refresh_in_rotated_form_equals_the_textbook_form(rescale: bool) -> None:
-    optimizer = ReferenceDyKAF(
+    optimizer = two_sided_reference(
         randn(5, 5, seed=1), refresh_schedule="fixed", precondition_frequency=6,
         rescale_exp_avg_sq=rescale,
     )  # fmt: skip
@@ -267,7 +267,7 @@ def test_refresh_in_rotated_form_equals_the_textbook_form(rescale: bool) -> None
 
 def test_first_gradient_rules() -> None:
     W, G = randn(4, 6, seed=1), randn(4, 6, seed=2)
-    optimizer = ReferenceDyKAF(W, integrator="ksl", factor_beta=0.95)
+    optimizer = two_sided_reference(W, integrator="ksl", factor_beta=0.95)
     optimizer.step(torch.zeros(4, 6))
     assert not optimizer.started and optimizer.L is None
     optimizer.step(G)
@@ -291,7 +291,7 @@ def test_first_gradient_rules() -> None:
 @pytest.mark.parametrize("integrator", ["ksl", "bug"])
 def test_rank_one_init_matches_the_best_approximation(integrator: str) -> None:
     G = randn(3, 5, seed=2)
-    optimizer = ReferenceDyKAF(randn(3, 5, seed=1), init="rank_one", integrator=integrator)
+    optimizer = two_sided_reference(randn(3, 5, seed=1), init="rank_one", integrator=integrator)
     optimizer.step(G)
     L, R, rho = best_kronecker(outer_fisher(G), 3, 5)
     assert_close(optimizer.L, L, EXACT)  # a fixed point: the target's best approximation
@@ -301,10 +301,10 @@ def test_rank_one_init_matches_the_best_approximation(integrator: str) -> None:
 
 
 def test_factors_are_set_anew_after_an_underflow() -> None:
-    optimizer = ReferenceDyKAF(randn(3, 4, seed=1))
+    optimizer = two_sided_reference(randn(3, 4, seed=1))
     for G in gradients(3, 4, 5):
         optimizer.step(G)
-    fresh = ReferenceDyKAF(randn(3, 4, seed=1))
+    fresh = two_sided_reference(randn(3, 4, seed=1))
     fresh.step(G)
     optimizer.next_refresh = [1000, 1000]
     optimizer.rho, bases = [0.0, 0.0], (optimizer.Q_L, optimizer.Q_R)
@@ -320,7 +320,7 @@ def test_factors_are_set_anew_after_an_underflow() -> None:
 def test_neither_side_kept_is_adamw() -> None:
     W = randn(4, 6, seed=1)
     options = {"lr": 0.01, "betas": (0.9, 0.97), "eps": 1e-6, "weight_decay": 0.1}
-    reference = ReferenceDyKAF(W, **options, max_precond_dim=0, second_moment="rank_one")
+    reference = two_sided_reference(W, **options, max_precond_dim=0, second_moment="rank_one")
     parameter = torch.nn.Parameter(W.clone())
     adamw = torch.optim.AdamW([parameter], **options)
     for G in gradients(4, 6, 20):
@@ -331,7 +331,7 @@ def test_neither_side_kept_is_adamw() -> None:
 
 
 def test_rank_one_second_moment_is_the_dense_splitting() -> None:
-    optimizer = ReferenceDyKAF(
+    optimizer = two_sided_reference(
         randn(4, 6, seed=1), second_moment="rank_one", precondition_frequency=1000,
         refresh_schedule="fixed",
     )  # fmt: skip
@@ -359,7 +359,7 @@ def test_reference_trains(name: str) -> None:
     # entries at the start, and its updates are thousands of times those of the full form.
     m, n = (6, 4) if name == "right-only" else (4, 6)
     X, Y = regression(m, n)
-    optimizer = ReferenceDyKAF(torch.zeros(m, n), weight_decay=0.0, **OPTIONS[name])
+    optimizer = two_sided_reference(torch.zeros(m, n), weight_decay=0.0, **OPTIONS[name])
     for step in range(300):
         optimizer.lr = 0.05 * (1 - step / 300)
         G = X.T @ (X @ optimizer.W - Y) / 200 + 0.1 * randn(m, n, seed=step)
@@ -387,7 +387,7 @@ def test_textbook_optimizer_is_the_bug_reference_on_square_matrices() -> None:
     W = randn(5, 5, seed=1)
     options = {"lr": 0.05, "eps": 1e-5, "weight_decay": 0.0, "precondition_frequency": 4}
     paper = {"integrator": "bug", "refresh_schedule": "fixed", "factor_beta": None}
-    reference = ReferenceDyKAF(W, **options, **paper, rescale_exp_avg_sq=False)
+    reference = two_sided_reference(W, **options, **paper, rescale_exp_avg_sq=False)
     parameter = torch.nn.Parameter(W.clone())
     textbook = TextbookDyKAF([parameter], bounded=True, **options)
     for G in gradients(5, 5, 31):

@@ -67,7 +67,6 @@ EMBEDDINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "skinny medium": (1024, MEDIUM),
     "dense medium": (150, {"skinny_rank": 0, **MEDIUM}),
     "paper medium": (150, {**FORMS["paper"], **MEDIUM}),
-    "every second step": (150, {"skinny_rank": 0, "factor_update_every": 2}),
 }
 
 

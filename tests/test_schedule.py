@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optim_helpers import bits, gradient, parameter, params_of, refuses, run, trajectory
+from optim_helpers import bits, gradient, parameter, params_of, refuses, run, trajectory, two_sided
 
 from dykaf import DyKAF
 from dykaf.schedule import stagger_offsets
@@ -83,13 +83,13 @@ def offsets_of(optimizer: DyKAF) -> list[tuple[int, int]]:
 
 def test_geometric_dates_by_hand() -> None:
     """Every step up to 20, where a tenth of the steps is 2; then every second one, and so on."""
-    optimizer = DyKAF([parameter(3, 2)], precondition_frequency=4, refresh_stagger=False)
+    optimizer = two_sided([parameter(3, 2)], precondition_frequency=4, refresh_stagger=False)
     dates = [*range(1, 20), 20, 22, 24, 26, 28, 30, 33, 36, 39, 42, 46, 50, 54, 58]
     assert refresh_dates(optimizer, 60) == [[dates, dates]]
 
 
 def test_fixed_dates_by_hand() -> None:
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [parameter(3, 2)],
         precondition_frequency=7,
         refresh_schedule="fixed",
@@ -101,7 +101,7 @@ def test_fixed_dates_by_hand() -> None:
 def test_staggered_fixed_dates_by_hand() -> None:
     """Costs are 27, 8 and 8, 27, the cubes of the sides. The dear ones go first, to places 0 and
     1; then the cheap ones to the emptiest place, which is 2 both times."""
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [parameter(3, 2), parameter(2, 3)], precondition_frequency=3, refresh_schedule="fixed"
     )
     assert offsets_of(optimizer) == [(0, 2), (2, 1)]
@@ -116,7 +116,7 @@ def test_staggered_fixed_dates_by_hand() -> None:
 @pytest.mark.parametrize("period", [1, 3, 5])
 def test_dates_follow_the_formula(schedule: str, stagger: bool, period: int) -> None:
     shapes = [(4, 2), (3, 3), (2, 5)]
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [parameter(*shape) for shape in shapes],
         precondition_frequency=period,
         refresh_schedule=schedule,
@@ -132,7 +132,7 @@ def test_dates_follow_the_formula(schedule: str, stagger: bool, period: int) -> 
 
 
 def test_matrices_of_a_stack_take_turns() -> None:
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [parameter(5, 2, 3)], batch_dims=1, precondition_frequency=4, refresh_schedule="fixed"
     )
     ((left, right),) = offsets_of(optimizer)
@@ -151,7 +151,7 @@ def test_steps_are_counted_from_the_first_gradient() -> None:
         "refresh_stagger": False,
     }
     late, other = parameter(3, 2), parameter(3, 2)
-    optimizer = DyKAF([late, other], **options)
+    optimizer = two_sided([late, other], **options)
 
     def withhold(step: int) -> None:
         if step < 4:
@@ -168,7 +168,7 @@ def test_steps_are_counted_from_the_first_gradient() -> None:
 
 
 def test_a_side_without_a_factor_is_not_refreshed() -> None:
-    optimizer = DyKAF([parameter(3, 6)], max_precond_dim=4, precondition_frequency=1)
+    optimizer = two_sided([parameter(3, 6)], max_precond_dim=4, precondition_frequency=1)
     run(optimizer, range(6))
     assert optimizer.state[params_of(optimizer)[0]]["refreshes"].tolist() == [5, 0]
 
@@ -176,7 +176,7 @@ def test_a_side_without_a_factor_is_not_refreshed() -> None:
 def test_a_date_missed_is_made_up_for_at_once() -> None:
     """As after a change of the state by hand, or of options: due means due."""
     param = parameter(3, 2)
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [param], precondition_frequency=50, refresh_schedule="fixed", refresh_stagger=False
     )
     run(optimizer, range(5))
@@ -189,7 +189,7 @@ def test_a_date_missed_is_made_up_for_at_once() -> None:
 
 def test_a_shorter_period_counts_from_the_next_refresh_on() -> None:
     param = parameter(3, 2)
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [param], precondition_frequency=6, refresh_schedule="fixed", refresh_stagger=False
     )
     run(optimizer, range(4))
@@ -202,7 +202,7 @@ def test_a_shorter_period_counts_from_the_next_refresh_on() -> None:
 
 def test_a_longer_period_has_places_of_its_own() -> None:
     """The sides shared two places; the eight of them spread over the new period."""
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [parameter(3, 3) for _ in range(4)], precondition_frequency=2, refresh_schedule="fixed"
     )
     run(optimizer, range(4))
@@ -218,7 +218,7 @@ def test_stagger_evens_out_the_steps() -> None:
     """Twelve equal sides, period six: two at every step; without stagger all at once."""
 
     def per_step(stagger: bool) -> list[int]:
-        optimizer = DyKAF(
+        optimizer = two_sided(
             [parameter(3, 3) for _ in range(6)],
             precondition_frequency=6,
             refresh_schedule="fixed",
@@ -242,7 +242,7 @@ def test_stagger_evens_out_the_steps() -> None:
 def test_any_schedule(
     period: int, schedule: str, stagger: bool, num_params: int, steps: int
 ) -> None:
-    optimizer = DyKAF(
+    optimizer = two_sided(
         [parameter(2, 1 + idx) for idx in range(num_params)],
         precondition_frequency=period,
         refresh_schedule=schedule,
@@ -353,7 +353,7 @@ def test_offsets_do_not_hang_on_gradients() -> None:
 
     def dates_of_last(with_first: bool) -> list[int]:
         params = [parameter(3, 3) for _ in range(3)]
-        optimizer = DyKAF(params, precondition_frequency=6, refresh_schedule="fixed")
+        optimizer = two_sided(params, precondition_frequency=6, refresh_schedule="fixed")
         for step in range(2):
             for idx, param in enumerate(params):
                 param.grad = gradient(param, step, idx) if idx == 2 or with_first else None
@@ -367,7 +367,7 @@ def test_offsets_do_not_hang_on_gradients() -> None:
 def test_no_matrix_of_a_large_stack_waits_longer_than_the_interval() -> None:
     """Offsets grow along the stack, beyond the step itself in the first steps."""
     param = torch.nn.Parameter(torch.zeros(40, 2, 2))
-    optimizer = DyKAF([param], batch_dims=1)
+    optimizer = two_sided([param], batch_dims=1)
     generator = torch.Generator().manual_seed(0)
     for t in range(30):
         param.grad = torch.randn(40, 2, 2, generator=generator)
@@ -383,7 +383,7 @@ def test_a_step_without_refreshes_and_refresh_make_a_step(monkeypatch: pytest.Mo
 
     def make() -> DyKAF:
         params = [parameter(*shape, seed=i) for i, shape in enumerate(shapes)]
-        return DyKAF(params, precondition_frequency=2, skinny_rank=16)
+        return two_sided(params, precondition_frequency=2, skinny_rank=16)
 
     whole, parts = make(), make()
     run(whole, range(12))
@@ -399,7 +399,7 @@ def test_a_step_without_refreshes_and_refresh_make_a_step(monkeypatch: pytest.Mo
 
 
 def test_a_graph_holds_no_parameters_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = DyKAF([parameter(3, 2)])
+    optimizer = two_sided([parameter(3, 2)])
     run(optimizer, range(2))
     monkeypatch.setattr("dykaf.optimizer.is_capturing", lambda: True)
     message = (

@@ -15,7 +15,7 @@ from torch import nn
 
 from dykaf import DyKAF
 
-BETAS = (0.95, 0.95)
+BETAS = (0.9, 0.95)
 LR = 1e-2
 SIZES = (1e2, 1e4, 1e6, 1e8)
 

@@ -177,10 +177,10 @@ def newton_schulz_growth(X: Tensor, steps: int) -> float:
     return float(growths.nan_to_num(0).abs().max())
 
 
-def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype, as_muon: bool = False) -> float:
+def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype, least_rms: float = 0.0) -> float:
     """||error of ops.orthogonalize_||_F for a float64 U, which `dtype` holds.
 
-    X = U / ||U|| rounds by 4 u. Its division by ||X X^T||^(1/2), unless `as_muon`, rounds by 4 u
+    X = U / ||U|| rounds by 4 u. Its division by ||X X^T||^(1/2), with `least_rms` > 0, rounds by
     more and takes over half the relative error of the norm. In a step A and A^2 are sums as long as
     the short side's rows and columns, and enter b A + c A^2, whose product with X is one more;
     coefficients and sums are 4 u of each term. A GPU's 3xTF32 leaves out 16 u of each product. What
@@ -191,7 +191,7 @@ def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype, as_muon: bool
     X = U / U.norm()
     X = X if U.shape[0] <= U.shape[1] else X.T
     start = 4 * u
-    if not as_muon:
+    if least_rms > 0:
         norm = float((X @ X.T).norm())
         start += 4 * u + 0.5 * gamma(long + 16, dtype) * float((X.abs() @ X.abs().T).norm()) / norm
         X = X / norm**0.5
@@ -209,6 +209,8 @@ def newton_schulz_bound(U: Tensor, steps: int, dtype: torch.dtype, as_muon: bool
         X = 3.4445 * X + B @ X
         total += error * newton_schulz_growth(X, steps - step - 1)
     scale = 0.2 * max(U.shape) ** 0.5
+    if least_rms > 0:
+        scale *= min(1, float(U.square().mean().sqrt()) / least_rms)
     return 1.1 * scale * (total + 2 * u * float(X.norm()))
 
 

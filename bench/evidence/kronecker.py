@@ -10,6 +10,8 @@ For a weight W (m x n) with gradient G, factors S_L (m x m) and S_R (n x n) with
     "adam" update (SOAP): Adam in the basis, M the average of G in the original coordinates
         V <- beta2 V + (1 - beta2) (Q_L^T G Q_R)^2
         W <- W - lr Q_L [ (Q_L^T M Q_R) / (sqrt(V) + eps) ] Q_R^T
+    with `newton_schulz` = k > 0 the update is orthogonalised, as bench/evidence/orthogonal.py has it
+        W <- W - lr 0.2 sqrt(max(m, n)) NS_k(Q_L [ ... ] Q_R^T)
     "root" update (KL-Shampoo), after the factors have seen G
         W <- W - lr S_L^-1/2 M S_R^-1/2
 
@@ -29,6 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.evidence.orthogonal import newton_schulz
+
 # Rayleigh quotients below this share of the largest count as this share: S^-1 must stay finite.
 FLOOR = 1e-10
 
@@ -46,6 +50,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         max_precond_dim: a longer side has no factor and keeps the identity as its basis.
         factors: "shampoo" or "kl".
         update: "adam" or "root".
+        newton_schulz: steps that orthogonalise SOAP's update; 0: none.
     """
 
     def __init__(
@@ -60,11 +65,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         max_precond_dim: int = 10000,
         factors: str = "shampoo",
         update: str = "adam",
+        newton_schulz: int = 0,
     ) -> None:
         if factors not in ("shampoo", "kl") or update not in ("adam", "root"):
             raise ValueError(f"no such form: factors {factors!r}, update {update!r}")
         if (factors, update) != ("shampoo", "adam") and max_precond_dim < 10000:
             raise ValueError(f"max_precond_dim: for SOAP alone, got {max_precond_dim}")
+        if update != "adam" and newton_schulz > 0:
+            raise ValueError(f"newton_schulz: for update 'adam' alone, got {newton_schulz}")
         super().__init__(
             params,
             {
@@ -76,6 +84,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "max_precond_dim": max_precond_dim,
                 "factors": factors,
                 "update": update,
+                "newton_schulz": newton_schulz,
             },
         )
 
@@ -101,7 +110,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if group["update"] == "adam":
             V = state["V"].mul_(beta2).add_(into(G, Q_L, Q_R).square(), alpha=1 - beta2)
             denominator = (V / (1 - beta2**t)).sqrt() + group["eps"]
-            W.sub_(out_of(into(M, Q_L, Q_R) / denominator, Q_L, Q_R), alpha=group["lr"])
+            update = out_of(into(M, Q_L, Q_R) / denominator, Q_L, Q_R)
+            if group["newton_schulz"] > 0:
+                scale = 0.2 * max(W.shape) ** 0.5
+                update = scale * newton_schulz(update, group["newton_schulz"])
+            W.sub_(update, alpha=group["lr"])
             update_factors(state, G, beta2, group["factors"])
         else:
             update_factors(state, G, beta2, group["factors"])

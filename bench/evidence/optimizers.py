@@ -75,7 +75,6 @@ DYKAF_BASE = {
     "orthogonalize": 0,
     "refresh_stagger": True,
     "factor_beta": None,
-    "metric_power": 1.0,
     "rescale_exp_avg_sq": False,
     "skinny_rank": 0,
 }

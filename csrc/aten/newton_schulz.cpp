@@ -2,6 +2,8 @@
 
 #include <ATen/ops/linalg_vector_norm.h>
 
+#include <cmath>
+
 #include "aten/batch_ops.h"
 #include "aten/products.h"
 
@@ -30,7 +32,12 @@ at::Tensor orthogonalized_(Batch& batch, const Options& options, const at::Tenso
     X = X.mul(NewtonSchulz::kA).add_(product(B, X, options.precision));
   }
   if (first.m > first.n) X = X.mT();
-  const at::Tensor result = X.mul(orthogonal_scale(first.m, first.n));
+  const double full_scale = orthogonal_scale(first.m, first.n, noise_rms(options), options);
+  at::Tensor result = X.mul(full_scale);
+  if (options.second_moment != SecondMoment::kNone) {
+    const double full_norm = noise_rms(options) * std::sqrt(static_cast<double>(first.size()));
+    result.mul_(per_matrix(norm.div(full_norm).clamp_max_(1).to(batch.dtype())));
+  }
   batch.set(&Matrix::update_rms, rms_of(batch, result));
   return result;
 }

@@ -65,7 +65,8 @@ void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
     combine_(workspace.turned, workspace.product, NewtonSchulz::kC, NewtonSchulz::kB, s * s);
     multiply_short_side_(p, X, B, workspace.product, options.precision);
   }
-  combine_(X, X, orthogonal_scale(p.m, p.n), 0, p.size());
+  const double direction_rms = length / std::sqrt(static_cast<double>(p.size()));
+  combine_(X, X, orthogonal_scale(p.m, p.n, direction_rms, options), 0, p.size());
   *p.update_rms =
       static_cast<float>(frobenius_norm(X, p.size()) / std::sqrt(static_cast<double>(p.size())));
 }

@@ -136,7 +136,7 @@ class DyKAF(Optimizer):
         precondition_frequency: int = 50,
         max_precond_dim: int = 10000,
         sides: str = "one",
-        skinny_rank: int = 64,
+        skinny_rank: int = 32,
         integrator: str = "diagonal",
         metric_power: float = 0.0,
         init: str = "identity",
