@@ -261,9 +261,9 @@ SITES = {
 # Of skinny matrices: gradient, moments, beyond, long factor, and a product into V and one out of it
 # of one block shape, or for wide and tall ones in every shape but the largest.
 SKINNY = (4 + 2, 4 + 4 * 3)
-# Of `orthogonalize`: normalising and update_rms, then for each of its steps a Gram matrix, its
+# Of `orthogonalize`: normalising, the bound and update_rms, then for each of its steps a Gram matrix, its
 # square and a product, or of wide and tall matrices two Gram matrices, all in every block shape.
-ORTHOGONALIZE = (1 + 1, 3, 2 * 2 + 2 + 4)
+ORTHOGONALIZE = (1 + 1 + 1, 3, 2 * 2 + 2 + 4)
 SECOND_MOMENTS = {
     "full": 0,  # in the product's epilogue
     "rank_one": 5,  # row sums, row vector, column sums, vectors, Adam

@@ -432,6 +432,15 @@ def test_wrong_lists_never_reach_a_pointer(name: str, outcomes: dict[str, str]) 
     assert ": expected " in outcomes[name] and ", got " in outcomes[name]
 
 
+@pytest.mark.parametrize("operation", ["rotate", "factor_update_", "initialize_"])
+def test_matrices_without_factors_are_refused_where_factors_are_the_matter(operation: str) -> None:
+    inputs = Inputs()
+    for key in ("L", "R", "Q_L", "Q_R"):
+        inputs.states[0].pop(key, None)
+    message = "states[0]['L']: expected a tensor here or at 'R', got nothing"
+    refuses(inputs, inputs.calls()[operation], message)
+
+
 def test_adam_and_rotation_of_a_parameter_without_factors() -> None:
     """Worked out, or refused; and in a process of its own first."""
     script = (

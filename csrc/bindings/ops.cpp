@@ -72,7 +72,7 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
   Problems problems(states,
                     {.grads = inputs,
                      .updates = outputs,
-                     .needs_matrices = true,
+                     .needs_factors = true,
                      .needs_dense = true,
                      .grads_name = "inputs"},
                     parsed.second_moment);
@@ -148,7 +148,7 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
 void factor_update_op(const TensorList& grads, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
-  inputs.needs_matrices = inputs.needs_dense = true;
+  inputs.needs_factors = inputs.needs_dense = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,
@@ -162,7 +162,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
-  inputs.needs_matrices = true;
+  inputs.needs_factors = true;
   Problems problems(states, inputs, parsed.second_moment);
   run(
       problems, parsed,

@@ -208,9 +208,13 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
                       const Inputs& inputs, SecondMoment second_moment) {
   const StateReader state(index, state_dict, device_);
   const bool is_matrix = state.has("rho");
-  if (inputs.needs_matrices && !is_matrix) fail(state.name("rho"), "a tensor", "nothing");
+  const bool needs_matrix = inputs.needs_matrices || inputs.needs_factors;
+  if (needs_matrix && !is_matrix) fail(state.name("rho"), "a tensor", "nothing");
   if (inputs.needs_dense && state.has("basis")) {
     fail(state.name("basis"), "nothing: this operation takes no skinny matrix", "a tensor");
+  }
+  if (inputs.needs_factors && !state.has("L") && !state.has("R")) {
+    fail(state.name("L"), "a tensor here or at 'R'", "nothing");
   }
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();

@@ -38,7 +38,10 @@ double rounded(float x, MatmulPrecision precision) {
 struct GemmCase {
   Shape shape;
   Array<float> A, B, C, D;
+  Array<float> bound;  // of Newton-Schulz; none: 1
   Array<double> partials;
+
+  bool has_C() const { return C.size() > 0; }
 };
 
 // Of a symmetric form with the increment H M H^T: A = P, B = H with P = H M, M symmetric; here
@@ -65,15 +68,17 @@ struct Combination {
   double of_product;
 };
 
-Combination combination_of(Epilogue epilogue, const Shape& shape) {
-  const double scale = 0.2 * std::sqrt(std::max(shape.m, shape.n));
+Combination combination_of(Epilogue epilogue, const GemmCase& p) {
+  const double scale = 0.2 * std::sqrt(std::max(p.shape.m, p.shape.n));
+  const double bound = p.bound.size() > 0 && p.bound[0] != 0 ? double{p.bound[0]} : 1;
+  const double root = std::sqrt(bound);
   switch (epilogue) {
     case Epilogue::kQuadratic:
-      return {NewtonSchulz::kB, NewtonSchulz::kC};
+      return {NewtonSchulz::kB / bound, NewtonSchulz::kC / (bound * bound)};
     case Epilogue::kQuintic:
-      return {NewtonSchulz::kA, 1};
+      return {NewtonSchulz::kA / root, 1 / root};
     case Epilogue::kLastQuintic:
-      return {scale * NewtonSchulz::kA, scale};
+      return {scale * NewtonSchulz::kA / root, scale / root};
     default:
       return {0, 1};
   }
@@ -105,12 +110,12 @@ void require_right(const GemmCase& p, GemmForm form, MatmulPrecision precision, 
       // k sums to nearest; 3xTF32 leaves out 2^-22 of a product and rounds its parts by as much.
       bound[at] =
           total * ((k + 2) * 0x1p-24 + (precision == MatmulPrecision::kHighest ? 0x1p-20 : 0));
-      const double c = p.C[static_cast<int64_t>(at)];
-      // Two coefficients, two products, the scale and the sum round.
-      const auto [of_C, of_product] = combination_of(epilogue, p.shape);
+      const double c = p.has_C() ? double{p.C[static_cast<int64_t>(at)]} : 0;
+      // Two coefficients, the inverse twice, its root, two products, the scale and the sum round.
+      const auto [of_C, of_product] = combination_of(epilogue, p);
       expected[at] = of_C * c + of_product * sum;
       bound[at] *= of_product;
-      if (of_C != 0) bound[at] += 6 * 0x1p-24 * (std::fabs(of_C * c) + std::fabs(of_product * sum));
+      if (of_C != 0) bound[at] += 9 * 0x1p-24 * (std::fabs(of_C * c) + std::fabs(of_product * sum));
       const double square =
           epilogue == Epilogue::kLastQuintic ? expected[at] * expected[at] : c * c;
       sums[0] += square;
@@ -143,11 +148,17 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
   std::vector<GemmCase> cases;
   std::vector<GemmProblem> problems;
   for (const Shape& s : shapes) {
-    const GemmCase p = random_case(s, form, num_tiles(tile_class, form, s.m, s.n), rng);
+    GemmCase p = random_case(s, form, num_tiles(tile_class, form, s.m, s.n), rng);
+    if (epilogue == Epilogue::kStore || (epilogue == Epilogue::kSums && cases.size() % 3 == 1)) {
+      p.C = Array<float>();
+    }
+    // A bound, one of zero, and none.
+    if (cases.size() % 3 != 2) p.bound = Array<float>(std::vector{cases.size() % 3 * 0.3f});
     GemmProblem problem{};
     problem.A = p.A.get();
     problem.B = p.B.get();
-    problem.C = epilogue == Epilogue::kStore ? nullptr : p.C.get();
+    problem.C = p.has_C() ? p.C.get() : nullptr;
+    problem.bound = p.bound.size() > 0 ? p.bound.get() : nullptr;
     problem.D = epilogue == Epilogue::kInner ? nullptr : p.D.get();
     problem.partials = leaves_sums(epilogue) ? p.partials.get() : nullptr;
     problem.m = s.m;

@@ -25,9 +25,11 @@ std::vector<CaseSpec> shapes() {
   };
 }
 
-std::vector<CaseSpec> with_vectors(std::vector<CaseSpec> specs) {
-  specs.push_back({1, 4097, Sides::kNone});
-  specs.push_back({1, 77, Sides::kNone, DType::kBFloat16, Master::kNo, 1});
+std::vector<CaseSpec> with_unsided(std::vector<CaseSpec> specs) {
+  specs.push_back({19, 230, Sides::kNone});
+  specs.push_back({70, 33, Sides::kNone, DType::kFloat16, Master::kNo, 1});
+  specs.push_back({1, 4097, Sides::kVector});
+  specs.push_back({1, 77, Sides::kVector, DType::kBFloat16, Master::kNo, 1});
   return specs;
 }
 
@@ -89,7 +91,7 @@ void some_noise(Batch& batch) {
 // So large that the squares would overflow.
 void large_gradients(Batch& batch) {
   for (const MatrixCase& c : batch.cases) {
-    if (c.Q_L.size() == 0 && c.Q_R.size() == 0) continue;
+    if (c.rho.size() == 0) continue;
     for (int64_t i = 0; i < c.spec.m * c.spec.n; ++i) c.grad.set(i, c.grad[i] * 0x1p100f);
     for (int64_t i = 0; i < c.spec.m * c.spec.n; ++i) c.exp_avg[i] = 0;
   }
@@ -101,8 +103,7 @@ Dense large_adam_reference(reference::Matrix& p, const reference::Settings& s, s
   const double largest = std::exp2(std::ceil(std::log2(reference::largest_gradient(p, s))));
   const double size = std::sqrt(static_cast<double>(p.grad.m * p.grad.n));
   const double most = std::exp2(61 - std::floor(std::log2(size)));
-  const bool is_rotated = !p.Q_L.is_null() || !p.Q_R.is_null();
-  if (is_rotated && largest > most) {
+  if (p.is_matrix && largest > most) {
     for (Number& g : p.grad.x) g = g.value * (most / largest);
   }
   return reference::adam_update(p, reference::gradient(p, s), s);
@@ -111,10 +112,11 @@ Dense large_adam_reference(reference::Matrix& p, const reference::Settings& s, s
 void check_adam() {
   const std::pair<SecondMoment, const char*> forms[] = {{SecondMoment::kFull, "full"},
                                                         {SecondMoment::kRankOne, "rank_one"},
-                                                        {SecondMoment::kFactored, "factored"}};
+                                                        {SecondMoment::kFactored, "factored"},
+                                                        {SecondMoment::kNone, "momentum"}};
   for (const auto& [second_moment, name] : forms) {
     Scenario scenario;
-    scenario.specs = with_vectors(shapes());
+    scenario.specs = with_unsided(shapes());
     scenario.options.second_moment = second_moment;
     const std::string prefix = std::string("adam ") + name;
     check_against_reference(prefix, scenario, adam_plan, adam_reference);
@@ -257,29 +259,37 @@ Plan orthogonalize_plan(Batch& b, const Scenario& s, void* workspace) {
                             workspace);
 }
 
+void check_orthogonalize(const std::string& name, const Scenario& scenario) {
+  const Batch batch(scenario);
+  check_against_reference("orthogonalize " + name, scenario, orthogonalize_plan,
+                          [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
+                            const CaseSpec& spec = scenario.specs[i];
+                            const Dense D = dense(batch.updates[i], spec.m, spec.n);
+                            return reference::orthogonalized(p, D, s);
+                          });
+}
+
 void check_orthogonalize() {
   Scenario scenario;
   for (CaseSpec spec : shapes()) {
     spec.sides = Sides::kBoth;  // no use for factors
     scenario.specs.push_back(spec);
   }
-  const Batch batch(scenario);
-  const auto expected = [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
-    const CaseSpec& spec = scenario.specs[i];
-    return reference::orthogonalized(p, dense(batch.updates[i], spec.m, spec.n), s);
-  };
   for (const MatmulPrecision precision :
        {MatmulPrecision::kHighest, MatmulPrecision::kHigh, MatmulPrecision::kMedium}) {
     scenario.precision = precision;
     for (const int64_t num_steps : {1, 2}) {
       scenario.options.orthogonalize = num_steps;
-      check_against_reference("orthogonalize " + std::to_string(static_cast<int>(precision)) +
-                                  ", steps " + std::to_string(num_steps),
-                              scenario, orthogonalize_plan, expected);
+      check_orthogonalize(
+          std::to_string(static_cast<int>(precision)) + ", steps " + std::to_string(num_steps),
+          scenario);
     }
   }
   scenario.precision = MatmulPrecision::kHighest;
   check_skip("orthogonalize", scenario, orthogonalize_plan);
+  Scenario momentum = scenario;
+  momentum.options.second_moment = SecondMoment::kNone;
+  check_orthogonalize("momentum", momentum);
   check_against_reference(
       "orthogonalize zero", scenario, orthogonalize_plan,
       [&](reference::Matrix& p, const reference::Settings&, size_t i) {
@@ -337,7 +347,7 @@ void check_apply() {
     for (const Master master : {Master::kNo, Master::kYes}) {
       for (const int64_t offset : {0, 1, 4, 8}) {
         scenario.specs.push_back({37, 113, Sides::kBoth, dtype, master, offset});
-        scenario.specs.push_back({1, 8, Sides::kNone, dtype, master, offset});
+        scenario.specs.push_back({1, 8, Sides::kVector, dtype, master, offset});
       }
     }
   }

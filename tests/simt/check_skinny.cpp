@@ -20,7 +20,8 @@ std::vector<CaseSpec> mixed_group() {
       skinny(264, 8, 9, DType::kBFloat16),
       skinny(1, 33, 1),
       skinny(3, 515, 7, DType::kFloat16, Master::kYes, 1),
-      {1, 50, Sides::kNone},
+      {1, 50, Sides::kVector},
+      {9, 40, Sides::kNone},
       skinny(530, 33, 40, DType::kBFloat16, Master::kNo, 3),
       skinny(17, 290, 17, DType::kFloat32, Master::kYes, 2),
       {5, 60, Sides::kLeft},
@@ -94,11 +95,6 @@ void noise(Batch& batch) {
   batch.find_grad_max();
 }
 
-Dense between_updates(reference::Matrix& p, const reference::Settings& s, size_t) {
-  reference::step_between_updates(p, s);
-  return {};
-}
-
 // Nothing has ever come.
 void zero_rho(Batch& batch) {
   zero_gradients(batch);
@@ -144,7 +140,6 @@ void check_skinny() {
   Scenario zero = scenario_of(MatmulPrecision::kHighest);
   check_against_reference("skinny step zero gradients", zero, step_plan, step_reference,
                           zero_gradients);
-  
   std::erase_if(zero.specs, [](const CaseSpec& spec) { return spec.skinny_rank == 0; });
   check_against_reference("skinny step zero rho", zero, step_plan, without_averages, zero_rho);
 }

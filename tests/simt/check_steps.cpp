@@ -11,19 +11,21 @@ using namespace dykaf::cuda;
 std::vector<CaseSpec> mixed_group() {
   return {
       {70, 40},
-      {1, 1000, Sides::kNone},
+      {1, 1000, Sides::kVector},
       {40, 70, Sides::kBoth, DType::kFloat16, Master::kNo, 1},
       {8, 200},
       {200, 8, Sides::kBoth, DType::kBFloat16},
       {64, 64, Sides::kBoth, DType::kBFloat16, Master::kYes},
       {33, 90, Sides::kLeft, DType::kFloat32, Master::kNo, 3},
       {90, 33, Sides::kRight, DType::kFloat16, Master::kYes, 1},
-      {1, 77, Sides::kNone, DType::kBFloat16, Master::kNo, 3},
+      {1, 77, Sides::kVector, DType::kBFloat16, Master::kNo, 3},
       {3, 2, Sides::kBoth, DType::kFloat32, Master::kYes, 2},
       {5, 60, Sides::kLeft, DType::kBFloat16},
       {60, 5, Sides::kRight, DType::kFloat16},
-      {1, 9, Sides::kNone, DType::kFloat16, Master::kYes},
+      {1, 9, Sides::kVector, DType::kFloat16, Master::kYes},
       {72, 80, Sides::kRight, DType::kBFloat16, Master::kNo, 8},
+      {50, 68, Sides::kNone, DType::kBFloat16, Master::kNo, 1},
+      {90, 7, Sides::kNone, DType::kFloat32, Master::kYes, 3},
   };
 }
 
@@ -46,8 +48,15 @@ constexpr Form kForms[] = {
     {"factored", Integrator::kDiagonal, SecondMoment::kFactored},
     {"nesterov", Integrator::kKsl, SecondMoment::kFull, MatmulPrecision::kHighest, 0, true},
     {"orthogonalize", Integrator::kKsl, SecondMoment::kFull, MatmulPrecision::kHighest, 2},
+    {"orthogonalize high", Integrator::kDiagonal, SecondMoment::kFull, MatmulPrecision::kHigh, 1,
+     true},
+    // Many of its updates lie at their bound: of one magnitude, their roundings to fewer bits would
+    // not be independent.
     {"orthogonalize factored", Integrator::kDiagonal, SecondMoment::kFactored,
-     MatmulPrecision::kHigh, 1, true},
+     MatmulPrecision::kHighest, 1, true},
+    {"momentum", Integrator::kDiagonal, SecondMoment::kNone, MatmulPrecision::kHighest, 0, true},
+    {"orthogonalize momentum", Integrator::kDiagonal, SecondMoment::kNone,
+     MatmulPrecision::kHighest, 2, true},
 };
 
 Scenario scenario_of(const Form& form) {
@@ -71,7 +80,7 @@ void check_long_sides() {
 // More matrices than a block of the first kernel has threads.
 void check_many() {
   Scenario scenario;
-  for (int i = 0; i < 130; ++i) scenario.specs.push_back({1, 1 + i % 9, Sides::kNone});
+  for (int i = 0; i < 130; ++i) scenario.specs.push_back({1, 1 + i % 9, Sides::kVector});
   scenario.specs.push_back({5, 6});
   check_against_reference("step many matrices", scenario, step_plan, step_reference);
 }

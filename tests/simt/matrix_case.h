@@ -11,7 +11,8 @@ namespace kernel_check {
 
 using namespace dykaf;
 
-enum class Sides { kBoth, kLeft, kRight, kNone };
+// Those with factors; kVector: what is no matrix.
+enum class Sides { kBoth, kLeft, kRight, kNone, kVector };
 enum class Master { kNo, kYes };
 
 struct CaseSpec {
@@ -156,7 +157,7 @@ struct MatrixCase {
   TypedArray grad, param;
   Array<float> master, exp_avg, exp_avg_sq, row, col, L, R, Q_L, Q_R, step, update_rms;
   Array<float> basis, core, flat;
-  Array<int64_t> rows, schedule_step;
+  Array<int64_t> rows;
   Array<double> scale, rho;
 
   MatrixCase(const CaseSpec& spec, const Options& options, Rng& rng) : spec(spec) {
@@ -176,17 +177,17 @@ struct MatrixCase {
       }
     }
     exp_avg = randn(m * n, rng, offset);
-    const bool is_compact =
-        rank == 0 && sides != Sides::kNone && options.second_moment != SecondMoment::kFull;
-    if (is_compact) {
+    const SecondMoment second_moment =
+        rank > 0 || sides == Sides::kVector ? SecondMoment::kFull : options.second_moment;
+    if (second_moment == SecondMoment::kRankOne || second_moment == SecondMoment::kFactored) {
       row = random_positive(m, rng, offset);
       col = random_positive(n, rng, offset);
-      if (options.second_moment == SecondMoment::kRankOne) {
+      if (second_moment == SecondMoment::kRankOne) {
         scale = Array<double>(std::vector<double>{0.4});
         normalise(row);
         normalise(col);
       }
-    } else {
+    } else if (second_moment == SecondMoment::kFull) {
       exp_avg_sq = random_positive(rank > 0 ? spec.short_side() * (rank + 1) : m * n, rng, offset);
     }
     if (rank > 0) make_skinny(rng);
@@ -198,13 +199,13 @@ struct MatrixCase {
       R = random_factor(n, rng, offset);
       Q_R = random_basis(n, rng, offset);
     }
-    if (sides != Sides::kNone) {
+    if (sides != Sides::kVector) {
       const bool differ =
           rank > 0 || (sides == Sides::kBoth && options.integrator == Integrator::kDiagonal);
       rho = Array<double>(std::vector<double>{0.7 * size, (differ ? 0.4 : 0.7) * size});
+      if (sides == Sides::kNone) rho[0] = rho[1] = 0;
     }
     step = Array<float>(std::vector<float>{3});
-    schedule_step = Array<int64_t>(std::vector<int64_t>{3});
     update_rms = Array<float>(std::vector<float>{0.5f});
   }
 
@@ -242,7 +243,6 @@ struct MatrixCase {
     p.flat = pointer(flat);
     p.rows = pointer(rows);
     p.step = step.get();
-    p.schedule_step = schedule_step.get();
     p.update_rms = update_rms.get();
     p.stream = stream;
     return p;
@@ -264,7 +264,8 @@ struct MatrixCase {
     p.R = dense(R, n, n);
     p.Q_L = dense(Q_L, m, m);
     p.Q_R = dense(Q_R, n, n);
-    if (rho.size() > 0) p.rho[0] = rho[0], p.rho[1] = rho[1];
+    p.is_matrix = rho.size() > 0;
+    if (p.is_matrix) p.rho[0] = rho[0], p.rho[1] = rho[1];
     p.step = static_cast<double>(step[0]);
     p.update_rms = double{update_rms[0]};
     if (spec.skinny_rank == 0) return p;

@@ -23,6 +23,7 @@ struct Matrix {
   Number scale;
   Dense L, R, Q_L, Q_R;
   Number rho[2];
+  bool is_matrix = false;
   double step = 0;
   Number update_rms;
 
@@ -84,9 +85,9 @@ struct Numerator {
   Number momentum;
   Number gradient;
 
-  Numerator(const Options& options, double step, bool has_factors) {
-    const bool is_nesterov = options.nesterov && has_factors;
-    const double correction = 1 / (1 - std::pow(options.beta1, step));
+  Numerator(const Matrix& p, const Options& options) {
+    const bool is_nesterov = options.nesterov && p.is_matrix;
+    const double correction = 1 / (1 - std::pow(options.beta1, p.step));
     momentum = Number(is_nesterov ? options.beta1 * correction : correction).rounded();
     if (is_nesterov) gradient = Number(1 - options.beta1).rounded();
   }
@@ -187,19 +188,22 @@ inline Dense adam_update(Matrix& p, const Dense& G, const Settings& settings) {
   const Options& options = settings.options;
   p.step += 1;
   const Dense known = without_noise(G, noise(p, settings));
-  const Dense root = second_moment_root(p, G, known, options);
-  const bool is_compact = p.exp_avg_sq.is_null();
+  const bool is_compact = !p.row.is_null();
+  const bool is_momentum = p.exp_avg_sq.is_null() && !is_compact;
+  const Dense root = is_momentum ? Dense(G.m, G.n) : second_moment_root(p, G, known, options);
   const double bound = update_bound(options, p.step);
-  const Numerator numerator(options, p.step, !p.L.is_null() || !p.R.is_null());
+  const Numerator numerator(p, options);
   const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
   const Number beta1 = Number(options.beta1).rounded();
   const Number gain1 = Number(1 - options.beta1).rounded();
   Dense D(G.m, G.n);
   for (size_t i = 0; i < D.x.size(); ++i) {
     p.exp_avg.x[i] = beta1 * p.exp_avg.x[i] + gain1 * known.x[i];
+    D.x[i] = numerator.of(p.exp_avg.x[i], known.x[i]);
+    if (is_momentum) continue;
     // One rounding more for products that the device groups in another way.
     const Number denominator = (root.x[i] * correction2).rounded() + Number(options.eps).rounded();
-    D.x[i] = numerator.of(p.exp_avg.x[i], known.x[i]) / denominator;
+    D.x[i] = D.x[i] / denominator;
     if (is_compact) D.x[i] = clamped(D.x[i], bound);
   }
   p.update_rms = sqrt(inner(D, D) / static_cast<double>(G.m * G.n));
@@ -216,7 +220,12 @@ inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings)
   Dense X = is_tall ? transposed(D) : D;
   if (norm.value != 0) X = scaled(1 / norm, X);
   for (int64_t k = 0; k < settings.options.orthogonalize; ++k) {
-    const Dense A = multiplied(X, transposed(X), settings.precision);
+    Dense A = multiplied(X, transposed(X), settings.precision);
+    if (k == 0 && settings.options.second_moment != SecondMoment::kNone && norm.value != 0) {
+      const Number bound = sqrt(inner(A, A)).rounded();
+      A = scaled(1 / bound, A);
+      X = scaled(sqrt(1 / bound), X);
+    }
     const Dense B =
         combined(Number(NewtonSchulz::kB).rounded(), A, Number(NewtonSchulz::kC).rounded(),
                  multiplied(A, A, settings.precision));

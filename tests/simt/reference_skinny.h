@@ -36,7 +36,7 @@ inline Dense skinny_adam_update(Matrix& p, Dense& exp_avg, const Dense& X,
   const Options& options = settings.options;
   p.step += 1;
   const int64_t rank = p.exp_avg_sq.n - 1;
-  const Numerator numerator(options, p.step, /*has_factors=*/true);
+  const Numerator numerator(p, options);
   const Number correction2 = Number(1 / std::sqrt(1 - std::pow(options.beta2, p.step))).rounded();
   const Number beta2 = Number(options.beta2).rounded();
   const Number gain2 = Number(1 - options.beta2).rounded();
@@ -117,27 +117,14 @@ inline void skinny_step(Matrix& p, const Settings& settings) {
   skinny_factor_update(p, H, tau, settings, is_wide);
 }
 
-// The whole step; no factors: AdamW.
+// The whole step.
 inline void step(Matrix& p, const Settings& settings) {
   if (!p.basis.is_null()) return skinny_step(p, settings);
   const Dense G = rotate(p, Rotation::kIntoBasis, gradient(p, settings), settings.precision);
   Dense D = adam_update(p, G, settings);
-  const bool has_factors = !p.L.is_null() || !p.R.is_null();
-  if (settings.options.orthogonalize > 0 && has_factors) D = orthogonalized(p, D, settings);
+  if (settings.options.orthogonalize > 0 && p.is_matrix) D = orthogonalized(p, D, settings);
   apply_update(p, rotate(p, Rotation::kOutOfBasis, D, settings.precision), settings);
-  if (has_factors) factor_update(p, G, settings);
-}
-
-// A step between two updates of the factors.
-inline void step_between_updates(Matrix& p, const Settings& settings) {
-  const Matrix before = p;
-  step(p, settings);
-  p.L = before.L;
-  p.R = before.R;
-  p.basis = before.basis;
-  p.core = before.core;
-  p.flat = before.flat;
-  std::copy(before.rho, before.rho + 2, p.rho);
+  if (!p.L.is_null() || !p.R.is_null()) factor_update(p, G, settings);
 }
 
 }  // namespace kernel_check::reference

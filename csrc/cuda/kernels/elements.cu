@@ -52,19 +52,14 @@ DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
               is_aligned(p.master, place.start, 4), update);
 }
 
-// Adam on a unit with the gradient of h; returns the update.
+// Adam on a unit, from its gradient.
 DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
-                             const UnitPlace& place, const float (&h)[kUnit],
-                             float (&update)[kUnit]) {
-  const bool aligned =
-      is_aligned(p.exp_avg, place.start, 4) && is_aligned(p.exp_avg_sq, place.start, 4);
-  float exp_avg[kUnit];
-  float exp_avg_sq[kUnit];
-  load_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
-  load_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
-  adam_unit(exp_avg, exp_avg_sq, h, s, o, update);
-  store_unit(p.exp_avg + place.start, place.count, aligned, exp_avg);
-  store_unit(p.exp_avg_sq + place.start, place.count, aligned, exp_avg_sq);
+                             const UnitPlace& place, float (&update)[kUnit]) {
+  float h[kUnit];
+  load_gradient_unit(p, s, place, h);
+  adam_unit_(p, s, o, place.start, place.count,
+             is_aligned(p.exp_avg, place.start, 4) && is_aligned(p.exp_avg_sq, place.start, 4), h,
+             update);
 }
 
 // x diag(row) diag(col); null: the identity.
@@ -99,10 +94,8 @@ DYKAF_DEVICE void run_unit_(const LoadProblem& e, const MatrixOnDevice& p, const
 
 DYKAF_DEVICE float run_unit_(const AdamProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
                              const AdamOptions& o, const UnitPlace& place) {
-  float h[kUnit];
   float update[kUnit];
-  load_place(e.H, place, h);
-  adam_unit_(p, s, o, place, h, update);
+  adam_unit_(p, s, o, place, update);
   store_place(e.update, place, update);
   return sum_of_squares(place, update);
 }
@@ -140,10 +133,8 @@ DYKAF_DEVICE void run_unit_(const ApplyProblem& e, const MatrixOnDevice& p, cons
 
 DYKAF_DEVICE float run_unit_(const AdamWProblem&, const MatrixOnDevice& p, const MatrixScalars& s,
                              const AdamOptions& o, const UnitPlace& place) {
-  float g[kUnit];
   float update[kUnit];
-  load_gradient_unit(p, s, place, g);
-  adam_unit_(p, s, o, place, g, update);
+  adam_unit_(p, s, o, place, update);
   apply_unit_(p, s, place, update);
   return sum_of_squares(place, update);
 }
@@ -254,7 +245,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block of one warp per matrix.
+// One block of one warp per problem.
 __global__ void __launch_bounds__(kWarpSize)
     update_rms_kernel(const __grid_constant__ Grouped<RmsProblem> launch,
                       const __grid_constant__ Group group) {
@@ -267,7 +258,10 @@ __global__ void __launch_bounds__(kWarpSize)
     sum[0] += r.partials[static_cast<int64_t>(i) * r.stride];
   }
   block_sum(sum, scratch, kWarpSize);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x != 0) return;
+  if (r.norm != nullptr) {
+    *r.norm = static_cast<float>(sqrt(sum[0]));
+  } else {
     *p.update_rms = static_cast<float>(sqrt(sum[0] / static_cast<double>(p.m * p.n)));
   }
 }

@@ -20,9 +20,8 @@ struct LoadProblem : ElementArray {
   float* H;
 };
 
-// Adam with the full second moment; one row.
+// Adam from the gradient with the full second moment, or with none; one row.
 struct AdamProblem : ElementArray {
-  const float* H;  // the gradient over tau
   float* update;
   double* partials;  // [num_tiles], sums of update^2
 };
@@ -41,7 +40,7 @@ struct ApplyProblem : ElementArray {
   const float* update;
 };
 
-// AdamW of a parameter without factors, from its gradient; one row.
+// The same with the parameter's update; one row.
 struct AdamWProblem : ElementArray {
   double* partials;  // [num_tiles], sums of update^2
 };
@@ -93,12 +92,14 @@ struct BlendProblem {
 };
 int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream stream);
 
-// update_rms from the partial sums of update^2; one block per matrix.
+// update_rms from the partial sums of update^2, or the norm of another array from those of its
+// squares; one block per problem.
 struct RmsProblem {
   const double* partials;  // [num_partials, stride], the first of each row counts
   int32_t num_partials;
   int32_t stride;
   int32_t matrix_idx;
+  float* norm = nullptr;  // [1]; null: update_rms
 };
 int launch_update_rms(const Grouped<RmsProblem>& launch, const Group& group, Stream stream);
 

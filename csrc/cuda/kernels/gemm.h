@@ -13,11 +13,11 @@ enum class Epilogue : int32_t {
   kStore,      // D
   kAdam,       // D, and one Adam step whose update goes to `update`; partials: update^2
   kParameter,  // the parameter's update in its dtype
-  kSums,       // D; partials: C^2, C D, D^2
+  kSums,       // D; partials: C^2, C D, D^2, of a null C zero but for the last
   kInner,      // nothing; partials: C D
-  // Of a Newton-Schulz step (dykaf/newton_schulz.h), P the product:
-  kQuadratic,    // D = b C + c P, C symmetric
-  kQuintic,      // D = a C + P
+  // Of a Newton-Schulz step (dykaf/newton_schulz.h), P the product and t^2 the bound:
+  kQuadratic,    // D = b C / t^2 + c P / t^4, C symmetric
+  kQuintic,      // D = (a C + P) / t
   kLastQuintic,  // the same times the update's scale; partials: D^2
 };
 
@@ -37,12 +37,13 @@ inline constexpr int kNumSums = 3;
 
 // All matrices are row-major and contiguous.
 struct GemmProblem {
-  const float* A;    // [m, k]; [k, m] where the form transposes it
-  const float* B;    // [k, n]; [n, k] where the form transposes it
-  const float* C;    // [m, n]; kSums, kInner and those of Newton-Schulz
-  float* D;          // [m, n]
-  float* update;     // [m, n]; kAdam
-  double* partials;  // [num_tiles, kNumSums]; kAdam, kSums, kInner and kLastQuintic
+  const float* A;      // [m, k]; [k, m] where the form transposes it
+  const float* B;      // [k, n]; [n, k] where the form transposes it
+  const float* C;      // [m, n]; kSums, kInner and those of Newton-Schulz
+  const float* bound;  // [1], t^2 of Newton-Schulz, 0 standing for 1; null: 1
+  float* D;            // [m, n]
+  float* update;       // [m, n]; kAdam
+  double* partials;    // [num_tiles, kNumSums]; kAdam, kSums, kInner and kLastQuintic
   int32_t m;
   int32_t n;
   int32_t k;

@@ -25,7 +25,13 @@ class TileEpilogue {
  public:
   DYKAF_DEVICE TileEpilogue(const GemmLaunch& launch, const GemmProblem& problem,
                             const TilePlace& place, const float* staged, int staged_stride)
-      : launch_(launch), p_(problem), place_(place), staged_(staged), stride_(staged_stride) {}
+      : launch_(launch),
+        p_(problem),
+        place_(place),
+        staged_(staged),
+        stride_(staged_stride),
+        inverse_(problem.bound == nullptr || *problem.bound == 0.0f ? 1.0f
+                                                                    : 1.0f / *problem.bound) {}
 
   // Applies the epilogue to every unit of this thread and stores what is to be stored.
   DYKAF_DEVICE void apply(int thread) {
@@ -103,17 +109,18 @@ class TileEpilogue {
     }
   }
 
-  static DYKAF_DEVICE float quadratic(float c, float product) {
-    return static_cast<float>(NewtonSchulz::kB) * c +
-           static_cast<float>(NewtonSchulz::kC) * product;
+  DYKAF_DEVICE float quadratic(float c, float product) const {
+    return static_cast<float>(NewtonSchulz::kB) * inverse_ * c +
+           static_cast<float>(NewtonSchulz::kC) * inverse_ * inverse_ * product;
   }
 
   DYKAF_DEVICE void newton_schulz(int64_t start, int count, bool aligned,
                                   const float (&product)[kUnit]) {
     const bool is_last = p_.epilogue == Epilogue::kLastQuintic;
     const float scale =
-        is_last ? static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)))
-                : 1.0f;
+        (is_last ? static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)))
+                 : 1.0f) *
+        sqrtf(inverse_);
     float c[kUnit];
     float d[kUnit];
     load_unit(p_.C + start, count, aligned, c);
@@ -129,14 +136,9 @@ class TileEpilogue {
 
   DYKAF_DEVICE void adam(int64_t start, int count, bool aligned, const float (&h)[kUnit]) {
     const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
-    float exp_avg[kUnit];
-    float exp_avg_sq[kUnit];
     float update[kUnit];
-    load_unit(matrix.exp_avg + start, count, aligned, exp_avg);
-    load_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);
-    adam_unit(exp_avg, exp_avg_sq, h, launch_.scalars[p_.matrix_idx], *launch_.adam, update);
-    store_unit(matrix.exp_avg + start, count, aligned, exp_avg);
-    store_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);
+    adam_unit_(matrix, launch_.scalars[p_.matrix_idx], *launch_.adam, start, count, aligned, h,
+               update);
     store_unit(p_.D + start, count, aligned, h);
     store_unit(p_.update + start, count, aligned, update);
 #pragma unroll
@@ -155,8 +157,8 @@ class TileEpilogue {
 
   DYKAF_DEVICE void add_sums(int64_t start, int row, int col, int count, bool aligned,
                              const float (&d)[kUnit]) {
-    float c[kUnit];
-    load_unit(p_.C + start, count, aligned, c);
+    float c[kUnit] = {};
+    if (p_.C != nullptr) load_unit(p_.C + start, count, aligned, c);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       if (i >= count) continue;
@@ -173,6 +175,7 @@ class TileEpilogue {
   const TilePlace place_;
   const float* staged_;
   int stride_;
+  float inverse_;  // 1 / t^2 of Newton-Schulz
 };
 
 }  // namespace dykaf::cuda

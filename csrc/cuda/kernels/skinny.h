@@ -14,8 +14,7 @@ struct SkinnyProblem {
   float* MV;              // as XV for exp_avg; kMoments turns it into what V is multiplied by
   float* beyond;          // [s], what exp_avg is multiplied by
   int32_t inner;
-  int32_t used;         // rows of `basis` in use: X follows them
-  
+  int32_t used;  // rows of `basis` in use: X follows them
   int32_t matrix_idx;
   int32_t tile_begin;
 };

@@ -51,25 +51,25 @@ Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& o
   GroupPlan plan(problems, workspace);
   plan.prepare(options, inputs, StepCount::kAdvance);
   std::vector<LoadProblem> loads;
-  std::vector<AdamProblem> full;
+  std::vector<AdamProblem> adams;
   std::vector<AdamArrays> compact;
   std::vector<RmsProblem> sums;
   for (int32_t i = 0; i < plan.num(); ++i) {
     const Problem<float>& p = plan.problem(i);
-    auto* H = plan.builder().take<float>(p.size());
-    loads.push_back({flat_array(p, i), H});
-    const bool is_full = p.exp_avg_sq != nullptr;
-    const ElementArray array = is_full ? flat_array(p, i) : matrix_array(p, i);
+    const bool is_compact = p.exp_avg_sq_row != nullptr;
+    const ElementArray array = is_compact ? matrix_array(p, i) : flat_array(p, i);
     auto* partials = plan.builder().take<double>(num_blocks(array));
-    if (is_full) {
-      full.push_back({array, H, updates[i], partials});
-    } else {
+    if (is_compact) {
+      auto* H = plan.builder().take<float>(p.size());
+      loads.push_back({flat_array(p, i), H});
       compact.push_back({i, H, updates[i], partials});
+    } else {
+      adams.push_back({array, updates[i], partials});
     }
     sums.push_back({partials, num_blocks(array), /*stride=*/1, i});
   }
   plan.elements(loads);
-  plan.elements(full);
+  plan.elements(adams);
   if (!compact.empty()) add_compact_adam(plan, options, compact);
   plan.update_rms(sums);
   return plan.finish();

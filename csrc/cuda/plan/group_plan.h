@@ -71,6 +71,7 @@ class GroupPlan {
         });
   }
 
+  // update_rms, and norms.
   void update_rms(const std::vector<RmsProblem>& problems) {
     one_block_each(problems, [](const auto& launch, const Group& group, Stream stream) {
       return launch_update_rms(launch, group, stream);

@@ -1,6 +1,7 @@
 // Planning of the Newton-Schulz steps that make updates orthogonal (dykaf/newton_schulz.h).
 #include "cuda/plan/group_plan.h"
 #include "cuda/plan/step_arrays.h"
+#include "dykaf/newton_schulz.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -11,25 +12,36 @@ struct NewtonSchulzGemms {
   GemmSite tall_grams{GemmForm::kSymmetricTN};  // A = X^T X
   GemmSite squares{GemmForm::kSymmetricNT};     // B = b A + c A^2
   GemmSite products{GemmForm::kNN};             // a X + B X, of a tall matrix a X + X B
+  std::vector<RmsProblem> bounds;               // ||A||
 
-  // A step from X to `next`; returns the last multiplication as it runs and the number of its
-  // partials.
+  // A step from X to `next`, or from X over the root of ||A|| where that has a place at `bound`;
+  // returns the last multiplication as it runs and the number of its partials.
   std::pair<GemmProblem, int32_t> add(GroupPlan& plan, const OrthogonalArrays& arrays,
-                                      const float* X, float* next, Epilogue epilogue) {
+                                      const float* X, float* next, float* bound,
+                                      Epilogue epilogue) {
     const int32_t i = arrays.matrix_idx;
     const Problem<float>& p = plan.problem(i);
     PlanBuilder& builder = plan.builder();
     const bool is_tall = p.m > p.n;
     const int64_t s = p.short_side();
-    (is_tall ? tall_grams : wide_grams)
-        .add(gemm_problem(X, X, arrays.A, s, s, p.long_side(), i), builder);
+    GemmSite& grams = is_tall ? tall_grams : wide_grams;
+    GemmProblem gram = gemm_problem(X, X, arrays.A, s, s, p.long_side(), i);
+    if (bound != nullptr) gram.epilogue = Epilogue::kSums;
+    gram = grams.add(gram, builder);
+    if (bound != nullptr) {
+      // The squares are the last of each block's sums.
+      bounds.push_back(
+          {gram.partials + kNumSums - 1, grams.num_partials(gram), kNumSums, i, bound});
+    }
     GemmProblem square = gemm_problem(arrays.A, arrays.A, arrays.B, s, s, s, i);
     square.C = arrays.A;
+    square.bound = bound;
     square.epilogue = Epilogue::kQuadratic;
     squares.add(square, builder);
     GemmProblem product = is_tall ? gemm_problem(X, arrays.B, next, p.m, p.n, s, i)
                                   : gemm_problem(arrays.B, X, next, p.m, p.n, s, i);
     product.C = X;
+    product.bound = bound;
     product.epilogue = epilogue;
     return {products.add(product, builder), products.num_partials(product)};
   }
@@ -37,6 +49,7 @@ struct NewtonSchulzGemms {
   void launch(GroupPlan& plan, MatmulPrecision precision) const {
     plan.gemms(wide_grams, precision);
     plan.gemms(tall_grams, precision);
+    plan.update_rms(bounds);
     plan.gemms(squares, precision);
     plan.gemms(products, precision);
   }
@@ -56,10 +69,12 @@ void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision 
     float* X = num_steps % 2 == 0 ? arrays.update : arrays.scratch;
     float* next = num_steps % 2 == 0 ? arrays.scratch : arrays.update;
     normalizations.push_back({flat_array(plan.problem(i), i), arrays.update, X});
+    float* bound = starts_from_gram(options) ? plan.builder().take<float>(1) : nullptr;
     for (NewtonSchulzGemms& step : steps) {
       const bool is_last = &step == &steps.back();
-      const auto [last, num_partials] =
-          step.add(plan, arrays, X, next, is_last ? Epilogue::kLastQuintic : Epilogue::kQuintic);
+      const auto [last, num_partials] = step.add(
+          plan, arrays, X, next, bound, is_last ? Epilogue::kLastQuintic : Epilogue::kQuintic);
+      bound = nullptr;  // of the first step
       if (is_last) sums.push_back({last.partials, num_partials, kNumSums, i});
       std::swap(X, next);
     }

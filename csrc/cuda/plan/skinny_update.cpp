@@ -2,7 +2,6 @@
 // mathematics).
 #include "cuda/kernels/skinny.h"
 #include "cuda/plan/group_plan.h"
-#include "dykaf/schedule.h"
 
 namespace dykaf::cuda {
 namespace {
@@ -26,7 +25,6 @@ class SkinnyPlan {
     q.beyond = builder.take<float>(s);
     q.inner = static_cast<int32_t>(inner);
     q.used = static_cast<int32_t>(p.rows[1]);
-    
     q.matrix_idx = adam.matrix_idx;
     problems_.push_back(q);
     project(p, q.X, XV, q);

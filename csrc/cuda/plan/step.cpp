@@ -1,12 +1,11 @@
 // Planning of the whole step, and running of plans.
 #include "cuda/plan/group_plan.h"
 #include "cuda/plan/step_arrays.h"
-#include "dykaf/schedule.h"
 
 namespace dykaf::cuda {
 namespace {
 
-// One step over all matrices: with factors, and without.
+// One step over all matrices: with factors, without, and what is no matrix.
 class StepPlan {
  public:
   StepPlan(std::span<const Problem<float>> problems, const Options& options,
@@ -16,14 +15,18 @@ class StepPlan {
   Plan build() {
     plan_.prepare(options_, inputs_, StepCount::kAdvance);
     for (int32_t i = 0; i < plan_.num(); ++i) {
-      if (plan_.problem(i).is_adamw()) {
+      const Problem<float>& p = plan_.problem(i);
+      if (is_element_wise(p, options_)) {
         add_adamw(i);
+      } else if (p.is_unsided()) {
+        add_unsided(i);
       } else {
-        add_matrix(i);
+        add_sided(i);
       }
     }
     plan_.elements(adamws_);
     plan_.elements(loads_);
+    plan_.elements(adams_);
     plan_.gemms(into_.left(), precision_);
     plan_.gemms(into_.right(), precision_);
     if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
@@ -32,6 +35,7 @@ class StepPlan {
     if (!orthogonal_.empty()) add_orthogonalize(plan_, options_, precision_, orthogonal_);
     plan_.gemms(out_of_.left(), precision_);
     plan_.gemms(out_of_.right(), precision_);
+    plan_.elements(applies_);
     add_factor_update(plan_, options_, precision_, factors_);
     return plan_.finish();
   }
@@ -44,7 +48,31 @@ class StepPlan {
     sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
   }
 
-  void add_matrix(int32_t i) {
+  void add_unsided(int32_t i) {
+    const Problem<float>& p = plan_.problem(i);
+    const StepArrays arrays(p, options_);
+    PlanBuilder& builder = plan_.builder();
+    auto* update = builder.take<float>(arrays.update);
+    if (p.exp_avg_sq_row != nullptr) {
+      auto* H = builder.take<float>(arrays.H);
+      loads_.push_back({flat_array(p, i), H});
+      add_adam(i, H, update, compact_);
+    } else {
+      const ElementArray array = flat_array(p, i);
+      auto* partials = builder.take<double>(num_blocks(array));
+      adams_.push_back({array, update, partials});
+      sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
+    }
+    if (orthogonalizes(p, options_)) {
+      auto* scratch = builder.take<float>(arrays.scratch);
+      auto* A = builder.take<float>(arrays.left_increment);
+      auto* B = builder.take<float>(arrays.right_increment);
+      orthogonal_.push_back({i, update, scratch, A, B});
+    }
+    applies_.push_back({flat_array(p, i), update});
+  }
+
+  void add_sided(int32_t i) {
     const Problem<float>& p = plan_.problem(i);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
     const StepArrays arrays(p, options_);
@@ -52,7 +80,6 @@ class StepPlan {
     auto* H = builder.take<float>(arrays.H);
     auto* scratch = builder.take<float>(arrays.scratch);
     auto* update = builder.take<float>(arrays.update);
-    
     auto* left = builder.take<float>(arrays.left_increment);
     auto* right = builder.take<float>(arrays.right_increment);
     factors_.push_back({i, H, scratch, left, right});
@@ -63,7 +90,7 @@ class StepPlan {
     // With one basis the update must not land where the multiplication still reads the gradient.
     float* loaded = both ? update : scratch;
     loads_.push_back({flat_array(p, i), loaded});
-    if (p.exp_avg_sq != nullptr && !p.is_skinny()) {
+    if (p.exp_avg_sq_row == nullptr && !p.is_skinny()) {
       const auto [adam, num_partials] =
           into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
             last.epilogue = Epilogue::kAdam;
@@ -93,6 +120,8 @@ class StepPlan {
   RotationGemms out_of_{Rotation::kOutOfBasis};
   std::vector<AdamWProblem> adamws_;
   std::vector<LoadProblem> loads_;
+  std::vector<AdamProblem> adams_;
+  std::vector<ApplyProblem> applies_;
   std::vector<AdamArrays> compact_;
   std::vector<AdamArrays> skinny_;
   std::vector<RmsProblem> sums_;
@@ -116,7 +145,6 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
 }
 
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {
-  if (p.is_adamw()) return 0;
   return StepArrays(p, options).total() * static_cast<int64_t>(sizeof(float));
 }
 

@@ -66,12 +66,12 @@ Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
                         const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
 
-// The step without initialisation and refreshes: every matrix has factors and bases already.
+// The step without initialisation and refreshes: what has factors has its bases already.
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
 
 // What plan_step takes of the workspace for a matrix, but for sums and vectors, which are small
-// beside it; at a step that does not update the factors it is less.
+// beside it.
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options);
 
 }  // namespace dykaf::cuda

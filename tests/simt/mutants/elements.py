@@ -66,8 +66,8 @@ DEVICE = (
         ("adam", "apply", "epilogue parameter medium"),
         (
             "eps is corrected too",
-            "sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps",
-            "(sqrtf(exp_avg_sq[i]) + o.eps) * s.correction2",
+            "/= sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps",
+            "/= (sqrtf(exp_avg_sq[i]) + o.eps) * s.correction2",
         ),
         ("gradient without tau", "0.0f : s.adam_tau * h;", "0.0f : h;"),
         ("rounding counts", "fabsf(h) < s.noise ? 0.0f : ", ""),
@@ -80,8 +80,9 @@ DEVICE = (
         ("Nesterov's gradient is left out", " + s.of_gradient * g;", ";"),
         (
             "Nesterov's gradient is not over the root",
-            "numerator(exp_avg[i], g, s) / denominator",
-            "s.of_momentum * exp_avg[i] / denominator + s.of_gradient * g",
+            "update[i] /= sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;",
+            "update[i] = (update[i] - s.of_gradient * g[i]) / "
+            "(sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps) + s.of_gradient * g[i];",
         ),
         (
             "decay after the step",
@@ -98,6 +99,12 @@ DEVICE = (
             "p.master != nullptr\n                  ?",
             "false\n                  ?",
         ),
+        (
+            "exp_avg_sq is not stored",
+            "  store_unit(p.exp_avg_sq + start, count, aligned, exp_avg_sq);\n",
+            "",
+        ),
+        ("a second moment of no array", "if (p.exp_avg_sq == nullptr) return;", ""),
         ("master is not stored", "if (p.master != nullptr) store_unit", "if (false) store_unit"),
         (
             "float16 rounds to nearest",
@@ -177,6 +184,8 @@ ELEMENT_KERNELS = (
         "kernels/elements.cu",
         ("orthogonalize",),
         ("norm of a row", "sqrtf(static_cast<float>(p.m * p.n))", "sqrtf(static_cast<float>(p.n))"),
+        ("bound of a mean", "*r.norm = static_cast<float>(sqrt(sum[0]))", "*r.norm = sum[0] / p.m"),
+        ("update_rms for the bound", "if (r.norm != nullptr) {", "if (false) {"),
         ("zero over zero", "norm == 0.0f ? 1.0f : norm", "norm"),
         ("update is not normalised", "update[i] /= divisor;", "update[i] /= 1.0f + 0 * divisor;"),
         (

@@ -217,11 +217,6 @@ EPILOGUES = (
             "is_aligned(matrix.master, p_.n, 4)",
             "is_aligned(matrix.master, 0, 4)",
         ),
-        (
-            "exp_avg_sq is not stored",
-            "    store_unit(matrix.exp_avg_sq + start, count, aligned, exp_avg_sq);\n",
-            "",
-        ),
     )
     + faults(
         "kernels/gemm_epilogue.cuh",
@@ -232,10 +227,19 @@ EPILOGUES = (
             "product",
         ),
         (
-            "b and c swapped",
-            "(NewtonSchulz::kB) * c +\n           static_cast<float>(NewtonSchulz::kC) * product",
-            "(NewtonSchulz::kC) * c +\n           static_cast<float>(NewtonSchulz::kB) * product",
+            "c for b",
+            "static_cast<float>(NewtonSchulz::kB) * inverse_ * c",
+            "static_cast<float>(NewtonSchulz::kC) * inverse_ * c",
         ),
+        ("A over the bound's root", "(NewtonSchulz::kB) * inverse_ * c", "(NewtonSchulz::kB) * c"),
+        ("A^2 over the bound", "inverse_ * inverse_ * product", "inverse_ * product"),
+        ("X over the bound", "sqrtf(inverse_)", "inverse_"),
+        (
+            "over a bound of zero",
+            "problem.bound == nullptr || *problem.bound == 0.0f",
+            "problem.bound == nullptr",
+        ),
+        ("C of no array", "if (p_.C != nullptr) load_unit", "load_unit"),
         ("X without a", "static_cast<float>(NewtonSchulz::kA) * c[i]", "c[i]"),
         (
             "no scale at the end",

@@ -267,11 +267,23 @@ PLANS = (
         ("A is B", "/*A=*/left, /*B=*/right", "/*A=*/left, /*B=*/left"),
         ("A lies in the gradient", "/*A=*/left", "/*A=*/H"),
         ("Adam's update stays", "if (!orthogonal_.empty())", "if (false)"),
+        ("without factors A is B", "scratch, A, B}", "scratch, A, A}"),
+        ("without factors the parameter stays", "plan_.elements(applies_);", ""),
+        (
+            "without factors the bases are used",
+            "} else if (p.is_unsided()) {",
+            "} else if (false) {",
+        ),
     )
     + faults(
         "plan/step_arrays.h",
         ("skinny step nesterov", "step orthogonalize", "plan workspace"),
         ("skinny updates made orthogonal", " && !p.is_skinny();", ";"),
+        (
+            "without factors no update is made orthogonal",
+            "p.exp_avg_sq_row == nullptr && !orthogonalizes(p, options);",
+            "p.exp_avg_sq_row == nullptr;",
+        ),
         (
             "no room without a right factor",
             "right_increment = std::max(right_increment, square);",
@@ -283,9 +295,14 @@ PLANS = (
         ("orthogonalize",),
         (
             "Gram matrix of the long side's rows",
-            "(is_tall ? tall_grams : wide_grams)",
-            "(is_tall ? wide_grams : tall_grams)",
+            "is_tall ? tall_grams : wide_grams;",
+            "is_tall ? wide_grams : tall_grams;",
         ),
+        ("bound from the sums of C", "gram.partials + kNumSums - 1", "gram.partials"),
+        ("a bound for momentum", "starts_from_gram(options) ?", "true ?"),
+        ("a bound in every step", "bound = nullptr;  // of the first step", ""),
+        ("A without its bound", "    square.bound = bound;\n", ""),
+        ("X without its bound", "    product.bound = bound;\n", ""),
         ("A^2 alone", "square.epilogue = Epilogue::kQuadratic;", ""),
         (
             "B X for X B",

@@ -19,18 +19,31 @@ DYKAF_DEVICE float numerator(float exp_avg, float g, const MatrixScalars& s) {
   return s.of_momentum * exp_avg + s.of_gradient * g;
 }
 
-// Adam on a unit with the gradient of h (Kingma & Ba 2015; eps as in torch.optim.AdamW).
-DYKAF_DEVICE void adam_unit(float (&exp_avg)[kUnit], float (&exp_avg_sq)[kUnit],
-                            const float (&h)[kUnit], const MatrixScalars& s, const AdamOptions& o,
-                            float (&update)[kUnit]) {
+// Adam with the gradient of h for the unit from element `start` (Kingma & Ba 2015; eps as in
+// torch.optim.AdamW). `aligned`: whole units of exp_avg and exp_avg_sq may move at once. Without a
+// second moment the update is the numerator.
+DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
+                             int64_t start, int count, bool aligned, const float (&h)[kUnit],
+                             float (&update)[kUnit]) {
+  float exp_avg[kUnit];
+  float g[kUnit];
+  load_unit(p.exp_avg + start, count, aligned, exp_avg);
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    const float g = gradient_of(h[i], s);
-    exp_avg[i] = blend_momentum(exp_avg[i], g, o);
-    exp_avg_sq[i] = o.beta2 * exp_avg_sq[i] + o.one_minus_beta2 * g * g;
-    const float denominator = sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;
-    update[i] = numerator(exp_avg[i], g, s) / denominator;
+    g[i] = gradient_of(h[i], s);
+    exp_avg[i] = blend_momentum(exp_avg[i], g[i], o);
+    update[i] = numerator(exp_avg[i], g[i], s);
   }
+  store_unit(p.exp_avg + start, count, aligned, exp_avg);
+  if (p.exp_avg_sq == nullptr) return;
+  float exp_avg_sq[kUnit];
+  load_unit(p.exp_avg_sq + start, count, aligned, exp_avg_sq);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    exp_avg_sq[i] = o.beta2 * exp_avg_sq[i] + o.one_minus_beta2 * g[i] * g[i];
+    update[i] /= sqrtf(exp_avg_sq[i]) * s.correction2 + o.eps;
+  }
+  store_unit(p.exp_avg_sq + start, count, aligned, exp_avg_sq);
 }
 
 DYKAF_DEVICE uint16_t nearest(float x, DType dtype) {
