@@ -210,7 +210,18 @@ inline Dense adam_update(Matrix& p, const Dense& G, const Settings& settings) {
   return D;
 }
 
-// 0.2 sqrt(max(m, n)) times D / ||D|| after Newton-Schulz steps.
+// The root mean square of Adam's direction for gradients that are independent signs, after many.
+inline double noise_rms(const Options& options) {
+  double squares = 0;
+  for (int k = 0; k < 3000; ++k) {
+    double weight = (1 - options.beta1) * std::pow(options.beta1, k);
+    if (options.nesterov) weight = options.beta1 * weight + (k == 0 ? 1 - options.beta1 : 0);
+    squares += weight * weight;
+  }
+  return std::sqrt(squares);
+}
+
+// 0.2 sqrt(max(m, n)) times D / ||D|| after Newton-Schulz steps; less where D is less than noise.
 inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings) {
   const auto size = static_cast<double>(D.m * D.n);
   // Through update_rms in float32.
@@ -233,6 +244,10 @@ inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings)
   }
   X = scaled(Number(0.2 * std::sqrt(static_cast<double>(std::max(D.m, D.n)))).rounded().rounded(),
              X);
+  if (settings.options.second_moment != SecondMoment::kNone) {
+    const Number share = sqrt(inner(D, D) / size).rounded() / noise_rms(settings.options);
+    if (share.value < 1) X = scaled(share.rounded(), X);
+  }
   p.update_rms = sqrt(inner(X, X) / size);
   return is_tall ? transposed(X) : X;
 }

@@ -300,6 +300,7 @@ PLANS = (
         ),
         ("bound from the sums of C", "gram.partials + kNumSums - 1", "gram.partials"),
         ("a bound for momentum", "starts_from_gram(options) ?", "true ?"),
+        ("momentum fades", "is_momentum ? 0.0f :", "false ? 0.0f :"),
         ("a bound in every step", "bound = nullptr;  // of the first step", ""),
         ("A without its bound", "    square.bound = bound;\n", ""),
         ("X without its bound", "    product.bound = bound;\n", ""),
