@@ -264,6 +264,8 @@ SKINNY = (4 + 2, 4 + 4 * 3)
 # matrix, its square and a product, or of wide and tall matrices two Gram matrices, all in every
 # block shape.
 ORTHOGONALIZE = (1 + 1 + 1, 3, 2 * 2 + 2 + 4)
+# Of matrices without factors: Adam and the parameter's update, where AdamW's launch does not serve.
+UNSIDED = 2
 SECOND_MOMENTS = {
     "full": 0,  # in the product's epilogue
     "rank_one": 5,  # row sums, row vector, column sums, vectors, Adam
