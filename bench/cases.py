@@ -80,7 +80,6 @@ class Inputs:
         optimizer = dykaf.DyKAF(
             [torch.zeros(1)],
             integrator=integrator,
-            metric_power=1.0,
             factor_beta=None,
             rescale_exp_avg_sq=False,
             matmul_precision=self.precision,

@@ -113,12 +113,6 @@ def bug_(G: Tensor, state: State, options: StepOptions) -> None:
     set_rho(state, s)
 
 
-def metric_weights(factor: Tensor, power: float) -> Tensor:
-    w = factor.diagonal(dim1=-2, dim2=-1)
-    w = (w / w.mean(-1, keepdim=True)).clamp_min(1e-4).pow(power)
-    return w / w.mean(-1, keepdim=True)
-
-
 def average_(state: State, options: StepOptions, name: str, increment: Tensor) -> None:
     """rho^2 F <- beta rho^2 F + (1 - beta) increment, F of unit norm."""
     side_idx = "LR".index(name)
@@ -131,10 +125,8 @@ def average_(state: State, options: StepOptions, name: str, increment: Tensor) -
 
 def diagonal_(G: Tensor, state: State, options: StepOptions) -> None:
     m, n = G.shape[-2:]
-    w_R = metric_weights(state["R"], options["metric_power"])
-    w_L = metric_weights(state["L"], options["metric_power"])
-    average_(state, options, "L", (G * w_R[..., None, :]) @ G.mT / n)
-    average_(state, options, "R", G.mT @ (w_L[..., None] * G) / m)
+    average_(state, options, "L", G @ G.mT / n)
+    average_(state, options, "R", G.mT @ G / m)
 
 
 def one_sided_(G: Tensor, state: State, options: StepOptions) -> None:

@@ -136,9 +136,8 @@ def launch_table() -> str:
     least, most = costs.SKINNY
     text += f"\nWith skinny matrices {least} to {most} more."
     once, least, most = costs.ORTHOGONALIZE
-    return (
-        text + f" With `orthogonalize` {once} more, and {least} to {most} for each of its steps.\n"
-    )
+    text += f" With `orthogonalize` {once} more, and {least} to {most} for each of its steps."
+    return text + f' With `sides="none"` for some matrices at most {costs.UNSIDED} more.\n'
 
 
 def main() -> None:

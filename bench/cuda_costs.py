@@ -115,7 +115,7 @@ def ours_skinny(p: Matrix) -> Iterator[Cost]:
 
 
 def ours_dense(p: Matrix, integrator: str = "diagonal") -> Iterator[Cost]:
-    """With factors in full: "diagonal" of metric power 0 or "ksl", and the full second moment."""
+    """With factors in full: "diagonal" or "ksl", and the full second moment."""
     m, n, s = p.m, p.n, p.m * p.n
     yield Cost("grad_max", params=s)  # reads G
     if not (p.left or p.right):
@@ -255,15 +255,17 @@ SITES = {
     "ksl": (2, 2, 4),  # H R, L H; (.) H^T, H^T (.); scalars and blend of each side
     # besides A H, H B; scalars and blend of matrices with a left factor alone, then of all
     "bug": (4, 2, 4),
-    "diagonal": (0, 2, 4),  # with metric power 0: scalars and blend of each side
-    "diagonal, a power": (0, 2, 7),  # besides weights and two weighings
+    "diagonal": (0, 2, 4),  # scalars and blend of each side
 }
 # Of skinny matrices: gradient, moments, beyond, long factor, and a product into V and one out of it
 # of one block shape, or for wide and tall ones in every shape but the largest.
 SKINNY = (4 + 2, 4 + 4 * 3)
-# Of `orthogonalize`: normalising, the bound and update_rms, then for each of its steps a Gram matrix, its
-# square and a product, or of wide and tall matrices two Gram matrices, all in every block shape.
+# Of `orthogonalize`: normalising, the bound and update_rms, then for each of its steps a Gram
+# matrix, its square and a product, or of wide and tall matrices two Gram matrices, all in every
+# block shape.
 ORTHOGONALIZE = (1 + 1 + 1, 3, 2 * 2 + 2 + 4)
+# Of matrices without factors: Adam and the parameter's update, where AdamW's launch does not serve.
+UNSIDED = 2
 SECOND_MOMENTS = {
     "full": 0,  # in the product's epilogue
     "rank_one": 5,  # row sums, row vector, column sums, vectors, Adam

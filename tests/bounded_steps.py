@@ -27,7 +27,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "ksl": {**BOTH, "integrator": "ksl"},
     "bug": {**BOTH, "integrator": "bug"},
     "paper": preset("paper"),
-    "metric_power": {**BOTH, "metric_power": 1.0},
     "rank_one": {**BOTH, "second_moment": "rank_one"},
     "factored": {**BOTH, "second_moment": "factored"},
     "bfloat16": {**BOTH, "state_dtype": "bfloat16"},

@@ -13,7 +13,7 @@ Equations (beta is the factor decay, A the Van Loan rearrangement of the target)
   (E6) unconventional  U' from (E3); J = s V + dA^T U, V' = J / ||J||;
                        s' = (U'^T U) s (V^T V') + U'^T dA V'
   (E7) one-sided       K = A V with V = vec(I) / sqrt(n) held fixed, rho' = sqrt ||K||
-  (E8) diagonal metric L_tot' = beta L_tot + (1 - beta) G Q_R diag(w_R) Q_R^T G^T / n, R alike
+  (E8) diagonal        L_tot' = beta L_tot + (1 - beta) A vec(I) / n, R alike, A of vec(G) vec(G)^T
   (E9) refresh         X = M Q Pi, Q' = QR(X) with a non-negative diagonal
   (E10) bound          exp_avg^2 <= C exp_avg_sq, C = (1 - beta1)^2 / (1 - beta2) sum_(k < t) q^k,
                        q = beta1^2 / beta2; where q >= 1 at most 1
@@ -120,29 +120,22 @@ def one_sided_dense(M: Tensor, rho: float, G: Tensor, beta: float, side: int):
     return K, math.sqrt(float(norm))
 
 
-def metric_weights(diagonal: Tensor, power: float) -> Tensor:
-    """w = clamp(d / mean d, 1e-4)^p, divided by its mean."""
-    w = (diagonal / diagonal.mean()).clamp(min=1e-4) ** power
-    return w / w.mean()
-
-
 def rayleigh(M: Tensor, Q: Tensor) -> Tensor:
     """diag(Q^T M Q)."""
     return (Q.T @ M @ Q).diagonal()
 
 
-def diagonal_dense(L, R, rho, G, beta: float, power: float, Q_L: Tensor, Q_R: Tensor):
-    """The weighted update (E8) by products with the rearranged dense vec(G) vec(G)^T.
+def diagonal_dense(L, R, rho, G, beta: float):
+    """The averages (E8) by products with the rearranged dense vec(G) vec(G)^T.
 
     rho is the pair (rho_L, rho_R) of L_tot = rho_L^2 L and R_tot = rho_R^2 R; so is the last
     of the returned (L, R, rho).
     """
     m, n = G.shape
-    metric_L = Q_L @ torch.diag(metric_weights(rayleigh(L, Q_L), power)) @ Q_L.T
-    metric_R = Q_R @ torch.diag(metric_weights(rayleigh(R, Q_R), power)) @ Q_R.T
+    eye_m, eye_n = (torch.eye(d, dtype=torch.float64).reshape(-1) for d in (m, n))
     A = van_loan(outer_fisher(G), m, n)
-    L_total = beta * rho[0] ** 2 * L + (1 - beta) * (A @ metric_R.reshape(-1)).reshape(m, m) / n
-    R_total = beta * rho[1] ** 2 * R + (1 - beta) * (A.T @ metric_L.reshape(-1)).reshape(n, n) / m
+    L_total = beta * rho[0] ** 2 * L + (1 - beta) * (A @ eye_n).reshape(m, m) / n
+    R_total = beta * rho[1] ** 2 * R + (1 - beta) * (A.T @ eye_m).reshape(n, n) / m
     L, norm_L = unit(L_total, L)
     R, norm_R = unit(R_total, R)
     return L, R, (math.sqrt(float(norm_L)), math.sqrt(float(norm_R)))
@@ -183,14 +176,11 @@ def one_sided_matrix(M: Tensor, rho: float, G: Tensor, beta: float, side: int):
     return K, math.sqrt(float(norm))
 
 
-def diagonal_matrix(L, R, rho, G, beta: float, power: float, Q_L: Tensor, Q_R: Tensor):
-    """(E8) with one weighted Gram matrix per side."""
+def diagonal_matrix(L, R, rho, G, beta: float):
+    """(E8) with one Gram matrix per side."""
     m, n = G.shape
-    root_L = Q_L * metric_weights(rayleigh(L, Q_L), power).sqrt()
-    root_R = Q_R * metric_weights(rayleigh(R, Q_R), power).sqrt()
-    GR, GL = G @ root_R, G.T @ root_L
-    L, norm_L = unit(beta * rho[0] ** 2 * L + (1 - beta) * GR @ GR.T / n, L)
-    R, norm_R = unit(beta * rho[1] ** 2 * R + (1 - beta) * GL @ GL.T / m, R)
+    L, norm_L = unit(beta * rho[0] ** 2 * L + (1 - beta) * G @ G.T / n, L)
+    R, norm_R = unit(beta * rho[1] ** 2 * R + (1 - beta) * G.T @ G / m, R)
     return L, R, (math.sqrt(float(norm_L)), math.sqrt(float(norm_R)))
 
 
@@ -263,7 +253,6 @@ class ReferenceDyKAF:
         max_precond_dim: int = 10000,
         sides: str = "one",
         integrator: str = "diagonal",
-        metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
         nesterov: bool = True,
@@ -278,7 +267,7 @@ class ReferenceDyKAF:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.factor_beta = betas[1] if factor_beta is None else factor_beta
         self.precondition_frequency = precondition_frequency
-        self.integrator, self.metric_power, self.init = integrator, metric_power, init
+        self.integrator, self.init = integrator, init
         self.refresh_schedule, self.rescale_exp_avg_sq = refresh_schedule, rescale_exp_avg_sq
         self.stagger_offsets, self.maximize, self.dense = stagger_offsets, maximize, dense
         self.nesterov, self.orthogonalize = nesterov, orthogonalize
@@ -422,8 +411,7 @@ class ReferenceDyKAF:
             self.rho = [rho, rho]
         elif self.integrator == "diagonal":
             diagonal = diagonal_dense if self.dense else diagonal_matrix
-            metric = (self.metric_power, self.Q_L, self.Q_R)
-            L, R, rho = diagonal(self.L, self.R, self.rho, G, beta, *metric)
+            L, R, rho = diagonal(self.L, self.R, self.rho, G, beta)
             self.factors, self.rho = [L, R], list(rho)
         else:
             forms = {"ksl": (ksl_matrix, ksl_dense), "bug": (bug_matrix, bug_dense)}

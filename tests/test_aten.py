@@ -33,7 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "default": {},
     "ksl": {"integrator": "ksl"},
     "bug, rank-one moments": {"integrator": "bug", "second_moment": "rank_one"},
-    "factored moments": {"second_moment": "factored", "metric_power": 1.0},
+    "factored moments": {"second_moment": "factored"},
     "one side": {"max_precond_dim": 6},
     "no side": {"max_precond_dim": 0},
     "nesterov": {"nesterov": True},

@@ -321,7 +321,7 @@ def test_the_factors_of_the_fisher_table_are_turned_back() -> None:
     from bench.evidence.tasks.fisher import DykafFactors
 
     first, second = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(6)).double()
-    tracker = DykafFactors(first.shape, 0.9, {"integrator": "diagonal", "metric_power": 0.0})
+    tracker = DykafFactors(first.shape, 0.9, {"integrator": "diagonal"})
     for G in (first, second):
         tracker.update(G)
     # The prior has the weight of the first gradient: 0.1 mean(G^2) I, in both.

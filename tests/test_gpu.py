@@ -67,7 +67,6 @@ def amplification(factor: Tensor) -> float:
         {},
         {"integrator": "ksl", "rescale_exp_avg_sq": False},
         {"integrator": "bug"},
-        {"metric_power": 1.0},
         {"second_moment": "rank_one"},
         {"second_moment": "factored", "integrator": "ksl"},
         {"max_precond_dim": 6},

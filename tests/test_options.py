@@ -26,7 +26,6 @@ PLAIN: dict[str, Any] = {
     "precondition_frequency": 3,
     "max_precond_dim": 100,
     "skinny_rank": 2,
-    "metric_power": 0.5,
     "integrator": "bug",
     "rescale_exp_avg_sq": False,
     "sides": "both",

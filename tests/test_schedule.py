@@ -269,7 +269,6 @@ def layout(*shape: int, batch_dims: int = 0, max_precond_dim: int = 10_000) -> L
         "max_precond_dim": max_precond_dim,
         "skinny_rank": 0,
         "integrator": "diagonal",
-        "metric_power": 0.0,
         "second_moment": "full",
         "state_dtype": "float32",
         "low_precision": "stochastic",

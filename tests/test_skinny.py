@@ -375,7 +375,6 @@ def test_skipped_steps_leave_the_factor_where_the_host_counts_their_rows() -> No
         ((1, 32), {}, True),
         ((4, 90), {"skinny_rank": 0}, False),
         ((4, 90), {"integrator": "ksl"}, False),
-        ((4, 90), {"metric_power": 0.5}, False),
         ((4, 90), {"max_precond_dim": 89}, False),
     ],
 )

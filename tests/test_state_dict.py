@@ -203,6 +203,22 @@ def test_options_that_an_old_checkpoint_lacks_come_from_the_constructor() -> Non
     assert other.param_groups[0]["integrator"] == "diagonal"
 
 
+@pytest.mark.parametrize("metric_power", [0.0, 1.0])
+def test_a_checkpoint_from_when_metric_power_was_an_option(metric_power: float) -> None:
+    """The entry goes. Other powers than 0 kept matrices from the skinny form, and still do."""
+    rank = 0 if metric_power else 8
+    optimizer = DyKAF([parameter(2, 40)], sides="both", skinny_rank=rank)
+    run(optimizer, range(4))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(metric_power=metric_power, skinny_rank=8)
+    other = DyKAF([param.detach().clone() for param in params_of(optimizer)], sides="both")
+    other.load_state_dict(through_file(saved))
+    assert "metric_power" not in other.param_groups[0]
+    run(optimizer, range(4, 9))
+    run(other, range(4, 9))
+    assert trajectory(other) == trajectory(optimizer)
+
+
 def test_options_that_an_old_pickle_lacks_come_from_its_defaults() -> None:
     state = DyKAF([parameter(4, 3)], integrator="bug").__getstate__()
     del state["param_groups"][0]["integrator"]

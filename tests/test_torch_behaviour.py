@@ -115,7 +115,6 @@ def _reference(param: Tensor, **options: Any) -> ReferenceDyKAF:
         ("integrator", "bug", {"integrator": "bug"}),
         ("refresh_schedule", "geometric", {"refresh_schedule": "geometric"}),
         ("integrator", "ksl", {"integrator": "ksl"}),
-        ("metric_power", 0.5, {"metric_power": 0.5}),
         ("rescale_exp_avg_sq", False, {"rescale_exp_avg_sq": False}),
         ("maximize", True, {"maximize": True}),
     ],
@@ -146,7 +145,7 @@ def test_options_of_groups_are_their_own() -> None:
     shapes = [(6, 4), (4, 6)]
     variants: list[dict[str, Any]] = [
         {"lr": 0.1, "integrator": "bug", "second_moment": "factored", "precondition_frequency": 2},
-        {"lr": 0.01, "integrator": "diagonal", "metric_power": -0.5, "maximize": True},
+        {"lr": 0.01, "integrator": "diagonal", "maximize": True},
     ]
     together = DyKAF(
         [

@@ -135,18 +135,14 @@ def factor_bounds(
 
 
 def average_bound(
-    M: Tensor, rho: float, G: Tensor, w: Tensor, size: float, beta: float, dtype: torch.dtype
+    M: Tensor, rho: float, G: Tensor, size: float, beta: float, dtype: torch.dtype
 ) -> float:
-    """The same for one factor of "diagonal" and one-sided updates: increment G diag(w) G^T / size.
-
-    w's rounding (a quotient, a power of up to 1 in magnitude, a quotient) is 8 u more.
-    """
+    """The same for one factor of "diagonal" and one-sided updates: increment G G^T / size."""
     u = unit_roundoff(dtype)
     tau = max(float(G.abs().max()), rho)
     H, a, b = G / tau, beta * (rho / tau) ** 2, (1 - beta) / size
-    P = (H * w) @ H.T
-    magnitude = float(((H.abs() * w) @ H.abs().T).norm())
-    return _factor_error(a, M, b, P, (gamma(G.shape[1] + 2, dtype) + 8 * u) * magnitude, u)
+    magnitude = float((H.abs() @ H.abs().T).norm())
+    return _factor_error(a, M, b, H @ H.T, gamma(G.shape[1] + 2, dtype) * magnitude, u)
 
 
 def orthogonality_bound(n: int, dtype: torch.dtype) -> float:

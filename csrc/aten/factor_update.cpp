@@ -12,8 +12,6 @@
 namespace dykaf::aten {
 namespace {
 
-constexpr double kLeastWeight = 1e-4;
-
 // The gradients of a batch, and what each integrator does with them.
 class FactorUpdate {
  public:
@@ -69,8 +67,8 @@ class FactorUpdate {
   // F <- beta rho^2 F + (1 - beta) tau^2 increment / size, in unit norm with rho to match.
   void diagonal_() {
     const Matrix& first = batch_.first();
-    const at::Tensor left_sum = symmetric(multiplied(weighed(&Matrix::R, -2), H_.mT()));
-    const at::Tensor right_sum = symmetric(multiplied(H_.mT(), weighed(&Matrix::L, -1)));
+    const at::Tensor left_sum = symmetric(multiplied(H_, H_.mT()));
+    const at::Tensor right_sum = symmetric(multiplied(H_.mT(), H_));
     const at::Tensor rho_L = averaged_(&Matrix::L, left_sum, 0, static_cast<double>(first.n));
     const at::Tensor rho_R = averaged_(&Matrix::R, right_sum, 1, static_cast<double>(first.m));
     set_rhos_(at::stack({rho_L, rho_R}, 1));
@@ -119,18 +117,6 @@ class FactorUpdate {
   }
   at::Tensor over(const at::Tensor& x, const at::Tensor& norm) const {
     return x.div(per_matrix(norm.to(batch_.dtype())));
-  }
-
-  // H in the metric of the other side's factor F: each column of H (dim -2), or row (dim -1), times
-  // clamp(diag F / mean, 1e-4)^power, with mean 1.
-  at::Tensor weighed(Array factor, int64_t dim) const {
-    if (options_.metric_power == 0) return H_;
-    const at::Tensor diagonal = batch_.get(factor).diagonal(0, 1, 2).to(batch_.wide_dtype());
-    const at::Tensor weights = diagonal.div(diagonal.mean(1, /*keepdim=*/true))
-                                   .clamp_min_(kLeastWeight)
-                                   .pow_(options_.metric_power);
-    const at::Tensor unit = weights.div(weights.mean(1, /*keepdim=*/true)).to(batch_.dtype());
-    return H_.mul(unit.unsqueeze(dim));
   }
 
   // Returns rho of the average.

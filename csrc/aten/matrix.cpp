@@ -50,7 +50,6 @@ Matrix::Matrix(const Problem<T>& p, at::Device device)
       refreshes(p.refreshes),
       schedule_step(p.schedule_step),
       refresh_offset{p.refresh_offset[0], p.refresh_offset[1]},
-      
       stream(p.stream) {
   const auto over = [&](const auto* data, at::IntArrayRef shape, at::ScalarType dtype) {
     if (data == nullptr) return at::Tensor();

@@ -49,7 +49,6 @@ struct Matrix {
   int64_t* refreshes = nullptr;
   int64_t* schedule_step = nullptr;
   int64_t refresh_offset[2] = {0, 0};
-  
   uint64_t stream = 0;
 
   Matrix() = default;

@@ -185,7 +185,6 @@ StepReport Step::run_() {
   report.waiting = places_.still_waiting(matrices_);
   const Matrices running = chosen(matrices_, places_.running);
   const c10::OptionalDeviceGuard guard(device_of(running));
-  
   std::vector<const Matrix*> failed;
   for_each_batch(pointers(running), together, [&](Batch batch) {
     try {

@@ -7,13 +7,12 @@
 
 namespace dykaf::aten {
 
-
-
 // Adam and the factors, with gradients that are not rotated. Returns the
 // updates [b, m, n] in the original coordinates.
 at::Tensor skinny_step_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients);
 
-// Counts the rows that a step adds to the bases; also those of a step that is skipped: rows that were not written weigh nothing, for their part of `core` is zero.
+// Counts the rows that a step adds to the bases; also those of a step that is skipped: rows that
+// were not written weigh nothing, for their part of `core` is zero.
 void count_rows_(const Batch& batch);
 
 // The first gradient, tau H, of one matrix; waits for the device.

@@ -62,10 +62,8 @@ Options parse_options(const py::dict& options, const at::Device& device) {
       .eps = read<double>(options, "eps"),
       .weight_decay = read<double>(options, "weight_decay"),
       .factor_beta = read<double>(options, "factor_beta"),
-      .metric_power = read<double>(options, "metric_power"),
       .grad_scale = read<double>(options, "grad_scale"),
       .precondition_frequency = read<int64_t>(options, "precondition_frequency"),
-      
       .seed = read<uint64_t>(options, "seed"),
       .integrator = read_name(
           options, "integrator",

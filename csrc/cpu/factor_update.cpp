@@ -4,7 +4,6 @@
 // b = 1 - beta.
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "cpu/each_matrix.h"
@@ -156,33 +155,6 @@ void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> grad
   set_rho(p, tau * std::sqrt(s));
 }
 
-// clamp(diag F / mean, 1e-4)^power, with mean 1; F [n, n].
-template <typename T>
-std::vector<T> metric_weights(const T* F, int64_t n, double power) {
-  std::vector<double> weights(n);
-  for (int64_t i = 0; i < n; ++i) weights[i] = static_cast<double>(F[i * n + i]);
-  const auto mean = [&] {
-    return std::accumulate(weights.begin(), weights.end(), 0.0) / static_cast<double>(n);
-  };
-  const double mean_diagonal = mean();
-  for (double& w : weights) w = std::pow(std::max(w / mean_diagonal, 1e-4), power);
-  const double mean_weight = mean();
-  std::vector<T> result(n);
-  for (int64_t i = 0; i < n; ++i) result[i] = static_cast<T>(weights[i] / mean_weight);
-  return result;
-}
-
-// The gradient with each column (of the left factor's metric: row) times its weight.
-template <typename T>
-void weigh(const Problem<T>& p, const T* H, const std::vector<T>& weights, bool by_columns,
-           T* out) {
-  for_chunks(p.size(), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      out[i] = H[i] * weights[by_columns ? i % p.n : i / p.n];
-    }
-  });
-}
-
 // F <- beta rho^2 F + b tau^2 increment / size, in unit norm with rho to match.
 template <typename T>
 void average_(T* factor, const T* increment, int64_t n, double beta, double tau, double size,
@@ -196,22 +168,11 @@ void average_(T* factor, const T* increment, int64_t n, double beta, double tau,
 }
 
 template <typename T>
-void diagonal_(const Problem<T>& p, const Options& options, double tau,
-               GradientProducts<T> gradient, const Workspace<T>& workspace) {
+void diagonal_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
+               const Workspace<T>& workspace) {
   const at::Tensor& H = gradient.H;
-  // A metric of power 0 is the identity.
-  const bool is_weighed = options.metric_power != 0;
-  const at::Tensor& weighed = is_weighed ? gradient.scratch : H;
-  const auto weigh_by = [&](const T* F, int64_t n, bool by_columns) {
-    if (!is_weighed) return;
-    weigh(p, H.const_data_ptr<T>(), metric_weights(F, n, options.metric_power), by_columns,
-          weighed.mutable_data_ptr<T>());
-  };
-  weigh_by(p.R, p.n, /*by_columns=*/true);
-  symmetric_product(view(workspace.left, p.m, p.m), weighed, H.t(), gradient.precision);
-  weigh_by(p.L, p.m, /*by_columns=*/false);
-  symmetric_product(view(workspace.right, p.n, p.n), H.t(), weighed, gradient.precision);
-  const double beta = options.factor_beta;
+  symmetric_product(view(workspace.left, p.m, p.m), H, H.t(), gradient.precision);
+  symmetric_product(view(workspace.right, p.n, p.n), H.t(), H, gradient.precision);
   average_(p.L, workspace.left, p.m, beta, tau, static_cast<double>(p.n), &p.rho[0]);
   average_(p.R, workspace.right, p.n, beta, tau, static_cast<double>(p.m), &p.rho[1]);
 }
@@ -269,7 +230,7 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
   } else if (options.integrator == Integrator::kBug) {
     bug_(p, beta, tau, gradient, workspace);
   } else {
-    diagonal_(p, options, tau, gradient, workspace);
+    diagonal_(p, beta, tau, gradient, workspace);
   }
 }
 

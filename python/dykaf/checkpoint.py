@@ -41,6 +41,8 @@ def checked_state_dict(
     states, filled = dict(state_dict["state"]), []
     for group_idx, (saved, group) in enumerate(zip(groups, param_groups, strict=True)):
         options = dict(saved)
+        if options.pop("metric_power", 0) != 0:  # an option once, and not of the skinny form
+            options["skinny_rank"] = 0
         for name in RULES:
             options.setdefault(name, _FORMERLY.get(name, group[name]))
         check_options(options)

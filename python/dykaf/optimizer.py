@@ -74,18 +74,16 @@ class DyKAF(Optimizer):
         weight_decay: decoupled weight decay.
         factor_beta: decay of the factors; None: ``betas[1]``, as in the paper.
         precondition_frequency: steps between refreshes of a basis.
-
         max_precond_dim: a side longer than this gets no factor; 0 sends all matrices to AdamW.
         sides: which factors a matrix keeps: "one" (of the shorter side; of a square matrix the
             left), "both", or "none" (there is no basis then).
         skinny_rank: of a matrix with a side at least 16 times the other (LoRA's adapters), the rank
             at which the factor of the long side is kept, the rest of it as a multiple of the
             identity; 0: in full. It applies where the short side is at most, the long side at least
-            twice ``skinny_rank``, to the default integrator and metric; the second moment of such a
-            matrix is small whatever ``second_moment`` is.
-        integrator: "diagonal" (the metric reduced to a diagonal power of the other factor; two
+            twice ``skinny_rank``, to the default integrator; the second moment of such a matrix is
+            small whatever ``second_moment`` is.
+        integrator: "diagonal" (the averages of G G^T and G^T G, as in Shampoo and SOAP; two
             products, not four), "ksl" (Lubich & Oseledets) or "bug" (Ceruti & Lubich, the paper's).
-        metric_power: power of the diagonal metric: 1 the paper's metric, 0 Shampoo's and SOAP's.
         init: "identity", or "rank_one" from the top singular pair of the first gradient.
         second_moment: "full" [m, n], "rank_one" or "factored" (m + n numbers each), or "none" (the
             update is the momentum; with ``sides="none"`` and ``orthogonalize`` alone).
@@ -138,7 +136,6 @@ class DyKAF(Optimizer):
         sides: str = "one",
         skinny_rank: int = 32,
         integrator: str = "diagonal",
-        metric_power: float = 0.0,
         init: str = "identity",
         second_moment: str = "full",
         nesterov: bool = True,

@@ -22,10 +22,8 @@ class StepOptions(TypedDict):
     eps: float
     weight_decay: float
     factor_beta: float
-    metric_power: float
     grad_scale: float
     precondition_frequency: int
-
     seed: int
     integrator: str
     init: str
@@ -126,7 +124,6 @@ RULES: dict[str, _Rule] = {
     "sides": _one_of("one", "both", "none"),
     "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
     "integrator": _one_of("ksl", "bug", "diagonal"),
-    "metric_power": _number(lambda value: -1 <= value <= 1, "a number in [-1, 1]"),
     "init": _one_of("identity", "rank_one"),
     "second_moment": _one_of("full", "rank_one", "factored", "none"),
     "refresh_schedule": _one_of("geometric", "fixed"),
@@ -222,7 +219,6 @@ def step_options(
         "eps": plain["eps"],
         "weight_decay": plain["weight_decay"],
         "factor_beta": factor_beta,
-        "metric_power": plain["metric_power"],
         "grad_scale": (-1.0 if plain["maximize"] else 1.0) / grad_scale,
         "precondition_frequency": plain["precondition_frequency"],
         "seed": plain["seed"],

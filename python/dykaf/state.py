@@ -16,14 +16,13 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 PARAM_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Group options that decide the layout; they cannot change once a parameter has state (integrator
-# and metric_power: where skinny_rank applies).
+# Group options that decide the layout; they cannot change once a parameter has state (integrator:
+# where skinny_rank applies).
 STRUCTURAL_OPTIONS = (
     "max_precond_dim",
     "sides",
     "skinny_rank",
     "integrator",
-    "metric_power",
     "batch_dims",
     "second_moment",
     "state_dtype",
@@ -99,7 +98,7 @@ class Layout:
             left
             and right
             and group["sides"] != "none"
-            and (group["integrator"], group["metric_power"]) == ("diagonal", 0)
+            and group["integrator"] == "diagonal"
             and min(m, n) <= skinny_rank
             and max(m, n) >= max(2 * skinny_rank, SKINNY_RATIO * min(m, n))
         )

@@ -18,6 +18,7 @@ struct Scenario {
   float amp_scale = 1;  // 1: no pointer
   float lr = 0;         // 0: no pointer
   int32_t skip = 0;     // the flag; always on the device
+  float update_size = 1;
 
   double lr_in_use() const { return lr != 0 ? double{lr} : options.lr; }
   reference::Settings settings() const {
@@ -34,6 +35,7 @@ class Batch {
       cases.emplace_back(spec, scenario.options, rng);
       // Some updates are aligned in another way than their matrices' arrays.
       updates.push_back(randn(spec.m * spec.n, rng, cases.size() % 3 == 0 ? 1 : spec.offset));
+      for (int64_t i = 0; i < updates.back().size(); ++i) updates.back()[i] *= scenario.update_size;
       problems.push_back(cases.back().problem(stream(problems.size())));
       update_pointers.push_back(updates.back().get());
     }

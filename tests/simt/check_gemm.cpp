@@ -38,7 +38,8 @@ double rounded(float x, MatmulPrecision precision) {
 struct GemmCase {
   Shape shape;
   Array<float> A, B, C, D;
-  Array<float> bound;  // of Newton-Schulz; none: 1
+  Array<float> bound;       // of Newton-Schulz; none: 1
+  Array<float> update_rms;  // of Adam's direction; none: no update fades
   Array<double> partials;
 
   bool has_C() const { return C.size() > 0; }
@@ -62,6 +63,8 @@ GemmCase random_case(const Shape& s, GemmForm form, int64_t tiles, Rng& rng) {
   return p;
 }
 
+constexpr double kFullRms = 0.5;
+
 // D = of_C C + of_product A B.
 struct Combination {
   double of_C;
@@ -72,13 +75,14 @@ Combination combination_of(Epilogue epilogue, const GemmCase& p) {
   const double scale = 0.2 * std::sqrt(std::max(p.shape.m, p.shape.n));
   const double bound = p.bound.size() > 0 && p.bound[0] != 0 ? double{p.bound[0]} : 1;
   const double root = std::sqrt(bound);
+  const double share = p.update_rms.size() > 0 ? std::min(1.0, p.update_rms[0] / kFullRms) : 1;
   switch (epilogue) {
     case Epilogue::kQuadratic:
       return {NewtonSchulz::kB / bound, NewtonSchulz::kC / (bound * bound)};
     case Epilogue::kQuintic:
       return {NewtonSchulz::kA / root, 1 / root};
     case Epilogue::kLastQuintic:
-      return {scale * NewtonSchulz::kA / root, scale / root};
+      return {share * scale * NewtonSchulz::kA / root, share * scale / root};
     default:
       return {0, 1};
   }
@@ -111,11 +115,13 @@ void require_right(const GemmCase& p, GemmForm form, MatmulPrecision precision, 
       bound[at] =
           total * ((k + 2) * 0x1p-24 + (precision == MatmulPrecision::kHighest ? 0x1p-20 : 0));
       const double c = p.has_C() ? double{p.C[static_cast<int64_t>(at)]} : 0;
-      // Two coefficients, the inverse twice, its root, two products, the scale and the sum round.
+      // Two coefficients, the inverse twice, its root, two products, the scale, the share twice and
+      // the sum round.
       const auto [of_C, of_product] = combination_of(epilogue, p);
       expected[at] = of_C * c + of_product * sum;
       bound[at] *= of_product;
-      if (of_C != 0) bound[at] += 9 * 0x1p-24 * (std::fabs(of_C * c) + std::fabs(of_product * sum));
+      if (of_C != 0)
+        bound[at] += 12 * 0x1p-24 * (std::fabs(of_C * c) + std::fabs(of_product * sum));
       const double square =
           epilogue == Epilogue::kLastQuintic ? expected[at] * expected[at] : c * c;
       sums[0] += square;
@@ -147,6 +153,7 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
   Rng rng(7);
   std::vector<GemmCase> cases;
   std::vector<GemmProblem> problems;
+  std::vector<MatrixOnDevice> matrices;
   for (const Shape& s : shapes) {
     GemmCase p = random_case(s, form, num_tiles(tile_class, form, s.m, s.n), rng);
     if (epilogue == Epilogue::kStore || (epilogue == Epilogue::kSums && cases.size() % 3 == 1)) {
@@ -154,6 +161,9 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
     }
     // A bound, one of zero, and none.
     if (cases.size() % 3 != 2) p.bound = Array<float>(std::vector{cases.size() % 3 * 0.3f});
+    // A small direction, a large one, and one that no update fades by.
+    if (cases.size() % 3 != 1)
+      p.update_rms = Array<float>(std::vector{cases.size() % 3 * 0.4f + 0.2f});
     GemmProblem problem{};
     problem.A = p.A.get();
     problem.B = p.B.get();
@@ -163,6 +173,11 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
     problem.partials = leaves_sums(epilogue) ? p.partials.get() : nullptr;
     problem.m = s.m;
     problem.n = s.n;
+    problem.matrix_idx = static_cast<int32_t>(cases.size());
+    problem.full_rms = p.update_rms.size() > 0 ? kFullRms : 0;
+    MatrixOnDevice matrix{};
+    matrix.update_rms = p.update_rms.get();
+    matrices.push_back(matrix);
     problem.k = s.k;
     problem.epilogue = epilogue;
     cases.push_back(p);
@@ -171,8 +186,9 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
   const int64_t grid = assign_tiles(
       problems, [&](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); });
   const Array<GemmProblem> device_problems(problems);
+  const Array<MatrixOnDevice> device_matrices(matrices);
   const GemmLaunch launch{device_problems.get(),
-                          nullptr,
+                          device_matrices.get(),
                           nullptr,
                           static_cast<int32_t>(problems.size()),
                           grid,

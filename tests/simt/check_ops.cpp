@@ -290,6 +290,11 @@ void check_orthogonalize() {
   Scenario momentum = scenario;
   momentum.options.second_moment = SecondMoment::kNone;
   check_orthogonalize("momentum", momentum);
+  scenario.update_size = 0.1;
+  scenario.options.nesterov = true;
+  check_orthogonalize("of small updates", scenario);
+  momentum.update_size = 0.1;
+  check_orthogonalize("small momentum", momentum);
   check_against_reference(
       "orthogonalize zero", scenario, orthogonalize_plan,
       [&](reference::Matrix& p, const reference::Settings&, size_t i) {

@@ -42,14 +42,12 @@ struct Form {
   size_t medium;
   size_t mixed;
   size_t all;
-  double metric_power = 1;
   int64_t orthogonalize = 0;
 };
 
 // Medium: scalars, load, two products into the basis, update_rms, two products out of it are 7; ksl
 // adds two products, scalars, blend for either side; bug four products, two for the coupling,
-// scalars, blend; diagonal the weights and for either side weighing, a product, scalars, blend, of
-// which a metric of power 0 needs neither weights nor weighing.
+// scalars, blend; diagonal a product, scalars, blend for either side.
 // rank_one has five launches more for Adam, factored four.
 // Mixed: AdamW, which does a matrix without factors as well, and each product that is not symmetric
 // has three grids instead of one: 4 of them in a step, ksl 2 more, bug 4 more. One-sided matrices
@@ -62,12 +60,10 @@ struct Form {
 constexpr Form kForms[] = {
     {"ksl", Integrator::kKsl, SecondMoment::kFull, 15, 28, 36},
     {"bug", Integrator::kBug, SecondMoment::kFull, 15, 34, 44},
-    {"diagonal", Integrator::kDiagonal, SecondMoment::kFull, 16, 25, 31},
-    {"power 0", Integrator::kDiagonal, SecondMoment::kFull, 13, 22, 28, 0},
+    {"diagonal", Integrator::kDiagonal, SecondMoment::kFull, 13, 22, 28},
     {"rank_one", Integrator::kKsl, SecondMoment::kRankOne, 20, 34, 42},
     {"factored", Integrator::kKsl, SecondMoment::kFactored, 19, 33, 41},
-    {"orthogonalize", Integrator::kKsl, SecondMoment::kFull, 18 + 3 * 3, 33 + 3 * 6, 41 + 3 * 9, 1,
-     3},
+    {"orthogonalize", Integrator::kKsl, SecondMoment::kFull, 18 + 3 * 3, 33 + 3 * 6, 41 + 3 * 9, 3},
 };
 
 // Large matrices are planned and not run.
@@ -96,7 +92,6 @@ void check_launch_counts(const Form& form) {
     Scenario scenario;
     scenario.options.integrator = form.integrator;
     scenario.options.second_moment = form.second_moment;
-    scenario.options.metric_power = form.metric_power;
     scenario.options.orthogonalize = form.orthogonalize;
     for (const int times : {1, 3}) {
       scenario.specs = repeated(medium, times);
@@ -109,13 +104,12 @@ void check_launch_counts(const Form& form) {
   });
 }
 
-// Beside "power 0" of the medium block shape a wide skinny matrix has two rotations of a narrow
+// Beside "diagonal" of the medium block shape a wide skinny matrix has two rotations of a narrow
 // shape, four kernels and two products of its own; a tall one two rotations and two products more.
 void check_skinny_launches() {
   check_once("plan launches skinny", [] {
     Scenario scenario;
     scenario.options.integrator = Integrator::kDiagonal;
-    scenario.options.metric_power = 0;
     const CaseSpec wide = {8, 264, Sides::kLeft, DType::kFloat32, Master::kNo, 0, 1, 12};
     const CaseSpec tall = {264, 8, Sides::kRight, DType::kFloat32, Master::kNo, 0, 1, 12};
     for (const int times : {1, 3}) {

@@ -33,7 +33,6 @@ Scenario scenario_of(MatmulPrecision precision) {
   Scenario scenario;
   scenario.specs = mixed_group();
   scenario.options.integrator = Integrator::kDiagonal;
-  scenario.options.metric_power = 0;
   scenario.precision = precision;
   return scenario;
 }

@@ -36,7 +36,6 @@ inline Options default_options() {
   o.eps = 0.02;  // large, so that its place shows
   o.weight_decay = 0.1;
   o.factor_beta = 0.9;
-  o.metric_power = 1;
   o.grad_scale = 1;
   o.seed = 11;
   return o;

@@ -210,7 +210,18 @@ inline Dense adam_update(Matrix& p, const Dense& G, const Settings& settings) {
   return D;
 }
 
-// 0.2 sqrt(max(m, n)) times D / ||D|| after Newton-Schulz steps.
+// The root mean square of Adam's direction for gradients that are independent signs, after many.
+inline double rms_of_noise(const Options& options) {
+  double squares = 0;
+  for (int k = 0; k < 3000; ++k) {
+    double weight = (1 - options.beta1) * std::pow(options.beta1, k);
+    if (options.nesterov) weight = options.beta1 * weight + (k == 0 ? 1 - options.beta1 : 0);
+    squares += weight * weight;
+  }
+  return std::sqrt(squares);
+}
+
+// 0.2 sqrt(max(m, n)) times D / ||D|| after Newton-Schulz steps; less where D is less than noise.
 inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings) {
   const auto size = static_cast<double>(D.m * D.n);
   // Through update_rms in float32.
@@ -233,6 +244,10 @@ inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings)
   }
   X = scaled(Number(0.2 * std::sqrt(static_cast<double>(std::max(D.m, D.n)))).rounded().rounded(),
              X);
+  if (settings.options.second_moment != SecondMoment::kNone) {
+    const Number share = sqrt(inner(D, D) / size).rounded() / rms_of_noise(settings.options);
+    if (share.value < 1) X = scaled(share.rounded(), X);
+  }
   p.update_rms = sqrt(inner(X, X) / size);
   return is_tall ? transposed(X) : X;
 }
@@ -286,22 +301,7 @@ inline void bug(Matrix& p, const Dense& H, Number a, Number b, double tau,
   p.rho[0] = p.rho[1] = Number(tau) * sqrt(s);
 }
 
-// clamp(diag F / mean, 1e-4)^power, over its mean.
-inline Dense metric_weights(const Dense& F, double power) {
-  Dense w(1, F.m);
-  const auto n = static_cast<double>(F.m);
-  double mean = 0;
-  for (int64_t i = 0; i < F.m; ++i) mean += F.at(i, i).value / n;
-  double total = 0;
-  for (int64_t i = 0; i < F.m; ++i) {
-    w.at(0, i).value = std::pow(std::max(F.at(i, i).value / mean, 1e-4), power);
-    total += w.at(0, i).value / n;
-  }
-  for (Number& entry : w.x) entry = Number(entry.value / total).rounded();
-  return w;
-}
-
-// rho^2 F towards G G^T / size, the weighted products of which `increment` holds.
+// rho^2 F towards G G^T / size, of which `increment` is the product.
 inline void average(Dense& F, Number& rho, const Dense& increment, double size, double beta,
                     double tau) {
   const Number a = Number(beta) * (rho / tau) * (rho / tau);
@@ -314,19 +314,9 @@ inline void average(Dense& F, Number& rho, const Dense& increment, double size, 
 
 inline void diagonal(Matrix& p, const Dense& H, double tau, const Options& options,
                      MatmulPrecision precision) {
-  const Dense w_L = metric_weights(p.L, options.metric_power);
-  const Dense w_R = metric_weights(p.R, options.metric_power);
-  Dense right = H;
-  Dense left = H;
-  for (int64_t i = 0; i < H.m; ++i) {
-    for (int64_t j = 0; j < H.n; ++j) {
-      right.at(i, j) = H.at(i, j) * w_R.at(0, j);
-      left.at(i, j) = w_L.at(0, i) * H.at(i, j);
-    }
-  }
-  average(p.L, p.rho[0], multiplied(right, transposed(H), precision), static_cast<double>(H.n),
+  average(p.L, p.rho[0], multiplied(H, transposed(H), precision), static_cast<double>(H.n),
           options.factor_beta, tau);
-  average(p.R, p.rho[1], multiplied(transposed(H), left, precision), static_cast<double>(H.m),
+  average(p.R, p.rho[1], multiplied(transposed(H), H, precision), static_cast<double>(H.m),
           options.factor_beta, tau);
 }
 

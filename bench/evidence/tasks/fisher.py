@@ -36,9 +36,7 @@ DYKAF_METHODS: dict[str, dict[str, Any]] = {
     "bug": {"integrator": "bug"},
     "ksl, rank-one start": {"integrator": "ksl", "init": "rank_one"},
     "bug, rank-one start": {"integrator": "bug", "init": "rank_one"},
-    "diagonal p=1": {"integrator": "diagonal", "metric_power": 1.0},
-    "diagonal p=0": {"integrator": "diagonal", "metric_power": 0.0},
-    "diagonal p=-1": {"integrator": "diagonal", "metric_power": -1.0},
+    "diagonal": {"integrator": "diagonal"},
 }
 BATCH = {"digits": 32, "gpt_slice": 8}
 SLICE = (24, 32)  # of the first block's attention output weight: its Fisher matrix is 768 x 768

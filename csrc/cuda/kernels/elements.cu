@@ -139,14 +139,6 @@ DYKAF_DEVICE float run_unit_(const AdamWProblem&, const MatrixOnDevice& p, const
   return sum_of_squares(place, update);
 }
 
-DYKAF_DEVICE void run_unit_(const WeighProblem& e, const MatrixOnDevice&, const MatrixScalars&,
-                            const AdamOptions&, const UnitPlace& place) {
-  float h[kUnit];
-  load_place(e.H, place, h);
-  weigh_unit(e.row, e.col, place, h);
-  store_place(e.weighed, place, h);
-}
-
 // The weights hold what there is of exp_avg_sq.
 DYKAF_DEVICE float run_unit_(const BeyondProblem& e, const MatrixOnDevice& p,
                              const MatrixScalars& s, const AdamOptions&, const UnitPlace& place) {
@@ -283,7 +275,6 @@ template int launch_elements(const Grouped<AdamProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<CompactAdamProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<ApplyProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<AdamWProblem>&, const Group&, Stream);
-template int launch_elements(const Grouped<WeighProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<BeyondProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<SquaresProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<NormalizeProblem>&, const Group&, Stream);

@@ -45,14 +45,6 @@ struct AdamWProblem : ElementArray {
   double* partials;  // [num_tiles], sums of update^2
 };
 
-// weighed = diag(row) H diag(col); null: the identity.
-struct WeighProblem : ElementArray {
-  const float* H;
-  const float* row;  // [m]
-  const float* col;  // [n]
-  float* weighed;
-};
-
 // update <- update + diag(row) N diag(col), N Adam's numerator; one of row and col is null. Before,
 // the update of a skinny matrix is the part of it in V.
 struct BeyondProblem : ElementArray {

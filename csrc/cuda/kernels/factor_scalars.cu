@@ -13,7 +13,6 @@ namespace {
 constexpr double kLargest = std::numeric_limits<float>::max();
 
 constexpr int kThreads = 128;
-constexpr double kLeastWeight = 1e-4;
 
 // Of a factor F and its increment A. All terms of the norms are non-negative.
 struct InnerProducts {
@@ -144,31 +143,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block per factor.
-__global__ void __launch_bounds__(kThreads)
-    metric_weights_kernel(const __grid_constant__ Grouped<MetricProblem> launch,
-                          const __grid_constant__ Group group, double power) {
-  DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
-  const MetricProblem p = launch.problems[blockIdx.x];
-  if (group.scalars[p.matrix_idx].active == 0) return;
-  const auto diagonal = [&](int i) {
-    return static_cast<double>(p.factor[static_cast<int64_t>(i) * p.n + i]);
-  };
-  const auto n = static_cast<double>(p.n);
-  double mean[1] = {0.0};
-  for (int i = static_cast<int>(threadIdx.x); i < p.n; i += kThreads) mean[0] += diagonal(i);
-  block_sum(mean, scratch, kThreads);
-  const auto weight = [&](int i) {
-    return pow(fmax(diagonal(i) / (mean[0] / n), kLeastWeight), power);
-  };
-  double total[1] = {0.0};
-  for (int i = static_cast<int>(threadIdx.x); i < p.n; i += kThreads) total[0] += weight(i);
-  block_sum(total, scratch, kThreads);
-  for (int i = static_cast<int>(threadIdx.x); i < p.n; i += kThreads) {
-    p.weights[i] = static_cast<float>(weight(i) / (total[0] / n));
-  }
-}
-
 }  // namespace
 
 int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Group& group,
@@ -176,12 +150,6 @@ int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Group& gro
   return DYKAF_LAUNCH(factor_scalars_kernel, dim3(static_cast<unsigned>(launch.num)),
                       dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, group,
                       factor_beta);
-}
-
-int launch_metric_weights(const Grouped<MetricProblem>& launch, const Group& group, double power,
-                          Stream stream) {
-  return DYKAF_LAUNCH(metric_weights_kernel, dim3(static_cast<unsigned>(launch.num)),
-                      dim3(kThreads), 0, static_cast<cudaStream_t>(stream), launch, group, power);
 }
 
 }  // namespace dykaf::cuda

@@ -22,14 +22,4 @@ struct FactorProblem {
 int launch_factor_scalars(const Grouped<FactorProblem>& launch, const Group& group,
                           double factor_beta, Stream stream);
 
-// weights = clamp(diag F / mean, 1e-4)^power with mean 1; one block per factor.
-struct MetricProblem {
-  const float* factor;  // [n, n]
-  float* weights;       // [n]
-  int32_t n;
-  int32_t matrix_idx;
-};
-int launch_metric_weights(const Grouped<MetricProblem>& launch, const Group& group, double power,
-                          Stream stream);
-
 }  // namespace dykaf::cuda

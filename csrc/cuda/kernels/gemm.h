@@ -18,7 +18,8 @@ enum class Epilogue : int32_t {
   // Of a Newton-Schulz step (dykaf/newton_schulz.h), P the product and t^2 the bound:
   kQuadratic,    // D = b C / t^2 + c P / t^4, C symmetric
   kQuintic,      // D = (a C + P) / t
-  kLastQuintic,  // the same times the update's scale; partials: D^2
+  kLastQuintic,  // the same times the update's scale, for which update_rms is still D's of Adam;
+                 // partials: D^2
 };
 
 // Which operands are read transposed, and whether D = D^T is known.
@@ -50,6 +51,7 @@ struct GemmProblem {
   int32_t matrix_idx;  // into the arrays of matrices and scalars
   int32_t tile_begin;
   Epilogue epilogue;
+  float full_rms;  // kLastQuintic: of directions smaller than this the update fades; 0: of none
 };
 
 // Blocks of a launch that one multiplication takes.

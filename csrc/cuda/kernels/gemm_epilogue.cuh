@@ -114,13 +114,18 @@ class TileEpilogue {
            static_cast<float>(NewtonSchulz::kC) * inverse_ * inverse_ * product;
   }
 
+  // orthogonal_scale, of a direction whose root mean square update_rms still is.
+  DYKAF_DEVICE float update_scale() const {
+    const float scale =
+        static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)));
+    if (p_.full_rms == 0.0f) return scale;
+    return scale * fminf(1.0f, *launch_.matrices[p_.matrix_idx].update_rms / p_.full_rms);
+  }
+
   DYKAF_DEVICE void newton_schulz(int64_t start, int count, bool aligned,
                                   const float (&product)[kUnit]) {
-    const bool is_last = p_.epilogue == Epilogue::kLastQuintic;
     const float scale =
-        (is_last ? static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)))
-                 : 1.0f) *
-        sqrtf(inverse_);
+        sqrtf(inverse_) * (p_.epilogue == Epilogue::kLastQuintic ? update_scale() : 1.0f);
     float c[kUnit];
     float d[kUnit];
     load_unit(p_.C + start, count, aligned, c);

@@ -27,8 +27,8 @@ class FactorUpdatePlan {
     if (!both) {
       const auto other = static_cast<double>(p.L != nullptr ? p.n : p.m);
       const double size = p.is_skinny() ? other : std::sqrt(other);
-      if (p.L != nullptr) average_left(i, H, H, size, left);
-      if (p.R != nullptr) average_right(i, H, H, size, right);
+      if (p.L != nullptr) average_left(i, H, size, left);
+      if (p.R != nullptr) average_right(i, H, size, right);
       return;
     }
     switch (options_.integrator) {
@@ -44,19 +44,17 @@ class FactorUpdatePlan {
         bug(i, H, scratch, right);
         break;
       case Integrator::kDiagonal:
-        diagonal(i, H, scratch, left, right);
+        average_left(i, H, static_cast<double>(p.n), left);
+        average_right(i, H, static_cast<double>(p.m), right);
         break;
     }
   }
 
   void launch() {
-    metric_weights();
-    plan_.elements(weigh_left_);
     plan_.gemms(first_, precision_);
     plan_.gemms(left_, precision_);
     scalars(left_scalars_);
     blend(left_blends_);
-    plan_.elements(weigh_right_);
     plan_.gemms(second_, precision_);
     plan_.gemms(right_, precision_);
     plan_.gemms(coupling_first_, precision_);
@@ -98,15 +96,15 @@ class FactorUpdatePlan {
     blend_of(Side::kRight, scalars_of.matrix_idx, arrays_.right_increment, right_blends_);
   }
 
-  void average_left(int32_t i, const float* A, const float* B, double size, FactorProblem& left) {
+  void average_left(int32_t i, const float* H, double size, FactorProblem& left) {
     left.size = size;
-    increment_left(i, A, B, left);
+    increment_left(i, H, H, left);
     finish_left(FactorStage::kAverageLeft, left);
   }
 
-  void average_right(int32_t i, const float* A, const float* B, double size, FactorProblem& right) {
+  void average_right(int32_t i, const float* H, double size, FactorProblem& right) {
     right.size = size;
-    increment_right(i, A, B, right);
+    increment_right(i, H, H, right);
     finish_right(FactorStage::kAverageRight, right);
   }
 
@@ -126,28 +124,6 @@ class FactorUpdatePlan {
     both.coupling_tiles = coupling_.num_partials(inner);
     blend_of(Side::kLeft, i, arrays_.left_increment, right_blends_);
     finish_right(FactorStage::kBug, both);
-  }
-
-  // A metric of power 0 is the identity.
-  void diagonal(int32_t i, const float* H, float* scratch, FactorProblem& left,
-                FactorProblem& right) {
-    const Problem<float>& p = plan_.problem(i);
-    const bool is_weighed = options_.metric_power != 0;
-    if (is_weighed) weigh(i, H, scratch);
-    const float* weighed = is_weighed ? scratch : H;
-    average_left(i, weighed, H, static_cast<double>(p.n), left);
-    average_right(i, H, weighed, static_cast<double>(p.m), right);
-  }
-
-  // scratch = H diag(w_R) for L's increment, diag(w_L) H for R's.
-  void weigh(int32_t i, const float* H, float* scratch) {
-    const Problem<float>& p = plan_.problem(i);
-    float* w_L = plan_.builder().take<float>(p.m);
-    float* w_R = plan_.builder().take<float>(p.n);
-    metrics_.push_back({p.L, w_L, static_cast<int32_t>(p.m), i});
-    metrics_.push_back({p.R, w_R, static_cast<int32_t>(p.n), i});
-    weigh_left_.push_back({matrix_array(p, i), H, /*row=*/nullptr, /*col=*/w_R, scratch});
-    weigh_right_.push_back({matrix_array(p, i), H, /*row=*/w_L, /*col=*/nullptr, scratch});
   }
 
   void blend_of(Side side, int32_t i, const float* increment, std::vector<BlendProblem>& blends) {
@@ -172,19 +148,9 @@ class FactorUpdatePlan {
         });
   }
 
-  void metric_weights() {
-    plan_.one_block_each(metrics_, [power = options_.metric_power](
-                                       const auto& launch, const Group& group, Stream stream) {
-      return launch_metric_weights(launch, group, power, stream);
-    });
-  }
-
   GroupPlan& plan_;
   const Options& options_;
   MatmulPrecision precision_;
-  std::vector<MetricProblem> metrics_;
-  std::vector<WeighProblem> weigh_left_;
-  std::vector<WeighProblem> weigh_right_;
   GemmSite first_{GemmForm::kNN};           // H R
   GemmSite left_{GemmForm::kSymmetricNT};   // (.) H^T
   GemmSite second_{GemmForm::kNN};          // L H

@@ -14,8 +14,6 @@
 
 namespace dykaf {
 
-
-
 // Steps until the next refresh after step t: the period, or with the geometric schedule a tenth of
 // the steps done, at least 1 and at most the period (bases move fast at the start).
 inline int64_t refresh_interval(int64_t t, const Options& options) {

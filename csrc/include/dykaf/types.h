@@ -47,9 +47,9 @@ struct Problem {
   T* master;         // [m, n], the parameter in full precision; null: none
   T* exp_avg;        // [m, n]
 
-  T* exp_avg_sq;             // [m, n], skinny: [s, k + 1]; null with a compact second moment or none
-  T* exp_avg_sq_row;         // [m]; of a compact second moment
-  T* exp_avg_sq_col;         // [n]; of a compact second moment
+  T* exp_avg_sq;      // [m, n], skinny: [s, k + 1]; null with a compact second moment or none
+  T* exp_avg_sq_row;  // [m]; of a compact second moment
+  T* exp_avg_sq_col;  // [n]; of a compact second moment
   double* exp_avg_sq_scale;  // [1]; rank_one: the second moment is scale^2 row col^T
 
   T* L;         // [m, m], symmetric, unit Frobenius norm
@@ -72,7 +72,6 @@ struct Problem {
   int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period
-  
   uint64_t stream;             // names the random numbers of this matrix
   double grad_max;             // max|grad|
 
@@ -107,10 +106,8 @@ struct Options {
   double eps;
   double weight_decay;
   double factor_beta;
-  double metric_power;
   double grad_scale;  // gradients are multiplied by it: +1 or -1 over GradScaler's scale
   int64_t precondition_frequency;
-  
   uint64_t seed;
   Integrator integrator;
   Init init;

@@ -211,8 +211,6 @@ ELEMENT_KERNELS = (
     + faults(
         "kernels/elements.cu",
         FACTORS,
-        ("columns weighed by a row's weight", "x[i] *= row[place.row];", "x[i] *= row[0];"),
-        ("columns are not weighed", "x[i] *= weights[i];", "x[i] *= 1.0f;"),
         ("increment of NaN is added", "if (keep == 1.0f && gain == 0.0f) return;", ""),
         ("zero gradient blends", "s.zero_gradient != 0 || ", ""),
         ("stopped matrix blends", " || s.stopped != 0) return;", ") return;"),

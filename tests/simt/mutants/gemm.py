@@ -241,16 +241,10 @@ EPILOGUES = (
         ),
         ("C of no array", "if (p_.C != nullptr) load_unit", "load_unit"),
         ("X without a", "static_cast<float>(NewtonSchulz::kA) * c[i]", "c[i]"),
-        (
-            "no scale at the end",
-            "is_last ? static_cast<float>(kOrth",
-            "false ? static_cast<float>(kOrth",
-        ),
-        (
-            "scale in every step",
-            "is_last ? static_cast<float>(kOrth",
-            "true ? static_cast<float>(kOrth",
-        ),
+        ("no scale at the end", "kLastQuintic ? update_scale()", "kLastQuintic ? 1.0f"),
+        ("scale in every step", "update_scale() : 1.0f", "update_scale() : update_scale()"),
+        ("no update fades", "if (p_.full_rms == 0.0f) return scale;", "return scale;"),
+        ("large updates grow", "fminf(1.0f, *launch_", "fmaxf(0.0f, *launch_"),
         ("scale of the short side", "max(p_.m, p_.n)", "min(p_.m, p_.n)"),
         tiles=ALL_TILES,
     )

@@ -43,22 +43,6 @@ FACTOR_SCALARS = faults(
     ("a from the other side's rho", "p.rho[is_average ? static_cast<int>(side) : 0]", "p.rho[0]"),
     ("skip flag ignored", "  if (s.active == 0) return;\n", ""),
     (
-        "weights ignore the skip flag",
-        "  if (group.scalars[p.matrix_idx].active == 0) return;\n",
-        "",
-    ),
-    (
-        "weights without a least one",
-        "fmax(diagonal(i) / (mean[0] / n), kLeastWeight)",
-        "diagonal(i) / (mean[0] / n)",
-    ),
-    ("weights not of mean one", "weight(i) / (total[0] / n)", "weight(i)"),
-    (
-        "diagonal out of step",
-        "static_cast<int64_t>(i) * p.n + i]",
-        "static_cast<int64_t>(i) * p.n]",
-    ),
-    (
         "sums of the first 128 tiles",
         "tile < num_tiles; tile += kThreads",
         "tile < min(num_tiles, kThreads); tile += kThreads",
@@ -255,11 +239,6 @@ PLANS = (
             "blend_of(Side::kLeft, i, arrays_.left_increment, right_blends_)",
             "blend_of(Side::kLeft, i, arrays_.left_increment, left_blends_)",
         ),
-        (
-            "weights of the other side",
-            "/*row=*/nullptr, /*col=*/w_R",
-            "/*row=*/w_L, /*col=*/nullptr",
-        ),
     )
     + faults(
         "plan/step.cpp",
@@ -300,6 +279,7 @@ PLANS = (
         ),
         ("bound from the sums of C", "gram.partials + kNumSums - 1", "gram.partials"),
         ("a bound for momentum", "starts_from_gram(options) ?", "true ?"),
+        ("momentum fades", "is_momentum ? 0.0f :", "false ? 0.0f :"),
         ("a bound in every step", "bound = nullptr;  // of the first step", ""),
         ("A without its bound", "    square.bound = bound;\n", ""),
         ("X without its bound", "    product.bound = bound;\n", ""),

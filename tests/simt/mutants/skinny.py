@@ -127,6 +127,8 @@ SKINNY = (
             "update[i] = numerator(update[i], gradient_of(h[i], s), s);",
             "update[i] = numerator(update[i], s.adam_tau * h[i], s);",
         ),
+        ("rows weighed by the first's weight", "x[i] *= row[place.row];", "x[i] *= row[0];"),
+        ("columns are not weighed", "x[i] *= weights[i];", "x[i] *= 1.0f;"),
         ("what V sees is lost", "update[i] += within[i];", "update[i] += 0 * within[i];"),
     )
     + faults(
