@@ -137,15 +137,17 @@ def dykaf_spec(products: float, **options: Any) -> Spec:
     return Spec(dykaf(**options), "dykaf", products, refresh=14, takes_stacks=True)
 
 
+TWO_SIDED = {"sides": "both", "nesterov": False, "orthogonalize": 0}
 SPECS: dict[str, Spec] = {
-    "dykaf": dykaf_spec(3),
-    "dykaf-aten": Spec(on_aten(dykaf()), "dykaf", 3, refresh=14, takes_stacks=True),
-    "dykaf-ksl": dykaf_spec(4, integrator="ksl"),
-    "dykaf-bug": dykaf_spec(5, integrator="bug"),
-    "dykaf-factored": dykaf_spec(3, second_moment="factored"),
-    "dykaf-dense": dykaf_spec(3, skinny_rank=0),
-    "dykaf-every-2": dykaf_spec(2.5, factor_update_every=2),
-    "dykaf-rank-one": dykaf_spec(3, second_moment="rank_one"),
+    "dykaf": dykaf_spec(5),
+    "dykaf-aten": Spec(on_aten(dykaf()), "dykaf", 5, refresh=14, takes_stacks=True),
+    "dykaf-plain": dykaf_spec(2, orthogonalize=0),
+    "dykaf-both": dykaf_spec(3, **TWO_SIDED),
+    "dykaf-ksl": dykaf_spec(4, **TWO_SIDED, integrator="ksl"),
+    "dykaf-bug": dykaf_spec(5, **TWO_SIDED, integrator="bug"),
+    "dykaf-factored": dykaf_spec(5, second_moment="factored"),
+    "dykaf-no-skinny": dykaf_spec(5, skinny_rank=0),
+    "dykaf-rank-one": dykaf_spec(5, second_moment="rank_one"),
     "dykaf-unstaggered": dykaf_spec(3, refresh_stagger=False),
     "textbook-dykaf": Spec(textbook(TextbookDyKAF), None, 6, refresh=16),
     "textbook-soap": Spec(textbook(TextbookSOAP), None, 4, refresh=12),
@@ -160,8 +162,8 @@ SPECS: dict[str, Spec] = {
 # Compiling takes a minute and more per shape; the other two modes are variations.
 NOT_BY_DEFAULT = (
     "dykaf-aten",
-    "dykaf-dense",
-    "dykaf-every-2",
+    "dykaf-no-skinny",
+    "dykaf-plain",
     "dykaf-rank-one",
     "dykaf-unstaggered",
     "soap-heavyball-compiled",

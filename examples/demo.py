@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: the same small GPT trained with DyKAF and with AdamW.
+"""The demonstration behind `make demo`: the same small GPT trained with DyKAF, Muon and AdamW.
 
     python examples/demo.py
 
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from settings import DEFAULT_LR, OneLineParser, Settings, UserError
+from torch import optim
 
-DEMO_OPTIMIZERS = ("dykaf", "adamw")
+DEMO_OPTIMIZERS = ("dykaf", "muon", "adamw") if hasattr(optim, "Muon") else ("dykaf", "adamw")
 
 
 def clear(folder: Path) -> None:

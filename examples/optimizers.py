@@ -1,7 +1,7 @@
 """The optimizers that the example compares, made alike: one lr, the same weight decay.
 
-For the matrix optimizers (dykaf, muon) embedding and output head are updated by AdamW; vectors
-never decay.
+For the matrix optimizers (dykaf, muon) embedding and output head are updated by AdamW, with dykaf
+at twice the rate, as dykaf.param_groups has it; vectors never decay.
 """
 
 from __future__ import annotations

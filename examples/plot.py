@@ -1,4 +1,4 @@
-"""Draw the validation loss of all runs of a folder, over steps and over training time.
+"""Draw the validation loss of all runs of a folder, over training time and over steps.
 
 python examples/plot.py runs/gpt
 """
@@ -57,7 +57,7 @@ def draw_folder(folder: Path) -> Path | None:
     for run in sorted(runs, key=lambda run: (run["args"]["optimizer"], run["args"]["lr"])):
         by_label[label_of(run["args"])].append(run)
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     num_seen: dict[str, int] = defaultdict(int)
     for label, group in by_label.items():
         name = group[0]["args"]["optimizer"]
@@ -67,7 +67,7 @@ def draw_folder(folder: Path) -> Path | None:
         title = label if len(group) == 1 else f"{label} ({len(group)} seeds)"
         for run_idx, run in enumerate(group):
             losses = [point["val_loss"] for point in run["curve"]]
-            for axis, key in zip(axes, ("step", "train_seconds"), strict=True):
+            for axis, key in zip(axes, ("train_seconds", "step"), strict=True):
                 axis.plot(
                     [point[key] for point in run["curve"]],
                     losses,
@@ -81,8 +81,8 @@ def draw_folder(folder: Path) -> Path | None:
     best = min(point["val_loss"] for run in runs for point in run["curve"])
     axes[0].set_ylim(best - 0.05, best + SHOWN_RANGE)
     axes[0].set_ylabel("validation loss (nats per byte)")
-    axes[0].set_xlabel("steps")
-    axes[1].set_xlabel("training time (seconds, validation not counted)")
+    axes[0].set_xlabel("training time (seconds, validation not counted)")
+    axes[1].set_xlabel("steps")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.set_xlim(left=0)

@@ -38,7 +38,7 @@ class Settings:
     context: int = 128
     batch: int = 8
     weight_decay: float = 0.01
-    precondition_frequency: int = 10
+    precondition_frequency: int = 50
     eval_every: int = 25
     eval_windows: int = 256
     checkpoint_every: int = 100

@@ -44,24 +44,25 @@ class DyKAF(Optimizer):
         G~         = Q_L^T G Q_R
         exp_avg    = beta1 exp_avg + (1 - beta1) G~
         exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) G~^2
-        D          = exp_avg / (1 - beta1^t) / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
-        W          = W (1 - lr weight_decay) - lr Q_L D Q_R^T
+        N          = beta1 exp_avg / (1 - beta1^t) + (1 - beta1) G~
+        D          = N / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
+        W          = W (1 - lr weight_decay) - lr Q_L orthogonalised(D) Q_R^T
         L, R, rho  = one integrator step towards factor_beta rho^2 L (x) R
                      + (1 - factor_beta) vec(G) vec(G)^T
         Q_L, Q_R   = one power iteration of L, R, when a refresh is due; exp_avg_sq is scaled by
                      what the diagonals of L and R have grown by
 
-    The first gradient of a matrix that is not zero sets the factors and bases and updates nothing.
-    Vectors, scalars and matrices with both sides over ``max_precond_dim`` are updated by AdamW.
+    By default a matrix keeps the factor and the basis of its shorter side alone; the other basis is
+    the identity. The first gradient of a matrix that is not zero sets the factors and bases and
+    updates nothing. Vectors, scalars and matrices with both sides over ``max_precond_dim`` are
+    updated by AdamW.
     Tensors of more than two dimensions are seen as matrices, first dimension by the rest.
 
-    No entry of D exceeds Adam's own bound, 1 for equal betas: at a refresh exp_avg_sq grows where
-    it is too small for the momentum that has come. So the root mean square of an update never
-    exceeds lr times that bound, whatever the gradients.
+    Updates are bounded whatever the gradients: orthogonalised, their root mean square by 0.24 lr;
+    without, by lr times Adam's own bound, 1 for equal betas (docs/algorithm.md).
 
-    The defaults are what trains best (docs/evidence.md); the paper's own form is
-    ``integrator="bug", init="rank_one", refresh_schedule="fixed", factor_beta=None,
-    rescale_exp_avg_sq=False``.
+    The defaults are what trains best (docs/evidence.md); :func:`dykaf.preset` has the paper's own
+    form, SOAP's, Muon's and others.
 
     Every option is an entry of the parameter group and is read at each step.
 

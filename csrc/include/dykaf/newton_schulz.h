@@ -29,7 +29,7 @@ inline bool starts_from_gram(const Options& options) {
 }
 
 // The root mean square of D for gradients of noise alone: of beta1's average, or of Nesterov's
-// beta1 exp_avg + (1 - beta1) G. In training it is larger.
+// beta1 exp_avg + (1 - beta1) G. Gradients that agree make it larger.
 inline double noise_rms(const Options& options) {
   const double beta = options.beta1;
   const double newest = 1 - beta * beta;
