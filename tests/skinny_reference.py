@@ -22,7 +22,7 @@ class ReferenceSkinny:
         self,
         W: Tensor,
         rank: int,
-        lr: float = 3e-3,
+        lr: float = 1e-2,
         betas: tuple[float, float] = (0.95, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,

@@ -56,8 +56,7 @@ def test_muon(shape: tuple[int, int]) -> None:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 def test_torch_muon() -> None:
-    """It multiplies in bfloat16: u = 2^-9 in each of fifteen products, which the steps raise by less
-    than 3.5^5 but correct again."""
+    """It multiplies in bfloat16, 2^-9 in each of fifteen products, and the steps correct."""
 
     def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Muon(
