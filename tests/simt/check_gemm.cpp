@@ -39,7 +39,7 @@ struct GemmCase {
   Shape shape;
   Array<float> A, B, C, D;
   Array<float> bound;       // of Newton-Schulz; none: 1
-  Array<float> update_rms;  // of Adam's direction; none: no update fades
+  Array<float> update_rms;  // of Adam's direction
   Array<double> partials;
 
   bool has_C() const { return C.size() > 0; }
@@ -75,7 +75,7 @@ Combination combination_of(Epilogue epilogue, const GemmCase& p) {
   const double scale = 0.2 * std::sqrt(std::max(p.shape.m, p.shape.n));
   const double bound = p.bound.size() > 0 && p.bound[0] != 0 ? double{p.bound[0]} : 1;
   const double root = std::sqrt(bound);
-  const double share = p.update_rms.size() > 0 ? std::min(1.0, p.update_rms[0] / kFullRms) : 1;
+  const double share = std::min(1.0, p.update_rms[0] / kFullRms);
   switch (epilogue) {
     case Epilogue::kQuadratic:
       return {NewtonSchulz::kB / bound, NewtonSchulz::kC / (bound * bound)};
@@ -161,9 +161,8 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
     }
     // A bound, one of zero, and none.
     if (cases.size() % 3 != 2) p.bound = Array<float>(std::vector{cases.size() % 3 * 0.3f});
-    // A small direction, a large one, and one that no update fades by.
-    if (cases.size() % 3 != 1)
-      p.update_rms = Array<float>(std::vector{cases.size() % 3 * 0.4f + 0.2f});
+    // A small direction and large ones.
+    p.update_rms = Array<float>(std::vector{cases.size() % 3 * 0.4f + 0.2f});
     GemmProblem problem{};
     problem.A = p.A.get();
     problem.B = p.B.get();
@@ -174,7 +173,6 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
     problem.m = s.m;
     problem.n = s.n;
     problem.matrix_idx = static_cast<int32_t>(cases.size());
-    problem.full_rms = p.update_rms.size() > 0 ? kFullRms : 0;
     MatrixOnDevice matrix{};
     matrix.update_rms = p.update_rms.get();
     matrices.push_back(matrix);
@@ -187,12 +185,15 @@ std::vector<std::byte> run_gemms(const std::vector<Shape>& shapes, TileClass til
       problems, [&](const GemmProblem& p) { return num_tiles(tile_class, form, p.m, p.n); });
   const Array<GemmProblem> device_problems(problems);
   const Array<MatrixOnDevice> device_matrices(matrices);
+  AdamOptions adam{};
+  adam.full_rms = kFullRms;
+  const Array<AdamOptions> device_adam(std::vector{adam});
   const GemmLaunch launch{device_problems.get(),
                           device_matrices.get(),
                           nullptr,
                           static_cast<int32_t>(problems.size()),
                           grid,
-                          nullptr};
+                          device_adam.get()};
   require("launch", launch_gemm(precision, form, tile_class, launch, nullptr) == 0);
   std::vector<std::byte> outputs;
   for (const GemmCase& p : cases) {

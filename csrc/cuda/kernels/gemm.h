@@ -18,9 +18,13 @@ enum class Epilogue : int32_t {
   // Of a Newton-Schulz step (dykaf/newton_schulz.h), P the product and t^2 the bound:
   kQuadratic,    // D = b C / t^2 + c P / t^4, C symmetric
   kQuintic,      // D = (a C + P) / t
-  kLastQuintic,  // the same times the update's scale, for which update_rms is still D's of Adam;
-                 // partials: D^2
+  kLastQuintic,  // the same times the update's scale; partials: D^2
 };
+
+inline constexpr bool is_newton_schulz(Epilogue epilogue) {
+  return epilogue == Epilogue::kQuadratic || epilogue == Epilogue::kQuintic ||
+         epilogue == Epilogue::kLastQuintic;
+}
 
 // Which operands are read transposed, and whether D = D^T is known.
 enum class GemmForm : int32_t { kNN, kTN, kNT, kSymmetricNT, kSymmetricTN };
@@ -38,20 +42,21 @@ inline constexpr int kNumSums = 3;
 
 // All matrices are row-major and contiguous.
 struct GemmProblem {
-  const float* A;      // [m, k]; [k, m] where the form transposes it
-  const float* B;      // [k, n]; [n, k] where the form transposes it
-  const float* C;      // [m, n]; kSums, kInner and those of Newton-Schulz
-  const float* bound;  // [1], t^2 of Newton-Schulz, 0 standing for 1; null: 1
-  float* D;            // [m, n]
-  float* update;       // [m, n]; kAdam
-  double* partials;    // [num_tiles, kNumSums]; kAdam, kSums, kInner and kLastQuintic
+  const float* A;        // [m, k]; [k, m] where the form transposes it
+  const float* B;        // [k, n]; [n, k] where the form transposes it
+  const float* C;        // [m, n]; kSums, kInner and those of Newton-Schulz
+  float* D;              // [m, n]
+  union {                // one pointer, for the kernel keeps all fields in registers
+    float* update;       // [m, n]; kAdam
+    const float* bound;  // [1], t^2 of Newton-Schulz, 0 standing for 1; null: 1
+  };
+  double* partials;  // [num_tiles, kNumSums]; kAdam, kSums, kInner and kLastQuintic
   int32_t m;
   int32_t n;
   int32_t k;
   int32_t matrix_idx;  // into the arrays of matrices and scalars
   int32_t tile_begin;
   Epilogue epilogue;
-  float full_rms;  // kLastQuintic: of directions smaller than this the update fades; 0: of none
 };
 
 // Blocks of a launch that one multiplication takes.
@@ -64,7 +69,7 @@ struct GemmLaunch {
   const MatrixScalars* scalars;  // null: all matrices are active, and no epilogue needs more
   int32_t num;
   int64_t grid;
-  const AdamOptions* adam;  // kAdam
+  const AdamOptions* adam;  // kAdam and kLastQuintic
 };
 
 // Launches one grid; returns a cudaError_t.

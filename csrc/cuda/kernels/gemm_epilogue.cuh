@@ -30,8 +30,7 @@ class TileEpilogue {
         place_(place),
         staged_(staged),
         stride_(staged_stride),
-        inverse_(problem.bound == nullptr || *problem.bound == 0.0f ? 1.0f
-                                                                    : 1.0f / *problem.bound) {}
+        inverse_(inverse_bound(problem)) {}
 
   // Applies the epilogue to every unit of this thread and stores what is to be stored.
   DYKAF_DEVICE void apply(int thread) {
@@ -109,6 +108,11 @@ class TileEpilogue {
     }
   }
 
+  static DYKAF_DEVICE float inverse_bound(const GemmProblem& p) {
+    if (!is_newton_schulz(p.epilogue) || p.bound == nullptr) return 1.0f;
+    return *p.bound == 0.0f ? 1.0f : 1.0f / *p.bound;
+  }
+
   DYKAF_DEVICE float quadratic(float c, float product) const {
     return static_cast<float>(NewtonSchulz::kB) * inverse_ * c +
            static_cast<float>(NewtonSchulz::kC) * inverse_ * inverse_ * product;
@@ -118,8 +122,9 @@ class TileEpilogue {
   DYKAF_DEVICE float update_scale() const {
     const float scale =
         static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)));
-    if (p_.full_rms == 0.0f) return scale;
-    return scale * fminf(1.0f, *launch_.matrices[p_.matrix_idx].update_rms / p_.full_rms);
+    const float full_rms = launch_.adam->full_rms;
+    if (full_rms == 0.0f) return scale;
+    return scale * fminf(1.0f, *launch_.matrices[p_.matrix_idx].update_rms / full_rms);
   }
 
   DYKAF_DEVICE void newton_schulz(int64_t start, int count, bool aligned,

@@ -76,6 +76,7 @@ struct AdamOptions {
   float one_minus_beta2;
   float eps;
   float least_outside;  // share of a row's squares that a skinny basis may miss by rounding
+  float full_rms;       // an orthogonal update of a smaller direction fades; 0: none does
 };
 
 // The matrices of a launch and their scalars, on the device. The options are arguments of the

@@ -17,8 +17,8 @@ struct NewtonSchulzGemms {
   // A step from X to `next`, or from X over the root of ||A|| where that has a place at `bound`;
   // returns the last multiplication as it runs and the number of its partials.
   std::pair<GemmProblem, int32_t> add(GroupPlan& plan, const OrthogonalArrays& arrays,
-                                      const float* X, float* next, float* bound, Epilogue epilogue,
-                                      float full_rms) {
+                                      const float* X, float* next, float* bound,
+                                      Epilogue epilogue) {
     const int32_t i = arrays.matrix_idx;
     const Problem<float>& p = plan.problem(i);
     PlanBuilder& builder = plan.builder();
@@ -43,7 +43,6 @@ struct NewtonSchulzGemms {
     product.C = X;
     product.bound = bound;
     product.epilogue = epilogue;
-    product.full_rms = full_rms;
     return {products.add(product, builder), products.num_partials(product)};
   }
 
@@ -61,8 +60,6 @@ struct NewtonSchulzGemms {
 void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision precision,
                        const std::vector<OrthogonalArrays>& updates) {
   const int64_t num_steps = options.orthogonalize;
-  const bool is_momentum = options.second_moment == SecondMoment::kNone;
-  const float full_rms = is_momentum ? 0.0f : static_cast<float>(noise_rms(options));
   std::vector<NormalizeProblem> normalizations;
   std::vector<NewtonSchulzGemms> steps(static_cast<size_t>(num_steps));
   std::vector<RmsProblem> sums;
@@ -75,9 +72,8 @@ void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision 
     float* bound = starts_from_gram(options) ? plan.builder().take<float>(1) : nullptr;
     for (NewtonSchulzGemms& step : steps) {
       const bool is_last = &step == &steps.back();
-      const auto [last, num_partials] =
-          step.add(plan, arrays, X, next, bound,
-                   is_last ? Epilogue::kLastQuintic : Epilogue::kQuintic, full_rms);
+      const auto [last, num_partials] = step.add(
+          plan, arrays, X, next, bound, is_last ? Epilogue::kLastQuintic : Epilogue::kQuintic);
       bound = nullptr;  // of the first step
       if (is_last) sums.push_back({last.partials, num_partials, kNumSums, i});
       std::swap(X, next);

@@ -225,6 +225,11 @@ PLANS = (
         ),
     )
     + faults(
+        "plan/on_device.h",
+        ("orthogonalize",),
+        ("momentum fades", "is_momentum ? 0.0f :", "false ? 0.0f :"),
+    )
+    + faults(
         "plan/step.cpp",
         ("step ksl", "step rank_one"),
         ("gradient overwritten, two bases", "both ? update : scratch", "scratch"),
@@ -279,7 +284,6 @@ PLANS = (
         ),
         ("bound from the sums of C", "gram.partials + kNumSums - 1", "gram.partials"),
         ("a bound for momentum", "starts_from_gram(options) ?", "true ?"),
-        ("momentum fades", "is_momentum ? 0.0f :", "false ? 0.0f :"),
         ("a bound in every step", "bound = nullptr;  // of the first step", ""),
         ("A without its bound", "    square.bound = bound;\n", ""),
         ("X without its bound", "    product.bound = bound;\n", ""),
