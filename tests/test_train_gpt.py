@@ -460,8 +460,11 @@ def test_demo_runs_twice_into_the_same_folder(
     files = sorted(path.name for path in tmp_path.iterdir())
     assert demo.main(args) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == files
-    assert len(files) == 5
+    assert len(files) == 2 * len(demo.DEMO_OPTIMIZERS) + 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"picture: {tmp_path / plot.PICTURE}"
-    assert [line.split()[0] for line in lines[-5:-2]] == ["optimizer", *demo.DEMO_OPTIMIZERS]
+    assert [line.split()[0] for line in lines[-3 - len(demo.DEMO_OPTIMIZERS) : -2]] == [
+        "optimizer",
+        *demo.DEMO_OPTIMIZERS,
+    ]
     assert demo.main(["--steps", "0"]) == 2
