@@ -109,6 +109,6 @@ def test_no_step_waits_for_a_matrix_of_zero_gradients(
     assert saved.tolist() == [-1, -1]
     step(0.5)
     assert state["next_refresh"].tolist() == [1, 1]
-    assert float(state["L"].norm()) == pytest.approx(1, rel=1e-5)
+    assert float(factor.norm()) == pytest.approx(1, rel=1e-5)
     step(0.5, forbid_reads)
     assert float(state["step"]) == 1
