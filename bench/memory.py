@@ -25,7 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
     "dykaf, bfloat16": {"state_dtype": "bfloat16"},
     "dykaf, bfloat16, factored": {"state_dtype": "bfloat16", "second_moment": "factored"},
     "dykaf, skinny_rank=0": {"skinny_rank": 0},
-    "dykaf, max_precond_dim=2048": {"max_precond_dim": 2048},
+    "dykaf, sides=both": {"sides": "both"},
 }
 
 
