@@ -402,3 +402,18 @@ def test_a_state_from_a_device_without_float64() -> None:
     state = target.state[params_of(target)[0]]
     assert all(torch.equal(state[key], value) for key, value in expected.items())
     run(target, range(4, 6))
+
+
+def test_a_checkpoint_from_before_sides_goes_on_as_it_was() -> None:
+    """Its groups lack the options of the present default, and its matrices have both factors."""
+    optimizer, other = two_sided([parameter(4, 3)]), DyKAF([parameter(4, 3)])
+    run(optimizer, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in ("sides", "nesterov", "orthogonalize"):
+        del saved["param_groups"][0][name]
+    with torch.no_grad():
+        params_of(other)[0].copy_(params_of(optimizer)[0])
+    other.load_state_dict(saved)
+    for each in (optimizer, other):
+        run(each, range(5, 9))
+    assert trajectory(other) == trajectory(optimizer)
