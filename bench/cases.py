@@ -12,13 +12,14 @@ from torch import Tensor
 import dykaf
 from bench import composed, counts
 from bench.counts import Count
+from bench.optimizers import TWO_SIDED
 from bench.shapes import Matrix, Shape, Workload
 from dykaf import ops
 from dykaf.options import StepOptions, step_options
 from dykaf.state import State
 
 # Every operation there is: both factors, dense.
-TWO_SIDED = {"sides": "both", "skinny_rank": 0, "nesterov": False, "orthogonalize": 0}
+DENSE = {**TWO_SIDED, "skinny_rank": 0}
 NO_REFRESH = 1 << 40  # a step at which no side is due
 
 
@@ -60,7 +61,7 @@ class Inputs:
         place = self.workload.shapes.index(shape)
         param = torch.nn.Parameter(self.params[place].clone())
         group = {"params": [param], "batch_dims": len(shape) - 2}
-        optimizer = dykaf.DyKAF([group], max_precond_dim=self.workload.max_precond_dim, **TWO_SIDED)
+        optimizer = dykaf.DyKAF([group], max_precond_dim=self.workload.max_precond_dim, **DENSE)
         for grad in (self.grads[place], draw(1e-3)[place]):
             param.grad = grad
             optimizer.step()
@@ -83,7 +84,7 @@ class Inputs:
             factor_beta=None,
             rescale_exp_avg_sq=False,
             matmul_precision=self.precision,
-            **TWO_SIDED,
+            **DENSE,
         )
         return step_options(optimizer.param_groups[0], 1.0)
 

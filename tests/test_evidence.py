@@ -198,6 +198,16 @@ def test_the_grid_file_is_sound() -> None:
                 assert set(table["steps"]) == set(table["contenders"])
 
 
+def test_a_contender_may_start_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    text = "tasks = {}\n[contenders]\na = { kind = 'adamw', eps = 1 }\n"
+    path.write_text(text + "b = { base = 'a', eps = 2 }\n")
+    assert load_grid(path)["contenders"]["b"] == {"kind": "adamw", "eps": 2}
+    path.write_text(text + "b = { base = 'c' }\n")
+    with pytest.raises(EvidenceError, match="b: no contender c"):
+        load_grid(path)
+
+
 def test_every_contender_can_be_made_and_takes_a_step() -> None:
     for name, options in load_grid()["contenders"].items():
         if options["kind"] == "dykaf" and not HAS_DYKAF:

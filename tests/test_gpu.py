@@ -145,7 +145,7 @@ def test_trajectory(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("low_precision", ["stochastic", "master"])
 def test_the_same_steps_give_the_same_bits(dtype: torch.dtype, low_precision: str) -> None:
-    optimizers = [two_sided(parameters(dtype), low_precision=low_precision) for _ in range(2)]
+    optimizers = [DyKAF(parameters(dtype), low_precision=low_precision) for _ in range(2)]
     for optimizer in optimizers:
         run(optimizer, range(12))
     assert everything(optimizers[0]) == everything(optimizers[1])
@@ -155,8 +155,8 @@ def test_the_same_steps_give_the_same_bits(dtype: torch.dtype, low_precision: st
 def test_a_stack_is_its_matrices() -> None:
     stack = randn(3, 6, 4, seed=1, dtype=torch.float32).to(backends.device())
     parts = [stack[i].clone() for i in range(3)]
-    whole = two_sided([stack], batch_dims=1, refresh_stagger=False)
-    apart = two_sided(parts, refresh_stagger=False)
+    whole = DyKAF([stack], batch_dims=1, refresh_stagger=False)
+    apart = DyKAF(parts, refresh_stagger=False)
     for step in range(12):
         stack.grad = gradient(stack, step, 0)
         for i, part in enumerate(parts):
@@ -180,8 +180,8 @@ def test_matrices_refreshed_together_are_as_alone(
 ) -> None:
     """Products over a batch may round otherwise than one; a mix-up of matrices is of order one."""
     options = {"second_moment": second_moment, "precondition_frequency": 1, "eps": 1e-2}
-    together = two_sided(several(4, shape), **options)
-    apart = [two_sided([param], **options) for param in several(4, shape)]
+    together = DyKAF(several(4, shape), **options)
+    apart = [DyKAF([param], **options) for param in several(4, shape)]
     params = params_of(together)
     start = [param.clone() for param in params]
     grads = [separated_gradients(shape, 12) for _ in params]
@@ -248,8 +248,8 @@ def test_the_launches_of_a_refresh_do_not_grow_with_the_matrices(
 
 def test_lr_may_be_a_tensor_on_the_device() -> None:
     number, tensor = (
-        two_sided(parameters(), lr=0.25),
-        two_sided(parameters(), lr=torch.tensor(0.25)),
+        DyKAF(parameters(), lr=0.25),
+        DyKAF(parameters(), lr=torch.tensor(0.25)),
     )
     tensor.param_groups[0]["lr"] = tensor.param_groups[0]["lr"].to(backends.device())
     run(number, range(4))
@@ -263,7 +263,7 @@ def test_lr_may_be_a_tensor_on_the_device() -> None:
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_grad_scale_is_divided_out(maximize: bool) -> None:
-    plain, scaled = (two_sided(parameters(), maximize=maximize) for _ in range(2))
+    plain, scaled = (DyKAF(parameters(), maximize=maximize) for _ in range(2))
     run(plain, range(8))
     scaled.grad_scale = torch.tensor(1024.0, device=backends.device())
     scaled.found_inf = torch.tensor(0.0, device=backends.device())
@@ -278,7 +278,7 @@ def test_grad_scale_is_divided_out(maximize: bool) -> None:
 
 
 def test_the_host_reads_nothing_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = two_sided(parameters(), precondition_frequency=1)
+    optimizer = DyKAF(parameters(), precondition_frequency=1)
     run(optimizer, range(2))
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25, device=backends.device())
     optimizer.grad_scale = torch.tensor(2.0, device=backends.device())
@@ -310,7 +310,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     """
     params = parameters()[:-1]
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-2}]
-    optimizer = two_sided(groups, precondition_frequency=1, **options)
+    optimizer = DyKAF(groups, precondition_frequency=1, **options)
     run(optimizer, range(start))
     before = everything(optimizer) if start else [bits(param) for param in params]
     for idx, param in enumerate(params):
@@ -343,7 +343,7 @@ def test_a_step_that_is_not_finite_is_skipped(
 
 def test_raise_names_the_gradient_and_changes_nothing() -> None:
     params = parameters()
-    optimizer = two_sided([{"params": params[:2]}, {"params": params[2:], "nonfinite": "raise"}])
+    optimizer = DyKAF([{"params": params[:2]}, {"params": params[2:], "nonfinite": "raise"}])
     run(optimizer, range(5))
     before = everything(optimizer)
     params[3].grad[2, 3] = float("nan")
@@ -355,7 +355,7 @@ def test_raise_names_the_gradient_and_changes_nothing() -> None:
 
 def test_propagate_goes_on() -> None:
     params = parameters()
-    optimizer = two_sided(params, nonfinite="propagate")
+    optimizer = DyKAF(params, nonfinite="propagate")
     run(optimizer, range(3))
     params[0].grad[0, 0] = float("nan")
     optimizer.step()
@@ -368,9 +368,9 @@ def test_propagate_goes_on() -> None:
 
 def test_the_schedule_is_kept_on_the_cpu() -> None:
     params = parameters()
-    optimizer = two_sided(params)
+    optimizer = DyKAF(params)
     run(optimizer, range(2))
-    other = two_sided(parameters())
+    other = DyKAF(parameters())
     other.load_state_dict(optimizer.state_dict())
     for checked in (optimizer, other, copy.deepcopy(optimizer)):
         for param in params_of(checked):
@@ -381,7 +381,7 @@ def test_the_schedule_is_kept_on_the_cpu() -> None:
 
 
 def test_a_loaded_run_goes_on_bit_for_bit() -> None:
-    first, second = two_sided(parameters()), two_sided(parameters())
+    first, second = DyKAF(parameters()), DyKAF(parameters())
     run(first, range(7))
     params_of(first)[0].grad[0, 0] = float("nan")
     first.step()
@@ -434,7 +434,7 @@ def test_diagnostics() -> None:
 
 @on_hardware
 def test_no_step_waits_for_the_gpu() -> None:
-    optimizer = two_sided(parameters(), precondition_frequency=2)
+    optimizer = DyKAF(parameters(), precondition_frequency=2)
     run(optimizer, range(3))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -448,8 +448,8 @@ def test_no_step_waits_for_the_gpu() -> None:
 @on_hardware
 def test_parameters_on_cpu_and_gpu_step_together() -> None:
     mixed = [param.cpu() if i % 2 else param for i, param in enumerate(parameters())]
-    on_gpu = two_sided(parameters())
-    optimizer = two_sided(mixed)
+    on_gpu = DyKAF(parameters())
+    optimizer = DyKAF(mixed)
     run(optimizer, range(6))
     run(on_gpu, range(6))
     assert torch.equal(mixed[0], params_of(on_gpu)[0])
@@ -461,7 +461,7 @@ def test_parameters_on_cpu_and_gpu_step_together() -> None:
 
 @on_hardware
 def test_the_current_stream_is_used() -> None:
-    optimizer, other = two_sided(parameters()), two_sided(parameters())
+    optimizer, other = DyKAF(parameters()), DyKAF(parameters())
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run(other, range(6))

@@ -165,6 +165,19 @@ def test_state_that_is_missing_or_no_tensor(operation: str, key: str) -> None:
     assert inputs.frozen() == before
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_state_that_lost_its_factors(operation: str) -> None:
+    """It is not one of a matrix that never had any, for it has dates."""
+    inputs = Inputs()
+    for key in ("L", "R", "Q_L", "Q_R"):
+        del inputs.states[0][key]
+    refuses(
+        inputs,
+        inputs.calls()[operation],
+        "states[0]['L']: expected a tensor here or at 'R', got nothing",
+    )
+
+
 @pytest.mark.parametrize("operation", WITH_GRADS)
 def test_gradients_that_do_not_fit(operation: str) -> None:
     """dtype, size, layout and strides, each by name."""

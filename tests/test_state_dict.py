@@ -417,3 +417,16 @@ def test_a_checkpoint_from_before_sides_goes_on_as_it_was() -> None:
     for each in (optimizer, other):
         run(each, range(5, 9))
     assert trajectory(other) == trajectory(optimizer)
+
+
+def test_a_checkpoint_of_adamw_keeps_the_form_of_matrices() -> None:
+    """Its groups are no older ones of this optimizer."""
+    matrix, vector = parameter(4, 3), parameter(3)
+    adamw = torch.optim.AdamW([matrix, vector])
+    vector.grad = torch.ones(3)
+    adamw.step()
+    optimizer = DyKAF([parameter(4, 3), parameter(3)])
+    optimizer.load_state_dict(adamw.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["sides"], group["nesterov"], group["orthogonalize"]) == ("one", True, 3)
+    assert group["betas"] == (0.9, 0.999)

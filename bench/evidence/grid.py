@@ -210,6 +210,13 @@ def load_grid(path: Path = GRID_FILE) -> dict[str, Any]:
     """
     with path.open("rb") as file:
         grid = tomllib.load(file)
+    contenders = grid["contenders"]
+    for name, options in contenders.items():
+        if "base" in options:
+            base = options.pop("base")
+            if base not in contenders:
+                raise EvidenceError(f"{path}: {name}: no contender {base}")
+            contenders[name] = {**contenders[base], **options}
     for task, sizes in grid["tasks"].items():
         for size, table in sizes.items():
             try:

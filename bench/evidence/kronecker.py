@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.evidence.orthogonal import newton_schulz
+from bench.evidence.orthogonal import newton_schulz, update_scale
 
 # Rayleigh quotients below this share of the largest count as this share: S^-1 must stay finite.
 FLOOR = 1e-10
@@ -112,8 +112,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             denominator = (V / (1 - beta2**t)).sqrt() + group["eps"]
             update = out_of(into(M, Q_L, Q_R) / denominator, Q_L, Q_R)
             if group["newton_schulz"] > 0:
-                scale = 0.2 * max(W.shape) ** 0.5
-                update = scale * newton_schulz(update, group["newton_schulz"])
+                update = update_scale(W.shape) * newton_schulz(update, group["newton_schulz"])
             W.sub_(update, alpha=group["lr"])
             update_factors(state, G, beta2, group["factors"])
         else:

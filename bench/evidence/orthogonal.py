@@ -43,6 +43,11 @@ def newton_schulz(X: Tensor, steps: int) -> Tensor:
     return X.T if is_tall else X
 
 
+def update_scale(shape: torch.Size) -> float:
+    """s of "muon" and "adam"."""
+    return 0.2 * math.sqrt(max(shape))
+
+
 class OrthogonalOptimizer(torch.optim.Optimizer):
     """Muon ("muon"), Adam's direction orthogonalised ("adam", AdaMuon's kind), NorMuon ("normuon").
 
@@ -93,19 +98,15 @@ class OrthogonalOptimizer(torch.optim.Optimizer):
         M = state["exp_avg"].lerp_(G, 1 - beta1) / (1 - beta1 ** state["step"])
         N = torch.lerp(G, M, beta1) if self.nesterov else M
         if self.form == "adam":
-            return self._scale(G) * newton_schulz(
+            return update_scale(G.shape) * newton_schulz(
                 self._over_root(N, G.square(), state, group), self.steps
             )
         O = newton_schulz(N, self.steps)  # noqa: E741  # the paper's letter
         if self.form == "muon":
-            return self._scale(G) * O
+            return update_scale(G.shape) * O
         U = self._over_root(O, O.square().mean(1, keepdim=True), state, group)
         norm = U.norm()
         return 0.2 * math.sqrt(U.numel()) / torch.where(norm > 0, norm, 1.0) * U
-
-    @staticmethod
-    def _scale(G: Tensor) -> float:
-        return 0.2 * math.sqrt(max(G.shape))
 
     @staticmethod
     def _over_root(

@@ -32,10 +32,9 @@ at::Tensor orthogonalized_(Batch& batch, const Options& options, const at::Tenso
     X = X.mul(NewtonSchulz::kA).add_(product(B, X, options.precision));
   }
   if (first.m > first.n) X = X.mT();
-  const double full_scale = orthogonal_scale(first.m, first.n, noise_rms(options), options);
-  at::Tensor result = X.mul(full_scale);
-  if (options.second_moment != SecondMoment::kNone) {
-    const double full_norm = noise_rms(options) * std::sqrt(static_cast<double>(first.size()));
+  at::Tensor result = X.mul(orthogonal_scale(first.m, first.n));
+  if (const double least = full_rms(options); least > 0) {
+    const double full_norm = least * std::sqrt(static_cast<double>(first.size()));
     result.mul_(per_matrix(norm.div(full_norm).clamp_max_(1).to(batch.dtype())));
   }
   batch.set(&Matrix::update_rms, rms_of(batch, result));

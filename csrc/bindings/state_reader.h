@@ -144,7 +144,10 @@ Matrix read_matrix(const StateReader& state, SecondMoment second_moment, at::Int
   if (state.has("L")) state.read(p.Q_L, "Q_L", extend(batch, {p.m, p.m}), dtypes.own);
   if (state.has("R")) state.read(p.Q_R, "Q_R", extend(batch, {p.n, p.n}), dtypes.own);
   state.read(p.rho, "rho", extend(batch, {2}), dtypes.wide);
-  if (p.is_unsided()) return p;
+  if (p.is_unsided()) {
+    if (state.has("next_refresh")) fail(state.name("L"), "a tensor here or at 'R'", "nothing");
+    return p;
+  }
   state.read_host(p.next_refresh, "next_refresh", extend(batch, {2}));
   state.read_host(p.refreshes, "refreshes", extend(batch, {2}));
   state.read_host(p.schedule_step, "schedule_step", batch);

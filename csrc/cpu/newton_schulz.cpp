@@ -1,6 +1,7 @@
-// X <- orthogonal_scale X_k, in place (dykaf/newton_schulz.h).
+// X <- X_k times its scale, in place (dykaf/newton_schulz.h).
 #include "dykaf/newton_schulz.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "aten/products.h"
@@ -13,9 +14,10 @@
 namespace dykaf::cpu {
 namespace {
 
-// X <- a X + X B or a X + B X, B [s, s] on the short side; `scratch` has the size of X.
+// X <- scale (a X + X B) or scale (a X + B X), B [s, s] on the short side; `scratch` has the size
+// of X.
 template <typename T>
-void multiply_short_side_(const Problem<T>& p, T* X, const at::Tensor& B, T* scratch,
+void multiply_short_side_(const Problem<T>& p, T* X, const at::Tensor& B, double scale, T* scratch,
                           MatmulPrecision precision) {
   const at::Tensor x = view(X, p.m, p.n);
   const at::Tensor out = view(scratch, p.m, p.n);
@@ -26,10 +28,10 @@ void multiply_short_side_(const Problem<T>& p, T* X, const at::Tensor& B, T* scr
   } else {
     const at::Tensor transposed = view(scratch, p.n, p.m);
     product(transposed, B, x.t(), precision, transposed);
-    x.mul_(NewtonSchulz::kA).add_(transposed.t());
+    x.mul_(scale * NewtonSchulz::kA).add_(transposed.t(), scale);
     return;
   }
-  combine_(X, scratch, NewtonSchulz::kA, 1, p.size());
+  combine_(X, scratch, scale * NewtonSchulz::kA, scale, p.size());
 }
 
 }  // namespace
@@ -42,6 +44,10 @@ void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
     *p.update_rms = static_cast<float>(length);
     return;
   }
+  const double root_size = std::sqrt(static_cast<double>(p.size()));
+  const double least = full_rms(options);
+  const double fade = least > 0 ? std::min(1.0, length / root_size / least) : 1.0;
+  const double last_scale = orthogonal_scale(p.m, p.n) * fade;
   // In double, for in float the inverse of a denormal length is infinite.
   const double inverse = 1 / length;
   for_chunks(p.size(), [&](int64_t, int64_t begin, int64_t end) {
@@ -56,19 +62,16 @@ void orthogonalize_(const Problem<T>& p, const Options& options, T* X,
   const at::Tensor B = view(workspace.turned, s, s);
   for (int64_t i = 0; i < options.orthogonalize; ++i) {
     symmetric_product(A, wide, wide.t(), options.precision);
-    if (i == 0 && starts_from_gram(options)) {
-      const double bound = std::sqrt(frobenius_norm(workspace.product, s * s));
-      combine_(X, X, 1 / bound, 0, p.size());
-      combine_(workspace.product, workspace.product, 1 / (bound * bound), 0, s * s);
-    }
+    // X stands for X / t, A for A / t^2.
+    const bool has_bound = i == 0 && starts_from_gram(options);
+    const double t_squared = has_bound ? frobenius_norm(workspace.product, s * s) : 1.0;
     symmetric_product(B, A, A, options.precision);
-    combine_(workspace.turned, workspace.product, NewtonSchulz::kC, NewtonSchulz::kB, s * s);
-    multiply_short_side_(p, X, B, workspace.product, options.precision);
+    combine_(workspace.turned, workspace.product, NewtonSchulz::kC / (t_squared * t_squared),
+             NewtonSchulz::kB / t_squared, s * s);
+    const double scale = (i == options.orthogonalize - 1 ? last_scale : 1.0) / std::sqrt(t_squared);
+    multiply_short_side_(p, X, B, scale, workspace.product, options.precision);
   }
-  const double direction_rms = length / std::sqrt(static_cast<double>(p.size()));
-  combine_(X, X, orthogonal_scale(p.m, p.n, direction_rms, options), 0, p.size());
-  *p.update_rms =
-      static_cast<float>(frobenius_norm(X, p.size()) / std::sqrt(static_cast<double>(p.size())));
+  *p.update_rms = static_cast<float>(frobenius_norm(X, p.size()) / root_size);
 }
 
 template <typename T>

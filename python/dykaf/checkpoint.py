@@ -14,7 +14,7 @@ from dykaf.checks import param_name
 from dykaf.options import RULES, check_options, plain_options
 from dykaf.state import HOST_KEYS, SCALE_KEYS, Layout, State, check_state
 
-# What options were that groups of older checkpoints lack.
+# What options were that groups of older checkpoints lack. (Those of another optimizer have none.)
 _FORMERLY = {"sides": "both", "nesterov": False, "orthogonalize": 0}
 
 
@@ -43,8 +43,9 @@ def checked_state_dict(
         options = dict(saved)
         if options.pop("metric_power", 0) != 0:  # an option once, and not of the skinny form
             options["skinny_rank"] = 0
+        former = _FORMERLY if "integrator" in saved else {}
         for name in RULES:
-            options.setdefault(name, _FORMERLY.get(name, group[name]))
+            options.setdefault(name, former.get(name, group[name]))
         check_options(options)
         options.update(plain_options(options))
         for idx, (param, saved_idx) in enumerate(

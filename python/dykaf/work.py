@@ -227,7 +227,6 @@ def check_capture(
             _refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
         if item.group["nonfinite"] == "skip" and not counts_skips:
             _refuse("a step before the capture", "none")
-
         for name, param, layout in zip(item.names, item.params, item.layouts, strict=True):
             if layout.skinny_rank:
                 _refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")

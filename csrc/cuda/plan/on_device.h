@@ -40,7 +40,6 @@ inline std::vector<MatrixOnDevice> matrices_on_device(std::span<const Problem<fl
 }
 
 inline AdamOptions adam_options(const Options& options) {
-  const bool is_momentum = options.second_moment == SecondMoment::kNone;
   return {
       .beta1 = static_cast<float>(options.beta1),
       .one_minus_beta1 = static_cast<float>(1 - options.beta1),
@@ -48,7 +47,7 @@ inline AdamOptions adam_options(const Options& options) {
       .one_minus_beta2 = static_cast<float>(1 - options.beta2),
       .eps = static_cast<float>(options.eps),
       .least_outside = static_cast<float>(least_outside<float>(options)),
-      .full_rms = is_momentum ? 0.0f : static_cast<float>(noise_rms(options)),
+      .full_rms = static_cast<float>(full_rms(options)),
   };
 }
 

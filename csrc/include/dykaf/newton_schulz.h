@@ -28,23 +28,22 @@ inline bool starts_from_gram(const Options& options) {
   return options.second_moment != SecondMoment::kNone;
 }
 
-// The root mean square of D for gradients of noise alone: of beta1's average, or of Nesterov's
-// beta1 exp_avg + (1 - beta1) G. Gradients that agree make it larger.
-inline double noise_rms(const Options& options) {
+// What the last X is multiplied by.
+inline double orthogonal_scale(int64_t m, int64_t n) {
+  return kOrthogonalRms * std::sqrt(static_cast<double>(std::max(m, n)));
+}
+
+// An update whose direction D has a smaller root mean square than this is smaller in the same
+// ratio. It is that of D for gradients of noise alone, of beta1's average or of Nesterov's
+// beta1 exp_avg + (1 - beta1) G; gradients that agree make it larger. So an update fades where
+// Adam's does: after a gradient that was far too large, and where eps or rows without gradients
+// prevail. 0 for Muon's momentum, which has no such measure.
+inline double full_rms(const Options& options) {
+  if (options.second_moment == SecondMoment::kNone) return 0.0;
   const double beta = options.beta1;
   const double newest = 1 - beta * beta;
   if (!options.nesterov) return std::sqrt((1 - beta) / (1 + beta));
   return std::sqrt(newest * newest + std::pow(beta, 4) * (1 - beta) * (1 - beta) / newest);
-}
-
-// What the last X is multiplied by, of an update whose direction D has this root mean square. Where
-// D is smaller than noise is, the update is smaller in the same ratio: it fades where Adam's does,
-// after a gradient that was far too large, and where eps or rows without gradients prevail. Muon's
-// momentum has no such measure.
-inline double orthogonal_scale(int64_t m, int64_t n, double direction_rms, const Options& options) {
-  const double scale = kOrthogonalRms * std::sqrt(static_cast<double>(std::max(m, n)));
-  const bool is_momentum = options.second_moment == SecondMoment::kNone;
-  return is_momentum ? scale : scale * std::min(1.0, direction_rms / noise_rms(options));
 }
 
 }  // namespace dykaf
