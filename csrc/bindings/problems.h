@@ -25,7 +25,7 @@ struct Inputs {
   std::optional<at::Tensor> grad_max = {};  // one per matrix of each gradient, from grad_max()
   std::optional<std::vector<uint64_t>> streams = {};
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
-  bool needs_matrices = false;       // what AdamW updates is an error
+  bool needs_matrices = false;                                    // what AdamW updates is an error
   bool needs_factors = false;        // and so is a matrix without factors
   bool needs_dense = false;          // a skinny matrix is an error
   const char* grads_name = "grads";  // in messages
