@@ -122,6 +122,8 @@ lint: $(BUILT)
 	@$(BIN)/mypy --strict python
 	@echo "==> clang-format --dry-run"
 	@$(BIN)/clang-format --dry-run -Werror $(CLANG_FORMAT_FILES)
+	@echo "==> the faults' places in the CUDA kernels"
+	@$(PY) tests/simt/mutate.py --list > /dev/null
 
 format: $(DEPS)
 	@echo "==> formatting Python and C++"

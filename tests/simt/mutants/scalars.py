@@ -227,7 +227,7 @@ PLANS = (
     + faults(
         "plan/on_device.h",
         ("orthogonalize",),
-        ("momentum fades", "is_momentum ? 0.0f :", "false ? 0.0f :"),
+        ("momentum fades", "static_cast<float>(full_rms(options))", "0.3f"),
     )
     + faults(
         "plan/step.cpp",
