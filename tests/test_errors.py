@@ -284,17 +284,16 @@ def mesh() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-def test_distributed_tensors_are_refused(mesh: Any) -> None:
-    """They look dense, on the CPU; the memory they show is nobody's."""
+def test_gradients_are_sharded_as_their_parameters_are(mesh: Any) -> None:
     from torch.distributed.tensor import distribute_tensor
 
-    param = nn.Parameter(distribute_tensor(torch.randn(4, 3), mesh))
-    with pytest.raises(ValueError, match=r"^weight: expected plain tensors, got DTensor$"):
-        DyKAF([("weight", param)])
-    optimizer = DyKAF([parameter(4, 3)])
-    run(optimizer, range(2))
-    with pytest.raises(ValueError, match="expected plain tensors, got DTensor"):
-        check_grad("weight", parameter(4, 3), distribute_tensor(torch.randn(4, 3), mesh))
+    plain = torch.randn(4, 3)
+    sharded = distribute_tensor(plain, mesh)
+    message = "^gradient of w: expected {} as the parameter, got {}$"
+    with pytest.raises(ValueError, match=message.format("a plain tensor", "a DTensor")):
+        check_grad("w", plain, sharded)
+    with pytest.raises(ValueError, match=message.format("a DTensor", "a plain tensor")):
+        check_grad("w", sharded, plain)
 
 
 def test_a_parameter_that_overlaps_itself_is_refused() -> None:

@@ -424,10 +424,10 @@ def test_the_check_of_a_capture_reads_no_default_device(request: pytest.FixtureR
     run(optimizer, range(2))
     work = [item._replace(on_gpu=True) for item in optimizer._collect()]
     request.getfixturevalue("on_meta")
-    check_capture(work, optimizer.state, True)
+    check_capture(work, optimizer.state, True, False)
     optimizer.state[params_of(optimizer)[1]]["next_refresh"].zero_()
     with pytest.raises(RuntimeError, match=r"none with a gradient of .*\[1\]$"):
-        check_capture(work, optimizer.state, True)
+        check_capture(work, optimizer.state, True, False)
 
 
 def test_named_parameters_give_their_names() -> None:

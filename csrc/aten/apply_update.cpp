@@ -32,10 +32,16 @@ at::Tensor random_bits(const Batch& batch, uint64_t seed) {
       batch.numbers([&](const Matrix& w) { return as_signed(stream_key(seed, w.stream)); });
   const at::Tensor keys = mixed(streams.add(batch.get(&Matrix::step).to(at::kLong)));
   const Matrix& first = batch.first();
-  const at::Tensor elements = at::arange(first.size(), streams.options())
-                                  .mul_(as_signed(kElementStride))
-                                  .view({first.m, first.n});
-  return shifted(mixed(per_matrix(keys).add(elements)), 32);
+  const auto part = [&](uint64_t Place::* field) {
+    return per_matrix(batch.numbers([&](const Matrix& w) { return as_signed(w.place.*field); }));
+  };
+  at::Tensor elements = at::arange(first.size(), streams.options()).view({first.m, first.n});
+  if (first.place.run != 0) {
+    const at::Tensor run = part(&Place::run);
+    elements = elements.div(run, "floor").mul_(part(&Place::stride)).add_(elements.remainder(run));
+  }
+  elements = elements.add(part(&Place::first)).mul_(as_signed(kElementStride));
+  return shifted(mixed(elements.add_(per_matrix(keys))), 32);
 }
 
 // float32 numbers that the dtype holds exactly.

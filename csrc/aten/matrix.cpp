@@ -50,7 +50,8 @@ Matrix::Matrix(const Problem<T>& p, at::Device device)
       refreshes(p.refreshes),
       schedule_step(p.schedule_step),
       refresh_offset{p.refresh_offset[0], p.refresh_offset[1]},
-      stream(p.stream) {
+      stream(p.stream),
+      place(p.place) {
   const auto over = [&](const auto* data, at::IntArrayRef shape, at::ScalarType dtype) {
     if (data == nullptr) return at::Tensor();
     auto* memory = const_cast<void*>(static_cast<const void*>(data));
@@ -137,7 +138,7 @@ at::Tensor Batch::on_device(const std::vector<int64_t>& values) const {
 }
 
 std::vector<int64_t> likeness(const Matrix& w) {
-  std::vector<int64_t> key = {w.m, w.n, w.skinny_rank};
+  std::vector<int64_t> key = {w.m, w.n, w.skinny_rank, w.place.run != 0};
   if (w.is_skinny()) key.insert(key.end(), {w.rows[0], w.rows[1]});
   for (const Array array : kArrays) {
     const at::Tensor& tensor = w.*array;

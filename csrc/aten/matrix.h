@@ -50,6 +50,7 @@ struct Matrix {
   int64_t* schedule_step = nullptr;
   int64_t refresh_offset[2] = {0, 0};
   uint64_t stream = 0;
+  Place place = {};
 
   Matrix() = default;
   // Over the memory of a problem on `device`.
@@ -94,7 +95,10 @@ class Batch {
   const std::vector<const Matrix*>& matrices() const { return matrices_; }
   int64_t size() const { return static_cast<int64_t>(matrices_.size()); }
   at::Device device() const { return first().step.device(); }
-  at::ScalarType dtype() const { return first().exp_avg.scalar_type(); }
+  at::ScalarType dtype() const {
+    const Matrix& w = first();
+    return (w.exp_avg.defined() ? w.exp_avg : w.update).scalar_type();
+  }
   // Of what Problem holds in double.
   at::ScalarType wide_dtype() const {
     const Matrix& w = first();

@@ -128,9 +128,10 @@ void orthogonalize_op(const TensorList& updates, const States& states, const py:
 }
 
 void apply_update_op(const TensorList& params, const TensorList& updates, const States& states,
-                     const std::vector<uint64_t>& streams, const py::dict& options) {
+                     const std::vector<uint64_t>& streams, const py::dict& options,
+                     const std::vector<std::array<uint64_t, 3>>& places) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.params = params, .updates = updates, .streams = streams},
+  Problems problems(states, {.params = params, .updates = updates, .streams = streams, .places = places, .needs_moments = false},
                     parsed.second_moment);
   run(
       problems, parsed,
@@ -224,7 +225,7 @@ void register_ops(py::module_& module) {
   module.def("orthogonalize_", &orthogonalize_op, py::arg("updates"), py::arg("states"),
              py::arg("options"));
   module.def("apply_update_", &apply_update_op, py::arg("params"), py::arg("updates"),
-             py::arg("states"), py::arg("streams"), py::arg("options"));
+             py::arg("states"), py::arg("streams"), py::arg("options"), py::arg("places"));
   module.def("factor_update_", &factor_update_op, py::arg("grads"), py::arg("states"),
              py::arg("options"));
   module.def("initialize_", &initialize_op, py::arg("grads"), py::arg("states"), py::arg("offsets"),

@@ -99,7 +99,7 @@ void fail(const std::string& name, const std::string& expected, const std::strin
 
 at::Device device_of(const std::vector<py::dict>& states) {
   if (states.empty()) return at::kCPU;
-  return StateReader(0, states[0], at::kCPU).tensor("exp_avg").device();
+  return StateReader(0, states[0], at::kCPU).tensor("step").device();
 }
 
 std::vector<int64_t> count_matrices(const std::vector<py::dict>& states) {
@@ -203,6 +203,11 @@ void Problems::write_back() {
   }
 }
 
+// One in the state's dtype.
+at::Tensor own_tensor(const StateReader& state, size_t index, const Inputs& inputs) {
+  return inputs.needs_moments ? state.tensor("exp_avg") : (*inputs.updates)[index];
+}
+
 template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,
                       const Inputs& inputs, SecondMoment second_moment) {
@@ -218,13 +223,20 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   const at::Tensor step = state.tensor("step");
   const std::vector<int64_t> batch = step.sizes().vec();
-  Matrix p =
-      is_matrix ? read_matrix<Matrix>(state, second_moment, batch) : read_adamw<Matrix>(state);
-  state.read(p.step, "step", batch, at::kFloat);
-  state.read(p.update_rms, "update_rms", batch, at::kFloat);
   const int64_t count = step.numel();
+  Matrix p{};
+  if (!inputs.needs_moments) {
+    p.m = 1;
+    p.n = (*inputs.updates)[index].numel() / std::max<int64_t>(count, 1);
+  } else {
+    p = is_matrix ? read_matrix<Matrix>(state, second_moment, batch) : read_adamw<Matrix>(state);
+    state.read(p.update_rms, "update_rms", batch, at::kFloat);
+  }
+  state.read(p.step, "step", batch, at::kFloat);
   const int64_t numel = count * p.size();
-  if (!is_matrix && count != 1) fail(state.name("step"), "one entry", std::to_string(count));
+  if (inputs.needs_moments && !is_matrix && count != 1) {
+    fail(state.name("step"), "one entry", std::to_string(count));
+  }
 
   const auto check_input = [&](const std::string& name, const at::Tensor& tensor) {
     check_dense(name, tensor, device_);
@@ -247,7 +259,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
     return std::string(name) + "[" + std::to_string(index) + "]";
   };
 
-  const bool is_wide = state.tensor("exp_avg").scalar_type() == at::kDouble;
+  const bool is_wide = own_tensor(state, index, inputs).scalar_type() == at::kDouble;
   const DType own = is_wide ? DType::kFloat64 : DType::kFloat32;
   DType dtype = own;
   MatrixInputs given;
@@ -272,6 +284,10 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   if (inputs.grad_max) given.grad_max = &*inputs.grad_max;
   if (inputs.streams) p.stream = (*inputs.streams)[index];
+  if (!inputs.places.empty()) {
+    const auto [first, run, stride] = inputs.places[index];
+    p.place = {first, run, stride};
+  }
   if (inputs.offsets) {
     const auto& offsets = (*inputs.offsets)[index];
     if (offsets.size() != 2) fail("offsets", "two entries", std::to_string(offsets.size()));
@@ -294,6 +310,9 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
   check_length(inputs.grads_name, inputs.grads, states.size());
   check_length("updates", inputs.updates, states.size());
   check_length("streams", inputs.streams, states.size());
+  if (!inputs.places.empty()) {
+    check_length("places", std::optional(inputs.places), states.size());
+  }
   check_length("offsets", inputs.offsets, states.size());
   if (inputs.grad_max) {
     const std::vector<int64_t> counts = count_matrices(states);
@@ -311,10 +330,12 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
   }
   for (size_t i = 0; i < states.size(); ++i) {
     const StateReader state(i, states[i], device_);
-    const at::Tensor exp_avg = state.tensor("exp_avg");
-    switch (backend_of(state.name("exp_avg"), exp_avg)) {
+    const at::Tensor own = own_tensor(state, i, inputs);
+    const std::string name =
+        inputs.needs_moments ? state.name("exp_avg") : "updates[" + std::to_string(i) + "]";
+    switch (backend_of(name, own)) {
       case Backend::kCpu:
-        if (exp_avg.scalar_type() == at::kDouble) {
+        if (own.scalar_type() == at::kDouble) {
           append(wide, i, states[i], inputs, second_moment);
         } else {
           append(single, i, states[i], inputs, second_moment);

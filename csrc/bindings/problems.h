@@ -4,6 +4,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,7 +25,9 @@ struct Inputs {
   std::optional<TensorList> updates = {};   // contiguous; of type T; what comes in or goes out
   std::optional<at::Tensor> grad_max = {};  // one per matrix of each gradient, from grad_max()
   std::optional<std::vector<uint64_t>> streams = {};
+  std::vector<std::array<uint64_t, 3>> places = {};  // the fields of each Place; none: whole ones
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
+  bool needs_moments = true;  // else step and master are all that is read of a state
   bool needs_matrices = false;                                    // what AdamW updates is an error
   bool needs_factors = false;        // and so is a matrix without factors
   bool needs_dense = false;          // a skinny matrix is an error

@@ -214,7 +214,7 @@ Matrix matrix_of_stack(Matrix p, int64_t i) {
   take(p.refresh_fallbacks, i, {});
   take(p.update_rms, i, {});
   for (int64_t& offset : p.refresh_offset) offset += i;
-  p.stream = (p.stream << 32) + static_cast<uint64_t>(i);
+  p.stream += static_cast<uint64_t>(i);
   return p;
 }
 

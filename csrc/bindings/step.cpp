@@ -79,6 +79,7 @@ class Job {
                    .grads = read<TensorList>(job, "grads"),
                    .grad_max = read<at::Tensor>(job, "grad_max"),
                    .streams = read<std::vector<uint64_t>>(job, "streams"),
+                   .places = read<std::vector<std::array<uint64_t, 3>>>(job, "places"),
                    .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
                   options_.second_moment) {
     check_scalar("skip", skip_, at::kInt);

@@ -48,7 +48,7 @@ void apply_range_(const Problem<T>& p, const Options& options, const T* update, 
     const uint64_t key = rounding_key(options.seed, p.stream, static_cast<uint64_t>(*p.step));
     for (int64_t i = 0; i < size; ++i) {
       const float value = static_cast<float>(decay(static_cast<T>(param[i]), update[i]));
-      param[i] = round_stochastically(value, random_bits(key, begin + i), param);
+      param[i] = round_stochastically(value, random_bits(key, p.place.element(begin + i)), param);
     }
   }
 }

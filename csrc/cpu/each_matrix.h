@@ -40,6 +40,13 @@ double weight(const Problem<T>& p) {
   return m * n * (m + n) + (p.L != nullptr ? m * m * m : 0) + (p.R != nullptr ? n * n * n : 0);
 }
 
+// Whether BLAS and LAPACK take one thread for a matrix: its own sizes decide, and nothing that is in
+// the list beside it. So it comes out as the same bits in any company, and on any rank.
+template <typename T>
+bool has_one_thread(const Problem<T>& p) {
+  return is_small(p) || weight(p) < kMinSharedWork;
+}
+
 // Which matrices go side by side, each on one thread, largest first: small ones, if there are
 // enough of them for all threads. The others follow in turn, with all threads for each.
 template <typename T>
@@ -125,8 +132,13 @@ void for_each_matrix(std::span<const Problem<T>> problems, const Memory& workspa
   }
   for (size_t i : workspaces.sharing.in_turn) {
     std::optional<OneMklThread> one_thread;
-    if (weight(problems[i]) < kMinSharedWork) one_thread.emplace();
-    body(i, workspaces.in_turn());
+    if (has_one_thread(problems[i])) one_thread.emplace();
+    if (problems[i].is_skinny()) {
+      // Within a region torch's own sums take one thread too.
+      at::parallel_for(0, 1, 1, [&](int64_t, int64_t) { body(i, workspaces.in_turn()); });
+    } else {
+      body(i, workspaces.in_turn());
+    }
   }
 }
 

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dykaf.ops import StepJob
+from dykaf.ops import Place, StepJob
 from dykaf.options import StepOptions
 from dykaf.state import State
 
@@ -25,6 +25,7 @@ def apply_update_(
     states: Sequence[State],
     streams: Sequence[int],
     options: StepOptions,
+    places: Sequence[Place],
 ) -> None: ...
 def factor_update_(
     grads: Sequence[Tensor], states: Sequence[State], options: StepOptions

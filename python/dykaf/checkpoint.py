@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from dykaf.checks import param_name
+from dykaf.distributed.alone import Alone
 from dykaf.options import RULES, check_options, plain_options
 from dykaf.state import HOST_KEYS, SCALE_KEYS, Layout, State, check_state
 
@@ -101,23 +102,35 @@ def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str
 
 
 def exact_states(
-    state_dict: Mapping[str, Any], param_groups: Sequence[dict[str, Any]]
+    state_dict: Mapping[str, Any], param_groups: Sequence[dict[str, Any]], sharing: Alone
 ) -> dict[Tensor, State]:
     """Copies of the saved states, without a cast, by parameter.
 
     Args:
         state_dict: checked.
         param_groups: of the optimizer that loads it.
+        sharing: its own; of a sharded parameter a state is what this rank keeps.
     """
     ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
     params = [param for group in param_groups for param in group["params"]]
-    return {
-        param: {
-            name: value.detach()
-            .to("cpu" if name in HOST_KEYS else param.device)
-            .clone(memory_format=torch.contiguous_format)
-            for name, value in state_dict["state"][idx].items()
-        }
+    saved = {
+        param: state_dict["state"][idx]
         for param, idx in zip(params, ids, strict=True)
         if state_dict["state"].get(idx)
+    }
+    sharded = sharing.at_work(
+        {param: state for param, state in saved.items() if sharing.of(param) is not None}
+    )
+    return {
+        param: sharded[param] if param in sharded else _copied(param, state)
+        for param, state in saved.items()
+    }
+
+
+def _copied(param: Tensor, state: Mapping[str, Tensor]) -> State:
+    return {
+        name: value.detach()
+        .to("cpu" if name in HOST_KEYS else param.device)
+        .clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
     }

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dykaf import ops
+from dykaf.distributed import is_dtensor
 from dykaf.state import PARAM_DTYPES
 
 
@@ -40,7 +41,7 @@ def check_param(name: str, param: Tensor) -> None:
         _check_plain(name, param)
     if param.requires_grad:
         _check_form(name, param)
-        if not (is_fake or is_lazy(param) or param.is_meta):
+        if not (is_fake or is_lazy(param) or param.is_meta or is_dtensor(param)):
             ops.backend_of(param, name)  # raises for a tensor without memory
 
 
@@ -78,6 +79,9 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
     _check_plain(f"gradient of {name}", grad)
     if grad.layout != torch.strided:
         raise ValueError(f"gradient of {name}: expected a dense tensor, got {grad.layout}")
+    if is_dtensor(grad) != is_dtensor(param):
+        expected, got = ("a DTensor" if is_dtensor(x) else "a plain tensor" for x in (param, grad))
+        raise ValueError(f"gradient of {name}: expected {expected} as the parameter, got {got}")
     if grad.dtype != param.dtype or grad.device != param.device or grad.shape != param.shape:
         raise ValueError(
             f"gradient of {name}: expected {_describe(param)} as the parameter, "
@@ -86,8 +90,9 @@ def check_grad(name: str, param: Tensor, grad: Tensor) -> None:
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
-    # DTensor and its like look dense, but the memory they show is not theirs; a fake one has none.
-    if is_traceable_wrapper_subclass(tensor) or isinstance(tensor, FakeTensor):
+    # DTensor's like look dense, but the memory they show is not theirs; a fake one has none.
+    is_wrapper = is_traceable_wrapper_subclass(tensor) and not is_dtensor(tensor)
+    if is_wrapper or isinstance(tensor, FakeTensor):
         raise ValueError(f"{name}: expected plain tensors, got {type(tensor).__name__}")
 
 

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dykaf.work import GroupWork, to_host
 
+# Of those that a gradient which is not finite meets, in the order of their flags.
+POLICIES = ("raise", "skip")
+
+
+def culprit_flag(index: int) -> int:
+    """The flag of a parameter whose gradient is not finite: larger for an earlier one, 0: none.
+
+    It is its own inverse.
+    """
+    return 2**30 - index
+
 
 def must_skip(
-    work: Sequence[GroupWork], maxima: Sequence[Tensor], found_inf: Tensor | None
+    work: Sequence[GroupWork],
+    maxima: Sequence[Tensor],
+    found_inf: Tensor | None,
+    agree: Callable[[Sequence[int]], list[int]],
+    name_of: Callable[[int], str],
 ) -> tuple[bool, str | None]:
     """Whether to skip the step, and a parameter whose gradient is why; waits for every device.
 
@@ -20,25 +35,28 @@ def must_skip(
         work: of the step.
         maxima: of each item's gradients, NaN where one is not finite.
         found_inf: GradScaler's verdict.
+        agree: gives the largest of each flag over all ranks.
+        name_of: of a parameter, by its place in the optimizer.
 
     Raises:
         RuntimeError: naming a parameter, where the group's policy is "raise".
     """
-    if found_inf is not None and bool(found_inf > 0):
-        return True, None
-    culprit = None
+    flags = [0, 0, int(found_inf is not None and bool(found_inf > 0))]
     for item, grad_max in zip(work, maxima, strict=True):
         policy = item.group["nonfinite"]
-        if policy == "propagate" or bool(grad_max.isfinite().all()):
-            continue
-        name = item.owner(grad_max.isfinite().tolist().index(False))
-        if policy == "raise":
-            raise RuntimeError(
-                f"gradient of {name}: expected finite values, got NaN or infinity "
-                "(nonfinite='raise'); nothing has changed"
-            )
-        culprit = culprit or name
-    return culprit is not None, culprit
+        if policy in POLICIES and not bool(grad_max.isfinite().all()):
+            culprit = item.owner(grad_max.isfinite().tolist().index(False))
+            place = POLICIES.index(policy)
+            flags[place] = max(flags[place], culprit_flag(culprit.index))
+    raising, skipping, was_found = agree(flags)
+    if was_found:
+        return True, None
+    if raising:
+        raise RuntimeError(
+            f"gradient of {name_of(culprit_flag(raising))}: expected finite values, got NaN or "
+            "infinity (nonfinite='raise'); nothing has changed"
+        )
+    return skipping > 0, name_of(culprit_flag(skipping)) if skipping else None
 
 
 class Skips:
@@ -123,7 +141,7 @@ class Skips:
         in_row, *firsts = news.tolist()
         for first, item in zip(firsts, items, strict=True):
             if first >= 0:
-                self._warn(in_row, item.owner(first))
+                self._warn(in_row, item.owner(first).name)
                 return
 
     def _warn(self, in_row: int, name: str) -> None:

@@ -21,6 +21,10 @@ from dykaf import _C
 from dykaf.options import StepOptions
 from dykaf.state import State
 
+# Where the elements of a shard are in the whole matrix, whose random bits they take for stochastic
+# rounding: runs of ``run`` elements that start ``stride`` apart, from ``first`` on; run 0: all.
+Place = tuple[int, int, int]  # first, run, stride
+
 _C.use_aten_alone(os.environ.get("DYKAF_BACKEND") == "aten")
 
 
@@ -102,17 +106,20 @@ def apply_update_(
     states: Sequence[State],
     streams: Sequence[int],
     options: StepOptions,
+    places: Sequence[Place] = (),
 ) -> None:
     """``W <- W (1 - lr weight_decay) - lr update`` in place, for parameters of any strides.
 
     Args:
         params: float64, float32, bfloat16 or float16.
         updates: in original coordinates.
-        states: ``master`` is changed in place where there is one.
-        streams: a number per parameter that names its random bits for stochastic rounding.
+        states: ``step`` is read, and ``master`` changed in place where there is one.
+        streams: per parameter a number that names its random bits for stochastic rounding; matrix i
+            of a stack has the one that is i larger.
         options: lr, weight_decay and seed are read.
+        places: of parameters that are shards, one each; () for whole ones.
     """
-    _C.apply_update_(params, updates, states, streams, options)
+    _C.apply_update_(params, updates, states, streams, options, places)
 
 
 def factor_update_(grads: Sequence[Tensor], states: Sequence[State], options: StepOptions) -> None:
@@ -183,6 +190,7 @@ class StepJob(NamedTuple):
         kept: tensors of the optimizer's in bfloat16; they are copied to ``full`` before the job's
             step and back after it.
         full: tensors of ``states``, without values, which other jobs may use too.
+        places: see :func:`apply_update_`.
     """
 
     params: Sequence[Tensor]
@@ -198,6 +206,7 @@ class StepJob(NamedTuple):
     refresh: bool = True
     kept: Sequence[Tensor] = ()
     full: Sequence[Tensor] = ()
+    places: Sequence[Place] = ()
 
 
 class StepReport(NamedTuple):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from dykaf import ops
 from dykaf.checkpoint import checked_state_dict, exact_states
 from dykaf.checks import check_grad, check_param, is_capturing, param_name
 from dykaf.diagnostics import parameter_diagnostics
+from dykaf.distributed import is_dtensor
+from dykaf.distributed.alone import Alone, Part, sharing_of
 from dykaf.narrow import passes
 from dykaf.nonfinite import Skips, must_skip
 from dykaf.options import (
@@ -28,10 +31,11 @@ from dykaf.schedule import Offsets
 from dykaf.state import (
     STRUCTURAL_OPTIONS,
     Layout,
+    State,
     bytes_by_kind,
     host_entries_,
 )
-from dykaf.work import GroupWork, Layouts, NewStates, Waiting, check_capture, tell
+from dykaf.work import Entry, GroupWork, Layouts, NewStates, Waiting, check_capture, found_at, tell
 
 
 class DyKAF(Optimizer):
@@ -107,6 +111,9 @@ class DyKAF(Optimizer):
         maximize: ascend instead of descend.
         nonfinite: what a NaN or infinite gradient does: "skip" the whole step and count it in
             ``skipped_steps``, "raise" before anything has changed, or "propagate".
+        process_group: over which the work on parameters that are equal on all ranks, as with
+            DistributedDataParallel, and their state are shared; None: every rank does all. DTensors
+            (fully_shard, parallelize_module) need no argument (docs/distributed.md).
 
     Attributes:
         amp_scaling: False: as with torch.optim.AdamW, GradScaler unscales the gradients, waits for
@@ -122,6 +129,7 @@ class DyKAF(Optimizer):
     """
 
     amp_scaling = False
+    _process_group: ProcessGroup | None = None  # pickles do without
 
     def __init__(
         self,
@@ -151,16 +159,19 @@ class DyKAF(Optimizer):
         seed: int = 0,
         maximize: bool = False,
         nonfinite: str = "skip",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name in RULES}
         check_new_options(defaults)
         defaults.update(plain_options(defaults))
         self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
         self._skips = Skips()
+        self._process_group = process_group
         self._reset_caches()
         super().__init__(params, defaults)
 
     def _reset_caches(self) -> None:
+        self._sharing = Alone()
         self._layouts = Layouts()
         self._offsets = Offsets()
         self._waiting = Waiting()
@@ -227,36 +238,41 @@ class DyKAF(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
+        sharing = self._prepare()
         work = self._collect()
         captured = is_capturing()
         if captured:
-            check_capture(work, self.state, self._skips.on_gpu is not None)
-        maxima = [
-            ops.grad_max(item.grads, [layout.count for layout in item.layouts]) for item in work
-        ]
+            check_capture(work, self.state, self._skips.on_gpu is not None, sharing.is_shared)
+        maxima = [item.grad_maxima() for item in work]
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         skip = firsts = None
         on_gpu = all(item.on_gpu and item.group["nonfinite"] != "raise" for item in work)
-        if on_gpu:
+        if on_gpu and not sharing.is_shared:
             self._skips.hear()
             skip, firsts = self._skips.flag(work, maxima, found_inf)
         else:
-            is_skipped, culprit = must_skip(work, maxima, found_inf)
+            is_skipped, culprit = must_skip(work, maxima, found_inf, sharing.agree, self._name_of)
             self._skips.count(is_skipped, culprit)
             if is_skipped:
                 return loss
 
         self._waiting.settle()
-        started = torch.zeros(1, device="cpu")
-        with NewStates(self.state, started) as new:
-            new.make(work)
-            jobs, owners = self._jobs(work, maxima, skip, refresh=not captured)
-            report = ops.step_all_(jobs, started)
-            new.drop(jobs, report.failed)
+        stayed: list[str] = []
+        failed: list[str] = []
+        for part in sharing.parts(work, maxima):
+            with part, NewStates(self.state) as new:
+                new.make(part.work)
+                jobs, entries = self._jobs(part, skip, refresh=not captured)
+                report = ops.step_all_(jobs, new.started)
+                not_done = found_at(report.failed, entries)
+                new.drop(not_done)
+                part.note_failed(not_done)
+                self._waiting.note(jobs, report.waiting)
+                stayed += [entry.name for entry in found_at(report.stayed, entries)]
+                failed += [entry.name for entry in not_done]
         if skip is not None:
             self._skips.count_on_gpu(skip, firsts, work, captured)
-        self._waiting.note(jobs, report.waiting)
-        tell(report, owners)
+        tell(stayed, failed + sharing.failed(), sharing.error)
         return loss
 
     @torch.no_grad()
@@ -286,7 +302,7 @@ class DyKAF(Optimizer):
         for group in self.param_groups:
             by_device: dict[torch.device, list[int]] = {}
             for idx, param in enumerate(group["params"]):
-                if self.state.get(param):
+                if self.state.get(param) and not is_dtensor(param):
                     by_device.setdefault(param.device, []).append(idx)
             for indices in by_device.values():
                 states = [host_entries_(self.state[group["params"][idx]]) for idx in indices]
@@ -302,38 +318,57 @@ class DyKAF(Optimizer):
             first += len(group["params"])
 
     def _jobs(
-        self, work: list[GroupWork], maxima: list[Tensor], skip: Tensor | None, refresh: bool
-    ) -> tuple[list[ops.StepJob], list[list[str]]]:
-        """What the step is to do, and the names of the parameters of each job; changes nothing."""
+        self, part: Part, skip: Tensor | None, refresh: bool
+    ) -> tuple[list[ops.StepJob], list[list[Entry]]]:
+        """What the step is to do, and the entries of each job; changes nothing."""
         jobs: list[ops.StepJob] = []
-        owners: list[list[str]] = []
+        found: list[list[Entry]] = []
         offsets = self._stagger_offsets()
-        for item, grad_max in zip(work, maxima, strict=True):
+        for item, grad_max in zip(part.work, part.maxima, strict=True):
             gpu_inputs = {}
             if item.on_gpu:
                 gpu_inputs = item.gpu_inputs(skip, getattr(self, "grad_scale", None))
             options = self._step_options(item, gpu_inputs)
             num_done = 0
-            for part, states, kept, full in passes([self.state[param] for param in item.params]):
-                num_matrices = sum(layout.count for layout in item.layouts[part])
+            for some in passes([entry.state(self.state) for entry in item.entries]):
+                entries = item.entries[some.part]
+                num_matrices = sum(entry.layout.count for entry in entries)
                 jobs.append(
                     ops.StepJob(
-                        item.params[part],
-                        item.grads[part],
+                        [entry.tensor for entry in entries],
+                        [entry.grad for entry in entries],
                         grad_max[num_done : num_done + num_matrices],
-                        states,
-                        item.indices[part],
-                        [offsets[idx] for idx in item.indices[part]],
+                        some.states,
+                        [(entry.index << 32) + entry.first for entry in entries],
+                        [
+                            (left + entry.first, right + entry.first)
+                            for entry in entries
+                            for left, right in [offsets[entry.index]]
+                        ],
                         options,
                         refresh=refresh,
-                        kept=kept,
-                        full=full,
+                        kept=some.kept,
+                        full=some.full,
+                        places=[entry.place for entry in entries],
                         **gpu_inputs,
                     )
                 )
-                owners.append(item.names[part])
+                found.append(entries)
                 num_done += num_matrices
-        return jobs, owners
+        return jobs, found
+
+    def _prepare(self, states: MutableMapping[Tensor, State] | None = None) -> Alone:
+        """How processes share the parameters now; all that do come here together."""
+        self._sharing = sharing_of(self._sharing, self.param_groups, self._process_group)
+        self._sharing.prepare(self.param_groups, self.state if states is None else states)
+        return self._sharing
+
+    def _name_of(self, index: int) -> str:
+        for group_idx, group in enumerate(self.param_groups):
+            if index < len(group["params"]):
+                return param_name(group, group_idx, index)
+            index -= len(group["params"])
+        raise IndexError(index)
 
     def _collect(self) -> list[GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""
@@ -344,21 +379,21 @@ class DyKAF(Optimizer):
             by_device: dict[torch.device, GroupWork] = {}
             structure = tuple(group[name] for name in STRUCTURAL_OPTIONS)
             for idx, param in enumerate(group["params"]):
-                if param.grad is not None and param.numel() > 0:
+                if param.grad is not None:
+                    check_grad(param_name(group, group_idx, idx), param, param.grad)
+                if self._sharing.of(param) is not None:
+                    self._sharing.take(param)
+                elif param.grad is not None and param.numel() > 0:
                     name = param_name(group, group_idx, idx)
-                    check_grad(name, param, param.grad)
                     layout = self._layout(name, param, group, structure)
                     device = param.device
                     if device not in by_device:
-                        by_device[device] = GroupWork(
-                            group, device, ops.backend_of(param) != "cpu", [], [], [], [], []
-                        )
-                    item = by_device[device]
-                    item.params.append(param)
-                    item.grads.append(param.grad.resolve_neg().contiguous())
-                    item.layouts.append(layout)
-                    item.indices.append(num_params + idx)
-                    item.names.append(name)
+                        on_gpu = ops.backend_of(param) != "cpu"
+                        by_device[device] = GroupWork(group, device, on_gpu, [])
+                    grad = param.grad.resolve_neg().contiguous()
+                    by_device[device].entries.append(
+                        Entry(param, param, grad, layout, num_params + idx, name)
+                    )
             num_params += len(group["params"])
             work.extend(by_device.values())
         return work
@@ -367,11 +402,14 @@ class DyKAF(Optimizer):
     def _step_options(self, item: GroupWork, gpu_inputs: Mapping[str, Tensor]) -> StepOptions:
         scale = getattr(self, "grad_scale", None)
         # What the GPU reads is not for the host to wait for.
-        return step_options(
+        options = step_options(
             item.group,
             grad_scale=1.0 if scale is None or "amp_scale" in gpu_inputs else float(scale),
             lr=0.0 if "lr" in gpu_inputs else float(item.group["lr"]),
         )
+        if item.stands_in:
+            options.update({"lr": -1.0, "weight_decay": 0.0})
+        return options
 
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]
@@ -408,10 +446,10 @@ class DyKAF(Optimizer):
         report: dict[str, dict[str, Any]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
         for group_idx, group in enumerate(self.param_groups):
             for idx, param in enumerate(group["params"]):
-                if self.state.get(param):
+                if "step" in self.state.get(param, {}):
                     name = param_name(group, group_idx, idx)
                     report[name] = {
-                        "backend": ops.backend_of(param),
+                        "backend": ops.backend_of(self.state[param]["step"]),
                         **parameter_diagnostics(host_entries_(self.state[param])),
                     }
         return report
@@ -425,13 +463,38 @@ class DyKAF(Optimizer):
 
         Each group has the entry ``skipped_steps``, the count of the whole optimizer: entries of
         groups are all that torch.distributed.checkpoint keeps beside the state.
+
+        With sharded parameters all ranks call it together. State of DTensors is then DTensors,
+        which :mod:`torch.distributed.checkpoint` saves, and loads on any number of ranks.
+
+        Raises:
+            RuntimeError: with a ``process_group``, without :meth:`consolidate_state_dict` before.
         """
-        # Registered last, so that it sees what other pre-hooks made of the optimizer.
-        handle = self.register_state_dict_pre_hook(lambda _: self._tidy())
+        sharing = self._prepare()
+        params = [param for group in self.param_groups for param in group["params"]]
+        # Pre-hook: registered last, so that it sees what other pre-hooks made of the optimizer.
+        # Post-hook: first, so that others see what is saved.
+        handles = [
+            self.register_state_dict_pre_hook(lambda _: self._tidy()),
+            self.register_state_dict_post_hook(
+                lambda _, saved: sharing.at_rest(saved, params), prepend=True
+            ),
+        ]
         try:
             return super().state_dict()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """With a ``process_group``: gathers the state for the next :meth:`state_dict`.
+
+        All ranks of the group call it together. Without a group there is nothing to gather.
+
+        Args:
+            to: the rank in the group whose ``state_dict()`` is to have it, in full; None: all.
+        """
+        self._prepare().consolidate(to)
 
     def _tidy(self) -> None:
         """Brings what users and schedulers may have left into the form that is saved."""
@@ -477,12 +540,13 @@ class DyKAF(Optimizer):
         if skipped_steps is not None:
             self.skipped_steps = skipped_steps
         self._reset_caches()
-        incoming = getattr(self, "_incoming", None)
-        if incoming is not None:
-            # In place of what torch has cast to the parameters' dtypes.
-            self.state.update(exact_states(incoming, self.param_groups))
-            self.skipped_steps = incoming["skipped_steps"]
         for group in self.param_groups:
             group.setdefault("skipped_steps", 0)
             for name in RULES:
                 group.setdefault(name, self.defaults[name])
+        incoming = getattr(self, "_incoming", None)
+        if incoming is not None:
+            # In place of what torch has cast to the parameters' dtypes.
+            sharing = self._prepare(states={})
+            self.state.update(exact_states(incoming, self.param_groups, sharing))
+            self.skipped_steps = incoming["skipped_steps"]

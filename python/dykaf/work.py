@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -60,22 +61,54 @@ class Layouts:
             del self.by_id[gone]
 
 
+@dataclass
+class Entry:
+    """What a step works on of one parameter."""
+
+    param: Tensor  # the key of its state
+    tensor: Tensor  # what is updated: the parameter, or what this rank has of it
+    grad: Tensor  # of it, contiguous
+    layout: Layout  # of it
+    index: int  # of the parameter in the whole optimizer
+    name: str
+    first: int = 0  # of its matrices in the whole parameter
+    part: slice | None = None  # of its matrices in the state; None: all
+    place: ops.Place = (0, 0, 0)
+
+    def new_state(self) -> State:
+        """Zero state of all that this process has of the parameter."""
+        return new_state(self.param, self.layout)
+
+    def state(self, states: Mapping[Tensor, State]) -> State:
+        """What of the parameter's state belongs to ``tensor``."""
+        state = states[self.param]
+        if self.part is None and self.layout.master == ("master" in state):
+            return state
+        found = {key: state[key] for key in self.layout.shapes()}
+        if self.part is None:
+            return found
+        if "master" in found:
+            found["master"] = found["master"].view(-1, *self.tensor.shape[1:])
+        return {key: value[self.part] for key, value in found.items()}
+
+
 class GroupWork(NamedTuple):
-    """The parameters of a group with a gradient on one device, and what a step needs of each."""
+    """What a step works on of a group, on one device."""
 
     group: dict[str, Any]
     device: torch.device
     on_gpu: bool  # or any device, and what the backend "aten" serves: the host waits for nothing
-    params: list[Tensor]
-    grads: list[Tensor]  # contiguous
-    layouts: list[Layout]
-    indices: list[int]  # places in the whole optimizer
-    names: list[str]
+    entries: list[Entry]
+    stands_in: bool = False  # updates are left in zero tensors, for shards that are elsewhere
 
-    def owner(self, matrix_idx: int) -> str:
-        """The name of the parameter that a matrix is, or is part of."""
-        names = zip(self.names, self.layouts, strict=True)
-        return [name for name, layout in names for _ in range(layout.count)][matrix_idx]
+    def owner(self, matrix_idx: int) -> Entry:
+        """The entry that a matrix is, or is part of."""
+        return [entry for entry in self.entries for _ in range(entry.layout.count)][matrix_idx]
+
+    def grad_maxima(self) -> Tensor:
+        """The largest magnitude in the gradient of each matrix, NaN where one is not finite."""
+        counts = [entry.layout.count for entry in self.entries]
+        return ops.grad_max([entry.grad for entry in self.entries], counts)
 
     def gpu_inputs(self, skip: Tensor | None, amp_scale: Tensor | None) -> dict[str, Tensor]:
         """What the GPU reads by itself in a step, of these and lr."""
@@ -95,31 +128,30 @@ class NewStates:
     would be interrupted where nothing is taken back.)
     """
 
-    def __init__(self, states: MutableMapping[Tensor, State], started: Tensor) -> None:
+    def __init__(self, states: MutableMapping[Tensor, State]) -> None:
         self._states = states
-        self._started = started
+        self.started = torch.zeros(1, device="cpu")
         self._new: list[Tensor] = []
 
     def make(self, work: Sequence[GroupWork]) -> None:
         """Makes the missing states of ``work``."""
         for item in work:
-            for param, layout in zip(item.params, item.layouts, strict=True):
-                if not self._states.get(param):
-                    self._new.append(param)
-                    self._states[param] = new_state(param, layout)
+            for entry in item.entries:
+                if not self._states.get(entry.param):
+                    self._new.append(entry.param)
+                    self._states[entry.param] = entry.new_state()
 
-    def drop(self, jobs: Sequence[ops.StepJob], failed: Sequence[Sequence[int]]) -> None:
-        """Takes those back that the step could not update, by their places in each job."""
-        gone = [job.params[idx] for job, places in zip(jobs, failed, strict=True) for idx in places]
-        for param in gone:
-            if any(param is made for made in self._new):
-                self._states.pop(param, None)
+    def drop(self, entries: Iterable[Entry]) -> None:
+        """Takes those back that the step could not update."""
+        for entry in entries:
+            if any(entry.param is made for made in self._new):
+                self._states.pop(entry.param, None)
 
     def __enter__(self) -> NewStates:
         return self
 
     def __exit__(self, exception: type[BaseException] | None, *_: object) -> None:
-        if exception is not None and not self._started:
+        if exception is not None and not self.started:
             for param in self._new:
                 self._states.pop(param, None)
 
@@ -173,39 +205,38 @@ def to_host(value: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
-def named(places: Sequence[Sequence[int]], owners: Sequence[Sequence[str]]) -> list[str]:
-    """The names of parameters given by their places in each job, once each."""
-    pairs = zip(places, owners, strict=True)
-    return list(dict.fromkeys(names[idx] for indices, names in pairs for idx in indices))
+def found_at(places: Sequence[Sequence[int]], jobs: Sequence[Sequence[Entry]]) -> list[Entry]:
+    """Entries given by their places in each job."""
+    pairs = zip(places, jobs, strict=True)
+    return [entries[idx] for indices, entries in pairs for idx in indices]
 
 
-def tell(report: ops.StepReport, owners: Sequence[Sequence[str]]) -> None:
+def tell(stayed: Sequence[str], failed: Sequence[str], cause: BaseException | None = None) -> None:
     """Says what a step that has changed something could not do.
 
     Args:
-        report: of the step.
-        owners: the names of the parameters of each job.
+        stayed: the names of parameters whose old basis stayed.
+        failed: of those that could not be updated.
+        cause: of that, if it is known.
 
     Raises:
         RuntimeError: naming parameters that could not be updated.
     """
-    stayed = named(report.stayed, owners)
     if stayed:
         warnings.warn(
-            f"refresh of {', '.join(stayed)} failed: the old basis stays (refresh_fallbacks in "
-            "diagnostics() counts it)",
+            f"refresh of {', '.join(dict.fromkeys(stayed))} failed: the old basis stays "
+            "(refresh_fallbacks in diagnostics() counts it)",
             stacklevel=4,
         )
-    failed = named(report.failed, owners)
     if failed:
         raise RuntimeError(
-            f"step: could not update {', '.join(failed)}, which are as before; all other "
-            "parameters were updated"
-        )
+            f"step: could not update {', '.join(dict.fromkeys(failed))}, which are as before; all "
+            "other parameters were updated"
+        ) from cause
 
 
 def check_capture(
-    work: Sequence[GroupWork], states: Mapping[Tensor, State], counts_skips: bool
+    work: Sequence[GroupWork], states: Mapping[Tensor, State], counts_skips: bool, is_shared: bool
 ) -> None:
     """Checks that replays of a captured step would be right.
 
@@ -214,25 +245,29 @@ def check_capture(
         states: of the parameters.
         counts_skips: whether a step has made the count of skipped ones, which a replay must not
             start anew.
+        is_shared: whether parameters are sharded.
 
     Raises:
         RuntimeError: naming what is not so.
     """
+    if is_shared:
+        _refuse("parameters that are not sharded", "sharded ones")
     for item in work:
         if not item.on_gpu:
-            _refuse("parameters on the GPU", f"{item.names[0]} on {item.device}")
+            _refuse("parameters on the GPU", f"{item.entries[0].name} on {item.device}")
         if item.device.type == "cuda" and item.device.index != torch.cuda.current_device():
-            _refuse("parameters on the captured GPU", f"{item.names[0]} on {item.device}")
+            _refuse("parameters on the captured GPU", f"{item.entries[0].name} on {item.device}")
         if item.group["nonfinite"] == "raise":
             _refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
         if item.group["nonfinite"] == "skip" and not counts_skips:
             _refuse("a step before the capture", "none")
-        for name, param, layout in zip(item.names, item.params, item.layouts, strict=True):
-            if layout.skinny_rank:
-                _refuse("skinny_rank=0", f"{layout.skinny_rank}, which applies to {name}")
-            state = states.get(param)
+        for entry in item.entries:
+            rank = entry.layout.skinny_rank
+            if rank:
+                _refuse("skinny_rank=0", f"{rank}, which applies to {entry.name}")
+            state = states.get(entry.param)
             if not state or ("next_refresh" in state and not (state["next_refresh"] > 0).all()):
-                _refuse("a step before the capture", f"none with a gradient of {name}")
+                _refuse("a step before the capture", f"none with a gradient of {entry.name}")
 
 
 def _refuse(expected: str, got: str) -> NoReturn:

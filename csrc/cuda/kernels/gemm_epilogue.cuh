@@ -161,8 +161,8 @@ class TileEpilogue {
     const MatrixOnDevice& matrix = launch_.matrices[p_.matrix_idx];
     const bool aligned = is_aligned(matrix.param, p_.n, element_size(matrix.dtype));
     const bool master_aligned = is_aligned(matrix.master, p_.n, 4);
-    apply_unit_(matrix, launch_.scalars[p_.matrix_idx], start, count, aligned, master_aligned,
-                update);
+    apply_unit_<Extent::kWhole>(matrix, launch_.scalars[p_.matrix_idx], start, count, aligned,
+                                master_aligned, update);
   }
 
   DYKAF_DEVICE void add_sums(int64_t start, int row, int col, int count, bool aligned,

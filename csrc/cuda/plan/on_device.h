@@ -14,6 +14,7 @@ inline MatrixOnDevice matrix_on_device(const Problem<float>& p) {
       .rotated_side = p.rotated_side(),
       .skinny_rank = p.skinny_rank,
       .stream = p.stream,
+      .place = p.place,
       .dtype = p.dtype,
       .has_two_averages = (p.L != nullptr && p.R != nullptr) || p.is_skinny(),
       .grad = p.grad,

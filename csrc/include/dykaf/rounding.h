@@ -1,6 +1,7 @@
 // Conversions between float and the bits of bfloat16 and float16, to nearest and stochastic. The
 // random bits come from a counter-based generator and depend on (seed, stream, step, element)
-// alone, so runs repeat and resume exactly, for any number of threads and on any backend.
+// alone, so runs repeat and resume exactly, for any number of threads, on any backend, and however
+// a matrix is cut into shards.
 #pragma once
 
 #include <bit>
@@ -31,6 +32,18 @@ DYKAF_HOST_DEVICE inline uint64_t stream_key(uint64_t seed, uint64_t stream) {
 DYKAF_HOST_DEVICE inline uint64_t rounding_key(uint64_t seed, uint64_t stream, uint64_t step) {
   return mix64(stream_key(seed, stream) + step);
 }
+
+// Which elements of a whole matrix those of a shard are: runs of `run` elements that start `stride`
+// apart, from `first` on. run = 0: all of them in one run.
+struct Place {
+  uint64_t first;
+  uint64_t run;
+  uint64_t stride;
+
+  DYKAF_HOST_DEVICE uint64_t element(uint64_t i) const {
+    return first + (run == 0 ? i : i / run * stride + i % run);
+  }
+};
 
 DYKAF_HOST_DEVICE inline uint32_t random_bits(uint64_t key, uint64_t element) {
   return static_cast<uint32_t>(mix64(key + element * kElementStride) >> 32);

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "dykaf/rounding.h"
+
 namespace dykaf {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
@@ -73,6 +75,7 @@ struct Problem {
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period
   uint64_t stream;             // names the random numbers of this matrix
+  Place place;                 // of a shard's elements in its matrix, for the same numbers
   double grad_max;             // max|grad|
 
   bool is_adamw() const { return rho == nullptr; }

@@ -56,8 +56,12 @@ DYKAF_DEVICE uint16_t stochastic(float x, DType dtype, uint32_t random) {
                                    : nearest_float16(round_to_float16(x, random));
 }
 
+// What a parameter may be: Place is read of a shard alone.
+enum class Extent { kWhole, kShard };
+
 // param <- param (1 - lr weight_decay) - lr update for the unit from element `start`. `aligned` and
 // `master_aligned` say whether whole units of the parameter and of the master may move at once.
+template <Extent kExtent>
 DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s, int64_t start,
                               int count, bool aligned, bool master_aligned,
                               const float (&update)[kUnit]) {
@@ -78,7 +82,8 @@ DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s, i
   uint16_t bits[kUnit];
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) {
-    const uint64_t element = static_cast<uint64_t>(start + i);
+    uint64_t element = static_cast<uint64_t>(start + i);
+    if (kExtent == Extent::kShard) element = p.place.element(element);
     bits[i] = p.master != nullptr
                   ? nearest(value[i], p.dtype)
                   : stochastic(value[i], p.dtype, random_bits(s.rounding_key, element));

@@ -1,0 +1,325 @@
+"""Gradients to the owners of matrices, and updates back to the shards, bucket by bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dykaf import ops
+from dykaf.distributed.cut import Box
+from dykaf.distributed.plan import Plan, Spread, Team
+from dykaf.distributed.wire import Swap
+from dykaf.options import StepOptions
+from dykaf.state import State
+from dykaf.work import Entry
+
+# Of gradients that an owner gets at one time, unless a single parameter's are more.
+BUCKET_BYTES = 2**25
+# Exchanges of gradients that are under way while a bucket is worked on.
+NUM_AHEAD = 2
+# In place of a matrix's step with its update: it was not updated, or could not be.
+NO_UPDATE, FAILED = 0, -1
+
+
+class Taken(NamedTuple):
+    """A sharded parameter in a step."""
+
+    param: Tensor
+    spread: Spread
+    shard: Tensor
+    grad: Tensor | None  # of the shard, contiguous; None: zero
+
+
+@dataclass
+class ShardEntry(Entry):
+    """What this rank works on of a sharded parameter."""
+
+    taken: Taken | None = None
+
+    def new_state(self) -> State:
+        """Zero state of all that this rank owns of the parameter."""
+        assert self.taken is not None
+        return self.taken.spread.new_state(self.taken.shard)
+
+
+class Piece(NamedTuple):
+    """A part of a matrix."""
+
+    spread: Spread
+    matrix: int
+    box: Box  # in the matrix's coordinates
+
+
+@dataclass
+class Bucket:
+    """What is exchanged together; every list of lists is by the other rank."""
+
+    team: Team
+    dtype: torch.dtype
+    spreads: list[Spread] = field(default_factory=list)  # of which this rank owns something
+    grads_out: list[list[Piece]] = field(default_factory=list)
+    grads_in: list[list[Piece]] = field(default_factory=list)
+    updates_out: list[list[Piece]] = field(default_factory=list)
+    updates_in: list[list[Piece]] = field(default_factory=list)
+    # Whether anything goes from one rank to another, on any of them.
+    sends_grads: bool = False
+    sends_updates: bool = False
+
+    def __post_init__(self) -> None:
+        for pieces in (self.grads_out, self.grads_in, self.updates_out, self.updates_in):
+            pieces.extend([] for _ in self.team.ranks)
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """Of updates: the state's."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def add(self, spread: Spread, owner: int) -> None:
+        """Takes what an owner has of a parameter."""
+        me = self.team.rank
+        if owner == me:
+            self.spreads.append(spread)
+        for matrix, other in enumerate(spread.owners):
+            if other != owner:
+                continue
+            for box, ranks in spread.cut.holders(matrix).items():
+                piece = Piece(spread, matrix, box)
+                sender = spread.sender(matrix, box, ranks)
+                self.sends_grads |= sender != owner
+                self.sends_updates |= ranks != [owner]
+                if sender == me:
+                    self.grads_out[owner].append(piece)
+                if owner == me:
+                    self.grads_in[sender].append(piece)
+                    for rank in ranks:
+                        self.updates_out[rank].append(piece)
+                if me in ranks:
+                    self.updates_in[owner].append(piece)
+
+
+def buckets_of(plan: Plan) -> list[Bucket]:
+    """The buckets of a plan, the same on all ranks of a team and in one order."""
+    found: list[Bucket] = []
+    for team in plan.teams:
+        filled: dict[tuple[str, int], Bucket] = {}
+        taken: dict[tuple[int, torch.dtype], int] = {}
+        for spread, dtype in _sent(plan, team):
+            size = dtype.itemsize * spread.layout.m * spread.layout.n
+            for owner in sorted(set(spread.owners)):
+                before = taken.get((owner, dtype), 0)
+                taken[owner, dtype] = before + size * spread.owners.count(owner)
+                key = (str(dtype), before // BUCKET_BYTES)
+                if key not in filled:
+                    filled[key] = Bucket(team, dtype)
+                filled[key].add(spread, owner)
+        found += [filled[key] for key in sorted(filled)]
+    return found
+
+
+def _sent(plan: Plan, team: Team) -> Iterator[tuple[Spread, torch.dtype]]:
+    for spread in plan.by_id.values():
+        if spread.team is team and spread.owners and not spread.stays:
+            yield spread, spread.dtype
+
+
+def entries_of(taken: Taken, tensors: Tensor, grads: Tensor, with_master: bool) -> list[ShardEntry]:
+    """An entry for each run of successive matrices that this rank owns.
+
+    Args:
+        taken: the parameter.
+        tensors: what is to be updated of all these matrices, one after the other.
+        grads: of ``tensors``.
+        with_master: whether the step keeps the master copy.
+    """
+    spread = taken.spread
+    entries = []
+    for first, place, count in spread.runs:
+        part = slice(place, place + count)
+        layout = spread.layout_of(count, with_master)
+        entries.append(
+            ShardEntry(
+                param=taken.param,
+                tensor=tensors[part].view(layout.shape),
+                grad=grads[part].view(layout.shape),
+                layout=layout,
+                index=spread.index,
+                name=spread.name,
+                first=first,
+                part=part if spread.layout.batch else None,
+                taken=taken,
+            )
+        )
+    return entries
+
+
+class BucketStep:
+    """One step of a bucket.
+
+    Args:
+        bucket: its routes.
+        taken: the sharded parameters with a gradient on any rank, by their places in the optimizer.
+        states: of all parameters.
+    """
+
+    def __init__(
+        self, bucket: Bucket, taken: Mapping[int, Taken], states: Mapping[Tensor, State]
+    ) -> None:
+        self._bucket = bucket
+        self._taken = taken
+        self._states = states
+        self._swap: Swap | None = None
+        self._stand_ins: dict[int, Tensor] = {}
+        self._steps: dict[int, Tensor] = {}
+        self._failed: set[tuple[int, int]] = set()
+        self._updates: Swap | None = None
+
+    def _present(self, pieces: Iterable[Piece]) -> list[Piece]:
+        return [piece for piece in pieces if piece.spread.index in self._taken]
+
+    def _state(self, spread: Spread) -> State:
+        return self._states.get(self._taken[spread.index].param, {})
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._taken.values())).shard.device
+
+    def _others(self, pieces: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
+        """Of all ranks but this one."""
+        me = self._bucket.team.rank
+        return [[] if rank == me else self._present(some) for rank, some in enumerate(pieces)]
+
+    def _mine(self, pieces: Sequence[Sequence[Piece]]) -> list[Piece]:
+        return self._present(pieces[self._bucket.team.rank])
+
+    def send_grads(self) -> None:
+        """Starts to send this rank's parts of the gradients to the owners."""
+        bucket = self._bucket
+        if bucket.sends_grads:
+            outgoing = [[self._grad(p) for p in some] for some in self._others(bucket.grads_out)]
+            incoming = [[p.box.numel for p in some] for some in self._others(bucket.grads_in)]
+            self._swap = Swap(bucket.team, outgoing, incoming, bucket.dtype)
+
+    def _grad(self, piece: Piece) -> Tensor:
+        taken = self._taken[piece.spread.index]
+        if taken.grad is None:
+            return taken.shard.new_zeros(piece.box.size)
+        return piece.spread.cut.local_part(taken.grad, self._bucket.team.rank, piece.matrix)
+
+    def entries(self) -> list[ShardEntry]:
+        """The whole matrices that this rank owns, with their gradients, once these are there.
+
+        An entry's tensor is zero and stands for the parameter: a step at the rate -1 without decay
+        leaves the update there.
+        """
+        bucket = self._bucket
+        mine = [spread for spread in bucket.spreads if spread.index in self._taken]
+        wholes = {
+            spread.index: torch.zeros(
+                (len(spread.owned), *spread.cut.matrix_shape),
+                dtype=bucket.own_dtype,
+                device=self._device,
+            )
+            for spread in mine
+        }
+        pieces = [(p, self._grad(p)) for p in self._mine(bucket.grads_in)]
+        if self._swap is not None:
+            received = self._swap.wait(self._device)
+            for some, values in zip(self._others(bucket.grads_in), received, strict=True):
+                pieces += zip(some, values, strict=True)
+        for piece, value in pieces:
+            place = piece.spread.owned.index(piece.matrix)
+            whole = piece.box.within(wholes[piece.spread.index][place])
+            whole.copy_(value.view(piece.box.size))
+        entries = []
+        for spread in mine:
+            stand_in = torch.zeros_like(wholes[spread.index])
+            state = self._state(spread)
+            steps = (
+                state["step"].reshape(-1).clone() if state else stand_in.new_zeros(len(stand_in))
+            )
+            self._stand_ins[spread.index], self._steps[spread.index] = stand_in, steps
+            taken = self._taken[spread.index]
+            entries += entries_of(taken, stand_in, wholes[spread.index], with_master=False)
+        return entries
+
+    def note_failed(self, entry: Entry) -> None:
+        """Of matrices that could not be updated."""
+        last = entry.first + entry.layout.count
+        self._failed.update((entry.index, matrix) for matrix in range(entry.first, last))
+
+    def send_updates(self) -> None:
+        """Starts to send the updates, each behind the step that it is of."""
+        bucket = self._bucket
+        if bucket.sends_updates:
+            outgoing = [
+                [torch.cat([self._header(p).view(1), self._update(p).reshape(-1)]) for p in some]
+                for some in self._others(bucket.updates_out)
+            ]
+            incoming = [[1 + p.box.numel for p in some] for some in self._others(bucket.updates_in)]
+            self._updates = Swap(bucket.team, outgoing, incoming, bucket.own_dtype)
+
+    def _header(self, piece: Piece) -> Tensor:
+        index = piece.spread.index
+        dtype = self._bucket.own_dtype
+        if (index, piece.matrix) in self._failed:
+            return torch.full((), FAILED, dtype=dtype, device=self._device)
+        place = piece.spread.owned.index(piece.matrix)
+        after = self._state(piece.spread)["step"].reshape(-1)[place]
+        before = self._steps[index][place]
+        return torch.where(after > before, after, NO_UPDATE).to(dtype)
+
+    def _update(self, piece: Piece) -> Tensor:
+        place = piece.spread.owned.index(piece.matrix)
+        return piece.box.within(self._stand_ins[piece.spread.index][place])
+
+    def apply(self, options: Callable[[Spread], StepOptions]) -> list[str]:
+        """Updates this rank's shards; waits for the updates of the other ranks.
+
+        Args:
+            options: of a parameter.
+
+        Returns:
+            the names of parameters that an owner could not update.
+        """
+        bucket = self._bucket
+        pieces = [(p, self._header(p), self._update(p)) for p in self._mine(bucket.updates_in)]
+        if self._updates is not None:
+            received = self._updates.wait(self._device)
+            for some, values in zip(self._others(bucket.updates_in), received, strict=True):
+                pieces += [(p, x[0], x[1:]) for p, x in zip(some, values, strict=True)]
+        if not pieces:
+            return []
+        steps = torch.stack([step for _, step, _ in pieces]).float()
+        failed = []
+        by_group: dict[int, list[tuple[Piece, Tensor, Tensor]]] = {}
+        for (piece, _, update), step, number in zip(pieces, steps, steps.tolist(), strict=True):
+            if number == FAILED:
+                failed.append(piece.spread.name)
+            elif number != NO_UPDATE:
+                found = by_group.setdefault(id(piece.spread.group), [])
+                found.append((piece, step, update.contiguous()))
+        for some_pieces in by_group.values():
+            self._apply_group(some_pieces, options(some_pieces[0][0].spread))
+        return failed
+
+    def _apply_group(
+        self, pieces: Sequence[tuple[Piece, Tensor, Tensor]], options: StepOptions
+    ) -> None:
+        me = self._bucket.team.rank
+        params, updates, states, streams, places = [], [], [], [], []
+        for piece, step, update in pieces:
+            spread = piece.spread
+            params.append(spread.cut.local_part(self._taken[spread.index].shard, me, piece.matrix))
+            updates.append(update)
+            state = {"step": step}
+            if spread.layout.master:
+                master = self._state(spread)["master"]
+                state["master"] = spread.cut.local_part(master, me, piece.matrix)
+            states.append(state)
+            streams.append((spread.index << 32) + piece.matrix)
+            places.append(spread.place(piece.matrix))
+        ops.apply_update_(params, updates, states, streams, options, places)

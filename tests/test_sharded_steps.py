@@ -1,0 +1,60 @@
+"""Steps of sharded parameters are those of one process, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from ranks import Ranks
+from sharded_models import LAYOUTS, Model, differing
+
+NUM_STEPS = 30
+BOTH = {"sides": "both", "orthogonalize": 0, "nesterov": False}
+FORMS: dict[str, dict[str, Any]] = {
+    "both": BOTH,
+    "ksl": {**BOTH, "integrator": "ksl"},
+    "bug": {**BOTH, "integrator": "bug", "init": "rank_one", "refresh_schedule": "fixed"},
+    "rank_one": {**BOTH, "second_moment": "rank_one"},
+    "factored": {"second_moment": "factored"},
+    "no factors": {"sides": "none", "skinny_rank": 0},
+    "muon": {"sides": "none", "second_moment": "none"},
+    "state in bfloat16": {"state_dtype": "bfloat16"},
+    "maximize": {"maximize": True, "weight_decay": 0.3},
+    "refresh at one time": {"refresh_stagger": False},
+    "stochastic": {"dtype": torch.bfloat16},
+    "stochastic float16": {"dtype": torch.float16, "lr": 0.1},
+    "master": {"dtype": torch.bfloat16, "low_precision": "master"},
+    "float64": {"dtype": torch.float64},
+    "medium": {"matmul_precision": "medium"},
+    "all to AdamW": {"max_precond_dim": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def together() -> Iterator[Ranks]:
+    yield from ranks.started()
+
+
+def train_both(layout: str, options: dict[str, Any]) -> list[int]:
+    ours, alone = Model(layout, **options), Model("", **options)
+    ours.train(0, NUM_STEPS)
+    alone.train(0, NUM_STEPS)
+    assert not torch.equal(alone.wholes()[0], Model("", **options).wholes()[0])  # it trains
+    return differing(ours, alone)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", ["group", *LAYOUTS])
+def test_each_layout(together: Ranks, layout: str, world: int) -> None:
+    if layout in LAYOUTS and len(LAYOUTS[layout][0]) == 2 and world % 2 == 1:
+        pytest.skip("two dimensions of two ranks at least")
+    assert together.run(train_both, layout, {}, world=world) == [[]] * world
+
+
+@pytest.mark.parametrize("layout", ["group", "rows", "rows and columns"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form(together: Ranks, layout: str, form: str) -> None:
+    assert together.run(train_both, layout, FORMS[form], world=4) == [[]] * 4
