@@ -20,8 +20,8 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "dykaf"])
 # Of a case, after which all its ranks are killed; of a collective within it.
-TIMEOUT = 120.0
-GROUP_TIMEOUT = 60.0
+TIMEOUT = 60.0
+GROUP_TIMEOUT = 20.0
 
 
 class Died(Exception):
@@ -33,7 +33,7 @@ def serve(connection: Connection, rank: int, stacks: str) -> None:
     import torch
     import torch.distributed as dist
 
-    with open(stacks, "w") as file:
+    with Path(stacks).open("w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message=".*sequential all_gather.*")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
@@ -27,6 +30,42 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def check_has_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Checks that a first step without a gradient is not that of parameters that no model has.
+
+    What shards a model replaces its parameters.
+
+    Raises:
+        RuntimeError: with several processes, where a parameter could have a gradient.
+    """
+    params = [param for group in param_groups for param in group["params"]]
+    num_trainable = sum(param.requires_grad for param in params)
+    if num_trainable and dist.is_available() and dist.is_initialized():
+        raise RuntimeError(
+            f"step: expected gradients of the optimizer's parameters, got none of {num_trainable}; "
+            "fully_shard and parallelize_module put others in the model: make the optimizer after "
+            "them, from model.parameters()"
+        )
+
+
+def warn_of_zero_redundancy() -> None:
+    """Warns where ZeroRedundancyOptimizer makes the optimizer, which it does with a part of it."""
+    frame = sys._getframe()
+    for _ in range(8):
+        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            warnings.warn(
+                "ZeroRedundancyOptimizer gives whole parameters to ranks, and steps differ from "
+                "those of one process by where refreshes and roundings fall; "
+                "DyKAF(..., process_group=torch.distributed.group.WORLD) shares each matrix's work "
+                "and state itself, to the same bits",
+                stacklevel=3,
+            )
+            return
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+
+
 def check_param(name: str, param: Tensor) -> None:
     """Checks a parameter that is added.
 
@@ -36,6 +75,12 @@ def check_param(name: str, param: Tensor) -> None:
     Raises:
         ValueError: naming ``name``, what was expected and what came.
     """
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name}: expected a parameter in its own shape, got one that FullyShardedDataParallel "
+            "has flattened, in which no matrix can be seen; "
+            "torch.distributed.fsdp.fully_shard keeps shapes"
+        )
     is_fake = isinstance(param, FakeTensor)
     if not is_fake:
         _check_plain(name, param)

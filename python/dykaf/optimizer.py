@@ -8,11 +8,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
 from dykaf import ops
-from dykaf.checkpoint import checked_state_dict, exact_states
-from dykaf.checks import check_grad, check_param, is_capturing, param_name
+from dykaf.checks import (
+    check_grad,
+    check_has_gradients,
+    check_param,
+    is_capturing,
+    param_name,
+    warn_of_zero_redundancy,
+)
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.distributed import is_dtensor
 from dykaf.distributed.alone import Alone, Part, sharing_of
@@ -27,6 +33,7 @@ from dykaf.options import (
     step_options,
     with_rate,
 )
+from dykaf.saving import Saved
 from dykaf.schedule import Offsets
 from dykaf.state import (
     STRUCTURAL_OPTIONS,
@@ -38,7 +45,7 @@ from dykaf.state import (
 from dykaf.work import Entry, GroupWork, Layouts, NewStates, Waiting, check_capture, found_at, tell
 
 
-class DyKAF(Optimizer):
+class DyKAF(Saved):
     r"""Adam in the eigenbasis of a Kronecker-factored Fisher matrix that an integrator tracks.
 
     For a weight W (m x n) with gradient G, one step is, t counted after the first gradient:
@@ -164,9 +171,10 @@ class DyKAF(Optimizer):
         defaults = {name: value for name, value in locals().items() if name in RULES}
         check_new_options(defaults)
         defaults.update(plain_options(defaults))
-        self._incoming: dict[str, Any] | None = None  # the state_dict that is being loaded
+        self._incoming = None
         self._skips = Skips()
         self._process_group = process_group
+        warn_of_zero_redundancy()
         self._reset_caches()
         super().__init__(params, defaults)
 
@@ -240,6 +248,8 @@ class DyKAF(Optimizer):
 
         sharing = self._prepare()
         work = self._collect()
+        if not (work or self.state or sharing.is_shared):
+            check_has_gradients(self.param_groups)
         captured = is_capturing()
         if captured:
             check_capture(work, self.state, self._skips.on_gpu is not None, sharing.is_shared)
@@ -421,15 +431,6 @@ class DyKAF(Optimizer):
         self._layouts.keep(param for group in self.param_groups for param in group["params"])
         return self._offsets.of(self.param_groups)
 
-    @property
-    def skipped_steps(self) -> int:
-        """The steps that changed nothing because of a NaN or an infinity; waits for the GPU."""
-        return self._skips.total()
-
-    @skipped_steps.setter
-    def skipped_steps(self, value: int) -> None:
-        self._skips.reset(value)
-
     def diagnostics(self) -> dict[str, dict[str, Any]]:
         """How each parameter with state fares, by name; a stack of matrices gives its worst.
 
@@ -446,11 +447,12 @@ class DyKAF(Optimizer):
         report: dict[str, dict[str, Any]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
         for group_idx, group in enumerate(self.param_groups):
             for idx, param in enumerate(group["params"]):
-                if "step" in self.state.get(param, {}):
+                state = self.state.get(param)
+                if state and state["step"].numel() > 0:  # else another rank has it
                     name = param_name(group, group_idx, idx)
                     report[name] = {
-                        "backend": ops.backend_of(self.state[param]["step"]),
-                        **parameter_diagnostics(host_entries_(self.state[param])),
+                        "backend": ops.backend_of(state["step"]),
+                        **parameter_diagnostics(host_entries_(state)),
                     }
         return report
 
@@ -458,95 +460,11 @@ class DyKAF(Optimizer):
         """Bytes of state by kind: exp_avg, exp_avg_sq, factors, bases, master, scalars, total."""
         return bytes_by_kind(self.state.values())
 
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim.Optimizer; loads with ``weights_only=True``.
 
-        Each group has the entry ``skipped_steps``, the count of the whole optimizer: entries of
-        groups are all that torch.distributed.checkpoint keeps beside the state.
+def describe_plan(optimizer: DyKAF) -> str:
+    """Which ranks work on what of a sharded optimizer, a line per set of ranks; they call together.
 
-        With sharded parameters all ranks call it together. State of DTensors is then DTensors,
-        which :mod:`torch.distributed.checkpoint` saves, and loads on any number of ranks.
-
-        Raises:
-            RuntimeError: with a ``process_group``, without :meth:`consolidate_state_dict` before.
-        """
-        sharing = self._prepare()
-        params = [param for group in self.param_groups for param in group["params"]]
-        # Pre-hook: registered last, so that it sees what other pre-hooks made of the optimizer.
-        # Post-hook: first, so that others see what is saved.
-        handles = [
-            self.register_state_dict_pre_hook(lambda _: self._tidy()),
-            self.register_state_dict_post_hook(
-                lambda _, saved: sharing.at_rest(saved, params), prepend=True
-            ),
-        ]
-        try:
-            return super().state_dict()
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """With a ``process_group``: gathers the state for the next :meth:`state_dict`.
-
-        All ranks of the group call it together. Without a group there is nothing to gather.
-
-        Args:
-            to: the rank in the group whose ``state_dict()`` is to have it, in full; None: all.
-        """
-        self._prepare().consolidate(to)
-
-    def _tidy(self) -> None:
-        """Brings what users and schedulers may have left into the form that is saved."""
-        self._waiting.settle()
-        skipped_steps = self.skipped_steps
-        for group in self.param_groups:
-            group.update(plain_options(group), skipped_steps=skipped_steps)
-        for state in self.state.values():
-            host_entries_(state)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads state exactly: unlike torch's own, without a cast to the parameters' dtypes.
-
-        Raises:
-            ValueError: for state that does not fit the parameters and options, naming the
-                parameter and tensor; the optimizer is as it was.
-        """
-
-        def prepare(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checked_state_dict(loaded, self.param_groups)
-            return self._incoming
-
-        # Registered last, so that it sees what other pre-hooks made of the state_dict.
-        handle = self.register_load_state_dict_pre_hook(prepare)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-            self._incoming = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "skipped_steps": self.skipped_steps,
-            "amp_scaling": self.amp_scaling,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        skipped_steps = state.get("skipped_steps")
-        if not hasattr(self, "_skips"):  # of a pickled optimizer
-            self._skips = Skips()
-        super().__setstate__({key: state[key] for key in state if key != "skipped_steps"})
-        if skipped_steps is not None:
-            self.skipped_steps = skipped_steps
-        self._reset_caches()
-        for group in self.param_groups:
-            group.setdefault("skipped_steps", 0)
-            for name in RULES:
-                group.setdefault(name, self.defaults[name])
-        incoming = getattr(self, "_incoming", None)
-        if incoming is not None:
-            # In place of what torch has cast to the parameters' dtypes.
-            sharing = self._prepare(states={})
-            self.state.update(exact_states(incoming, self.param_groups, sharing))
-            self.skipped_steps = incoming["skipped_steps"]
+    Args:
+        optimizer: whose parameters are sharded as they will be.
+    """
+    return optimizer._prepare().describe()

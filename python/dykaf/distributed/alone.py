@@ -67,6 +67,10 @@ class Alone:
         """Cuts a step into parts, in turn."""
         yield Part(work, maxima)
 
+    def describe(self) -> str:
+        """Who works on what."""
+        return "1 process: no parameter is sharded"
+
     def consolidate(self, to: int | None) -> None:
         """Gathers the state of parameters that are shared over a group."""
 

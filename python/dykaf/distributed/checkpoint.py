@@ -44,8 +44,13 @@ class Array(NamedTuple):
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
+def moves(spread: Spread, key: str) -> bool:
+    """Whether an array is with owners, and not like the parameter where its shards are."""
+    return key != "master" and (len(spread.owners) > 0 or spread.is_number(key))
+
+
 def arrays_of(spread: Spread, device: torch.device, to: int | None = None) -> list[Array]:
-    """The arrays that move: all but those that lie like the parameter already.
+    """The arrays that move.
 
     Args:
         spread: of the parameter.
@@ -59,7 +64,7 @@ def arrays_of(spread: Spread, device: torch.device, to: int | None = None) -> li
         first = next(rank for rank, box in enumerate(spread.cut.boxes) if box.numel > 0)
         owners = (first,)
     for key, (shape, dtype) in spread.layout.shapes().items():
-        if key == "master" or (not spread.owners and not spread.is_number(key)):
+        if not moves(spread, key):
             continue
         if spread.mesh is None:
             cut = copies(shape, num_batch, size, to)
@@ -170,8 +175,8 @@ def at_rest(
                 found[array.spread][array.key] = _as_saved(array, local)
     for spread, state in states.items():
         for key, (shape, _) in spread.layout.shapes().items():
-            if key not in found[spread] and key in state:  # like the parameter: no one has to move
-                value = state[key]
+            if key in state and not moves(spread, key):
+                value = state[key].view(spread.box.size)
                 found[spread][key] = value if spread.mesh is None else _like(spread, value, shape)
         if found[spread]:
             found[spread] = {key: found[spread][key] for key in spread.layout.shapes()}
@@ -219,7 +224,9 @@ def at_work(
         saved: DTensors, or whole tensors that are the same on all ranks.
         devices: of the shards.
     """
-    found: dict[Spread, State] = {spread: {} for spread in saved}
+    found: dict[Spread, State] = {
+        spread: {} if spread.owned else spread.empty_state(devices[spread]) for spread in saved
+    }
     arrays = []
     for spread, state in saved.items():
         device = devices[spread]
@@ -238,7 +245,7 @@ def at_work(
                 found[spread][array.key] = array.blank((*batch, *tail))
         saved = {**saved, spread: state}
         for key, value in state.items():
-            if key not in {array.key for array in arrays_of(spread, device)}:
+            if not moves(spread, key):
                 local = _local_like(spread, value)
                 if spread.owned or key == "master":
                     found[spread][key] = local.to(device).contiguous().clone()

@@ -110,7 +110,7 @@ class Spread:
     layout: Layout  # of the whole
     cut: Cut
     owners: tuple[int, ...]  # of each matrix; empty: none has one
-    task: Task | None
+    tasks: tuple[Task, ...]  # of each matrix with an owner
     mesh: DeviceMesh | None  # of a DTensor
     placements: tuple[Placement, ...]
     dtype: torch.dtype  # of the parameter
@@ -172,13 +172,27 @@ class Spread:
         return place_of(self.name, self.cut.matrix_shape, part)
 
     def new_state(self, local: Tensor) -> State:
-        """Zero state of what this rank owns, and the master copy of its shard."""
-        state = new_state(local, dataclasses.replace(self.local_layout, master=False))
-        if not self.owned:
-            state = {}
+        """Zero state of what this rank owns, and the master copy of its shard.
+
+        Without anything it has the same names with empty tensors, for a checkpoint that is flat is
+        read by the names that a rank has.
+        """
+        if self.owned:
+            state = new_state(local, dataclasses.replace(self.local_layout, master=False))
+        else:
+            state = self.empty_state(local.device)
         if self.layout.master:
-            state["master"] = local.float()
+            with torch.inference_mode(False):
+                state["master"] = torch.empty_like(local, dtype=torch.float32).copy_(local)
         return state
+
+    def empty_state(self, device: torch.device) -> State:
+        """Of a rank that owns nothing, but for the master copy."""
+        shapes = dataclasses.replace(self.layout, master=False).shapes()
+        return {
+            key: torch.empty(0, dtype=dtype, device="cpu" if key in HOST_KEYS else device)
+            for key, (_, dtype) in shapes.items()
+        }
 
     def check(self, state: State) -> None:
         """Checks the state that this rank has of it.
@@ -187,8 +201,8 @@ class Spread:
             ValueError: naming the parameter, what was expected and what came.
         """
         expected = dataclasses.replace(self.local_layout, master=False)
-        own = {key: value for key, value in state.items() if key != "master"}
-        if own or self.owned:
+        if self.owned:
+            own = {key: value for key, value in state.items() if key != "master"}
             check_state(self.name, own, expected)
         master = state.get("master")
         if self.layout.master and (master is None or tuple(master.shape) != self.box.size):
@@ -274,7 +288,7 @@ class Plan:
                 layout=layout,
                 cut=cut,
                 owners=(),
-                task=None,
+                tasks=(),
                 mesh=mesh,
                 placements=placements,
                 dtype=param.dtype,
@@ -284,17 +298,18 @@ class Plan:
             if mesh is None or layout.is_matrix:
                 before = former.by_id.get(id(param)) if former is not None else None
                 for matrix in range(cut.count):
-                    tasks.append(task_of(layout, group, slots[index], _candidates(cut, matrix)))
-                    tasks[-1] = tasks[-1]._replace(
-                        slots=(slots[index][0] + matrix, slots[index][1] + matrix)
-                    )
+                    left, right = slots[index]
+                    ranks = _candidates(cut, matrix)
+                    tasks.append(task_of(layout, group, (left + matrix, right + matrix), ranks))
                     owners.append(before.owners[matrix] if before is not None else None)
         found = iter(zip(assign(tasks, team.size, owners), tasks, strict=True))
         for param, spread in spreads:
             if spread.mesh is None or spread.layout.is_matrix:
                 given = [next(found) for _ in range(spread.cut.count)]
                 spread = dataclasses.replace(
-                    spread, owners=tuple(rank for rank, _ in given), task=given[0][1]
+                    spread,
+                    owners=tuple(rank for rank, _ in given),
+                    tasks=tuple(task for _, task in given),
                 )
             self.by_id[id(param)] = spread
 

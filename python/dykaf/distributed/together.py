@@ -16,6 +16,7 @@ from dykaf import ops
 from dykaf.checks import param_name
 from dykaf.distributed.alone import Alone, Part
 from dykaf.distributed.checkpoint import at_rest, at_work
+from dykaf.distributed.describe import describe
 from dykaf.distributed.exchange import (
     NUM_AHEAD,
     Bucket,
@@ -109,6 +110,7 @@ class Together(Alone):
         self._taken: list[Taken] = []
         self._errors: list[Exception] = []
         self._consolidated: dict[Tensor, State] | None = None
+        self._gathers = False
         self._failed: list[str] = []
 
     def prepare(
@@ -225,12 +227,18 @@ class Together(Alone):
     def _options(self, spread: Spread) -> StepOptions:
         return step_options(spread.group)
 
+    def describe(self) -> str:
+        """Who works on what."""
+        return describe(self.plan) if self.plan is not None else super().describe()
+
     def consolidate(self, to: int | None) -> None:
         """Gathers the state of parameters that are shared over the group."""
-        params = [param for param in self._states if self._is_of_group(param)]
-        self._consolidated = self._saved(params, to)
-        if self.process_group is not None and to not in (None, dist.get_rank(self.process_group)):
-            self._consolidated = None
+        self._gathers = to is None
+        if to is not None:
+            params = [param for param in self._states if self._is_of_group(param)]
+            gathered = self._saved(params, to)
+            is_here = self.process_group is not None and to == dist.get_rank(self.process_group)
+            self._consolidated = gathered if is_here else None
 
     def at_rest(self, state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
         """A state_dict with the state of sharded parameters as it is saved; all ranks together.
@@ -239,7 +247,10 @@ class Together(Alone):
             RuntimeError: where the state of parameters of the group has not been gathered here.
         """
         spread = [param for param in params if param in self._states and self.of(param) is not None]
-        if self._consolidated is None and any(self._is_of_group(param) for param in spread):
+        of_group = [param for param in spread if self._is_of_group(param)]
+        if self._gathers:
+            self._consolidated = self._saved(of_group)
+        if self._consolidated is None and of_group:
             raise RuntimeError(
                 "state_dict: expected optimizer.consolidate_state_dict(to=...) on all ranks of "
                 "process_group before it, and this rank among those that it names (None: all), "
@@ -249,7 +260,9 @@ class Together(Alone):
         saved.update(self._consolidated or {})
         places = {id(param): place for place, param in enumerate(params)}
         state = {**state_dict["state"], **{places[id(p)]: saved[p] for p in spread}}
-        return {**state_dict, "state": state}
+        # In the same order on all ranks: what gathers a whole one goes through it in its order.
+        first = {place: state.pop(place) for place in range(len(params)) if place in state}
+        return {**state_dict, "state": {**first, **state}}
 
     def _is_of_group(self, param: Tensor) -> bool:
         spread = self.of(param)

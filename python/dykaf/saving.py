@@ -1,0 +1,136 @@
+"""How an optimizer is saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from dykaf.checkpoint import checked_state_dict, exact_states
+from dykaf.distributed.alone import Alone
+from dykaf.nonfinite import Skips
+from dykaf.options import RULES, plain_options
+from dykaf.state import State, host_entries_
+from dykaf.work import Waiting
+
+
+class Saved(Optimizer):
+    """The part of :class:`dykaf.DyKAF` that saves and loads."""
+
+    amp_scaling: bool
+    _skips: Skips
+    _waiting: Waiting
+    _incoming: dict[str, Any] | None  # the state_dict that is being loaded
+
+    def _prepare(self, states: MutableMapping[Tensor, State] | None = None) -> Alone:
+        """How processes share the parameters now."""
+        raise NotImplementedError
+
+    def _reset_caches(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def skipped_steps(self) -> int:
+        """The steps that changed nothing because of a NaN or an infinity; waits for the GPU."""
+        return self._skips.total()
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._skips.reset(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim.Optimizer; loads with ``weights_only=True``.
+
+        Each group has the entry ``skipped_steps``, the count of the whole optimizer: entries of
+        groups are all that torch.distributed.checkpoint keeps beside the state.
+
+        With sharded parameters all ranks call it together. State of DTensors is then DTensors,
+        which :mod:`torch.distributed.checkpoint` saves, and loads on any number of ranks.
+
+        Raises:
+            RuntimeError: with a ``process_group``, without :meth:`consolidate_state_dict` before.
+        """
+        sharing = self._prepare()
+        params = [param for group in self.param_groups for param in group["params"]]
+        # Pre-hook: registered last, so that it sees what other pre-hooks made of the optimizer.
+        # Post-hook: first, so that others see what is saved.
+        handles = [
+            self.register_state_dict_pre_hook(lambda _: self._tidy()),
+            self.register_state_dict_post_hook(
+                lambda _, saved: sharing.at_rest(saved, params), prepend=True
+            ),
+        ]
+        try:
+            return super().state_dict()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """With a ``process_group``: gathers the state for :meth:`state_dict`.
+
+        All ranks of the group call it together. Without a group there is nothing to gather.
+
+        Args:
+            to: the rank in the group whose ``state_dict()`` has all of it then, until the next
+                step; None: that of every rank, which gathers by itself from now on and is to be
+                called by all together, as :mod:`torch.distributed.checkpoint` does.
+        """
+        self._prepare().consolidate(to)
+
+    def _tidy(self) -> None:
+        """Brings what users and schedulers may have left into the form that is saved."""
+        self._waiting.settle()
+        skipped_steps = self.skipped_steps
+        for group in self.param_groups:
+            group.update(plain_options(group), skipped_steps=skipped_steps)
+        for state in self.state.values():
+            host_entries_(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads state exactly: unlike torch's own, without a cast to the parameters' dtypes.
+
+        Raises:
+            ValueError: for state that does not fit the parameters and options, naming the
+                parameter and tensor; the optimizer is as it was.
+        """
+
+        def prepare(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            self._incoming = checked_state_dict(loaded, self.param_groups)
+            return self._incoming
+
+        # Registered last, so that it sees what other pre-hooks made of the state_dict.
+        handle = self.register_load_state_dict_pre_hook(prepare)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "skipped_steps": self.skipped_steps,
+            "amp_scaling": self.amp_scaling,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        skipped_steps = state.get("skipped_steps")
+        if not hasattr(self, "_skips"):  # of a pickled optimizer
+            self._skips = Skips()
+        super().__setstate__({key: state[key] for key in state if key != "skipped_steps"})
+        if skipped_steps is not None:
+            self.skipped_steps = skipped_steps
+        self._reset_caches()
+        for group in self.param_groups:
+            group.setdefault("skipped_steps", 0)
+            for name in RULES:
+                group.setdefault(name, self.defaults[name])
+        incoming = getattr(self, "_incoming", None)
+        if incoming is not None:
+            # In place of what torch has cast to the parameters' dtypes.
+            sharing = self._prepare(states={})
+            self.state.update(exact_states(incoming, self.param_groups, sharing))
+            self.skipped_steps = incoming["skipped_steps"]
