@@ -81,7 +81,7 @@ class Model:
             self.optimizer.step()
 
     def wholes(self) -> list[Tensor]:
-        return [whole_of(param.detach()) for param in self.params]
+        return [whole_of(param.detach()).clone() for param in self.params]
 
 
 def whole_of(tensor: Tensor) -> Tensor:
