@@ -1,4 +1,4 @@
-"""The command line: python -m bench {ops,step,scale,memory,peaks,evidence}."""
+"""The command line: python -m bench {ops,step,scale,distributed,memory,peaks,evidence}."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "ops": "every operation against plain torch and the machine's peaks",
     "step": "whole optimizer steps, the optimizers in turns",
     "scale": "cost against size and number of matrices",
+    "distributed": "steps of sharded parameters on several processes, and what they exchange",
     "memory": "bytes of state per parameter, by mode and model",
     "peaks": "the rates that plain torch reaches: products by precision, a copy",
 }

@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[Placement]]] = {
     "hsdp": ((2, 0), [Replicate(), Shard(0)]),
     "rows and columns": ((2, 0), [Shard(0), Shard(1)]),
     "rows twice": ((2, 0), [Shard(0), Shard(0)]),
+    "second and third": ((2, 0), [Shard(1), Shard(2)]),
     "columns and replicated": ((2, 0), [Shard(1), Replicate()]),
 }
 

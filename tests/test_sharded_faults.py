@@ -225,6 +225,24 @@ def test_an_owner_without_memory(together: Ranks) -> None:
     assert all("could not update" in said for said, *_ in found)
 
 
+def cut_in_three_dimensions(dtype: torch.dtype) -> str:
+    model = Model("second and third", dtype=dtype)
+    before = model.wholes()
+    try:
+        model.train(0, 2)
+    except ValueError as error:
+        assert all(torch.equal(a, b) for a, b in zip(model.wholes(), before, strict=True))
+        return str(error)
+    return ""
+
+
+def test_shards_that_rounding_cannot_place(together: Ranks) -> None:
+    """Refused before anything has changed, and only where something is rounded."""
+    for said in together.run(cut_in_three_dimensions, torch.bfloat16, world=4):
+        assert "param_groups[0]['params'][7]: expected shards that are cut in at most two" in said
+    assert together.run(cut_in_three_dimensions, torch.float32, world=4) == [""] * 4
+
+
 def added_later() -> list[int]:
     """A group that comes after steps: owners stay, state stays."""
     model, alone = Model("rows"), Model("")

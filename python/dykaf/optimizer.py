@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
 from dykaf import ops
@@ -43,6 +42,9 @@ from dykaf.state import (
     host_entries_,
 )
 from dykaf.work import Entry, GroupWork, Layouts, NewStates, Waiting, check_capture, found_at, tell
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DyKAF(Saved):
@@ -441,7 +443,7 @@ class DyKAF(Saved):
             diagonal entry in the basis), ``staleness_L``, ``staleness_R`` (the off-diagonal share
             of the squared norm), ``orthogonality_L``, ``orthogonality_R`` (``||Q^T Q x - x|| /
             ||x||`` for a fixed x), ``refreshes`` and ``refresh_fallbacks``. Of a side kept at
-            ``skinny_rank`` nothing is told.
+            ``skinny_rank`` nothing is told, and of sharded parameters this process knows its own.
             The entry "optimizer" holds ``skipped_steps``.
         """
         report: dict[str, dict[str, Any]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
@@ -457,7 +459,11 @@ class DyKAF(Saved):
         return report
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of state by kind: exp_avg, exp_avg_sq, factors, bases, master, scalars, total."""
+        """Bytes of state of this process by kind.
+
+        Returns:
+            exp_avg, exp_avg_sq, factors, bases, master, scalars, total.
+        """
         return bytes_by_kind(self.state.values())
 
 

@@ -166,9 +166,15 @@ class Spread:
         return owner if owner in ranks else ranks[(self.index + matrix) % len(ranks)]
 
     def place(self, matrix: int) -> Place:
-        """Of this rank's part of a matrix."""
+        """Of this rank's part of a matrix, where rounding needs it.
+
+        Raises:
+            ValueError: for a part that is cut in too many dimensions.
+        """
         part = self.cut.part(self.team.rank, matrix)
-        assert part is not None
+        is_rounded = self.dtype in (torch.bfloat16, torch.float16) and not self.layout.master
+        if part is None or not is_rounded:
+            return 0, 0, 0
         return place_of(self.name, self.cut.matrix_shape, part)
 
     def new_state(self, local: Tensor) -> State:
@@ -294,6 +300,8 @@ class Plan:
                 dtype=param.dtype,
             )
             _check_cut(spread)
+            for matrix in range(cut.count):
+                spread.place(matrix)  # raises before anything is done
             spreads.append((param, spread))
             if mesh is None or layout.is_matrix:
                 before = former.by_id.get(id(param)) if former is not None else None
