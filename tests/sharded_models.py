@@ -89,7 +89,7 @@ def whole_of(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def differing(ours: Model, alone: Model) -> list[int]:
+def differing(ours: list[Tensor], others: list[Tensor]) -> list[int]:
     """The places of parameters that are not the same bits."""
-    pairs = enumerate(zip(ours.wholes(), alone.wholes(), strict=True))
+    pairs = enumerate(zip(ours, others, strict=True))
     return [place for place, (a, b) in pairs if not torch.equal(a, b)]

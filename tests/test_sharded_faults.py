@@ -119,7 +119,7 @@ def without_gradients(layout: str, missing: str) -> list[int]:
                     ours.grad = None
         model.optimizer.step()
         alone.optimizer.step()
-    return differing(model, alone)
+    return differing(model.wholes(), alone.wholes())
 
 
 @pytest.mark.parametrize("layout", ["group", "rows"])
@@ -209,7 +209,7 @@ def step_without_memory() -> tuple[str, str, list[int], list[int]]:
     alone.train(3, 4)
     stayed = [i for i, (a, b) in enumerate(zip(model.wholes(), before, strict=True)) if a.equal(b)]
     # What stayed has its gradient again; all else goes on as it would.
-    others = [i for i in differing(model, alone) if i not in stayed]
+    others = [i for i in differing(model.wholes(), alone.wholes()) if i not in stayed]
     return said, cause, stayed, others
 
 
@@ -260,7 +260,7 @@ def added_later() -> list[int]:
             for param, grad in zip(some.params[:-1], some.grads(step), strict=True):
                 param.grad = some.place(grad)
             some.optimizer.step()
-    return differing(model, alone)
+    return differing(model.wholes(), alone.wholes())
 
 
 def test_a_group_added_after_steps(together: Ranks) -> None:

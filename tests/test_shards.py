@@ -48,9 +48,7 @@ def test_a_shard_rounds_as_the_whole_does(name: str, dtype: torch.dtype) -> None
     part = box.within(whole).contiguous()
     actual = updated(part, box.within(update), place_of("w", shape, box))
     assert torch.equal(actual.view(torch.int16), expected.contiguous().view(torch.int16))
-    if (
-        start != (0,) * len(start) and box.numel > 4
-    ):  # bits of no other place
+    if start != (0,) * len(start) and box.numel > 4:  # bits of no other place
         elsewhere = updated(part, box.within(update), (0, 0, 0))
         assert not torch.equal(actual.view(torch.int16), elsewhere.view(torch.int16))
 
