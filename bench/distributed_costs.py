@@ -38,7 +38,6 @@ INFINIBAND = 50e9  # NVIDIA ConnectX-7 data sheet: NDR, 400 Gb/s; one adapter pe
 FLOP_RATE = 150e12
 ADAMW_BYTES = 8  # two float32 moments per parameter
 
-
 Holders = dict[Box, list[int]]
 
 
@@ -110,7 +109,8 @@ class Costs:
     @property
     def busiest(self) -> float:
         """Of the busiest rank of each step, the mean over a refresh period."""
-        return sum(max(step) for step in zip(*self.loads, strict=True)) / len(self.loads[0])
+        slowest: list[int] = [max(step) for step in zip(*self.loads, strict=True)]
+        return sum(slowest) / len(slowest)
 
     @property
     def peak(self) -> int:
@@ -172,8 +172,9 @@ def count(case: Case, params: list[Param]) -> Costs:
                 tasks.append(task_of(layout, groups[param], turns, ranks))
                 places.append((index, matrix))
     owners = assign(tasks, num_ranks, [None] * len(tasks))
-    for task, owner in zip(tasks, owners, strict=True):
-        state[owner] += task.size
+    for (index, _), owner in zip(places, owners, strict=True):
+        layout = layouts[params[index]]
+        state[owner] += state_bytes(layout) // layout.count
     costs = [task.step + sum(task.refreshes) / task.period for task in tasks]
     dearest = costs.index(max(costs))
     of_largest = layouts[params[places[dearest][0]]]
@@ -262,11 +263,12 @@ def limit_lines(all_costs: Iterable[Costs]) -> Iterator[str]:
         layouts = "; ".join(costs.case.layout for costs in some)
         yield (
             f"{model}, {num_ranks:,} ranks ({layouts}): a {m} x {n} matrix alone takes {times:.1f} "
-            f"times a rank's mean, so more ranks make no step faster. {math.ceil(times)} blocks of "
-            "its long side as separate matrices would split it, to another update. To keep this "
-            "one, the short side's factor and the product in each Newton-Schulz step need a sum "
-            f"over the blocks: all-reduces of {short} x {short} numbers "
-            f"({number(4 * short**2 / 1e6)} MB each)."
+            f"times a rank's mean: no number of ranks makes a step faster than "
+            f"{num_ranks / times:.0f} with even loads. "
+            f"{math.ceil(times)} blocks of its long side as separate matrices would split it, to "
+            "another update. To keep this one, the short side's factor and the product in each "
+            "Newton-Schulz step need a sum over the blocks: all-reduces of "
+            f"{short} x {short} numbers ({number(4 * short**2 / 1e6)} MB each)."
         )
 
 

@@ -51,8 +51,8 @@ def qwen3_moe() -> list[Param]:
     width, experts, inner, queries, keys, vocab = 2048, 128, 768, 32 * 128, 4 * 128, 151936
     layer = [Param(s) for s in ((queries, width), (keys, width), (keys, width), (width, queries))]
     layer.append(Param((experts, width)))  # the router
-    stacks: list[Shape] = [(experts, inner, width)] * 2 + [(experts, width, inner)]
-    layer += [Param(shape, num_batch=1) for shape in stacks]
+    gate = up = Param((experts, inner, width), num_batch=1)
+    layer += [gate, up, Param((experts, width, inner), num_batch=1)]
     layer += adamw((width,), (width,), (128,), (128,))
     return grouped(48 * layer + adamw((vocab, width), (vocab, width), (width,)))
 
