@@ -263,8 +263,8 @@ def limit_lines(all_costs: Iterable[Costs]) -> Iterator[str]:
         layouts = "; ".join(costs.case.layout for costs in some)
         yield (
             f"{model}, {num_ranks:,} ranks ({layouts}): a {m} x {n} matrix alone takes {times:.1f} "
-            f"times a rank's mean: no number of ranks makes a step faster than "
-            f"{num_ranks / times:.0f} with even loads. "
+            f"times a rank's mean: no number of ranks makes a step faster "
+            f"than {num_ranks / times:.0f} with even loads would. "
             f"{math.ceil(times)} blocks of its long side as separate matrices would split it, to "
             "another update. To keep this one, the short side's factor and the product in each "
             "Newton-Schulz step need a sum over the blocks: all-reduces of "
