@@ -81,17 +81,23 @@ class Counters:
 
 
 def bytes_on_paper(plan: Plan, rank: int) -> int:
-    """What a rank sends in a step, from shards and owners: parts of gradients that it has of
-    matrices of others, and parts of updates of its own, each with one number."""
+    """What a rank sends in a step, from shards and owners.
+
+    Parts of gradients of others' matrices; of updates of its own, each with a number, a chunk to
+    each rank that holds the part; and copies of its chunks to the others that do.
+    """
     total = 0
     for spread in plan.by_id.values():
         size = spread.dtype.itemsize
         for matrix, owner in enumerate(spread.owners):
             for box, ranks in spread.cut.holders(matrix).items():
-                sends = owner not in ranks and spread.sender(matrix, box, ranks) == rank
-                total += size * box.numel if sends else 0
-                if owner == rank:
-                    total += sum(4 * (box.numel + 1) for other in ranks if other != rank)
+                sender = owner if owner in ranks else ranks[(spread.index + matrix) % len(ranks)]
+                total += size * box.numel if sender == rank != owner else 0
+                for place, holder in enumerate(ranks):
+                    first, last = (box.numel * (place + k) // len(ranks) for k in (0, 1))
+                    chunk = 4 * (last - first + 1)
+                    total += chunk if owner == rank != holder else 0
+                    total += chunk * (len(ranks) - 1) if holder == rank else 0
     return total
 
 

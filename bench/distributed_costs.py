@@ -119,7 +119,7 @@ class Costs:
 
     @property
     def collectives(self) -> int:
-        """Two per bucket where anything is sent, and the all-reduce of flags."""
+        """Up to three per bucket, where anything is sent, and the all-reduce of flags."""
         return len(self.traffic.sent) + 1
 
 
@@ -193,7 +193,8 @@ def count(case: Case, params: list[Param]) -> Costs:
 def traffic_of(
     case: Case, params: list[Param], places: list[tuple[int, int]], owners: list[int]
 ) -> Traffic:
-    """Gradients to owners and updates, in float32 with a number before each, to all holders."""
+    """Gradients to owners; updates, in float32 with a number before each, in chunks to the holders
+    of a part, and from each of them to the others."""
     traffic = Traffic(case.num_ranks)
     filled = [0] * case.num_ranks  # bytes of gradients in an owner's buckets so far
     before: dict[tuple[int, int], int] = {}  # by parameter and owner
@@ -211,8 +212,12 @@ def traffic_of(
         for box, ranks in holders[matrix].items():
             sender = owner if owner in ranks else ranks[(index + matrix) % len(ranks)]
             traffic.send((bucket, "grads"), sender, owner, case.dtype.itemsize * box.numel)
-            for rank in ranks:
-                traffic.send((bucket, "updates"), owner, rank, 4 * (1 + box.numel))
+            for place, holder in enumerate(ranks):
+                first, last = (box.numel * (place + k) // len(ranks) for k in (0, 1))
+                chunk = 4 * (1 + last - first)
+                traffic.send((bucket, "updates"), owner, holder, chunk)
+                for other in ranks:
+                    traffic.send((bucket, "copies"), holder, other, chunk)
     return traffic
 
 

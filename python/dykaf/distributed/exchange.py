@@ -21,7 +21,8 @@ from dykaf.work import Entry
 BUCKET_BYTES = 2**25
 # Exchanges of gradients that are under way while a bucket is worked on.
 NUM_AHEAD = 2
-# In place of a matrix's step with its update: it was not updated, or could not be.
+# In place of a matrix's step with its update: its first gradient is yet to come or was this one, or
+# it could not be updated.
 NO_UPDATE, FAILED = 0, -1
 
 
@@ -52,6 +53,12 @@ class Piece(NamedTuple):
     spread: Spread
     matrix: int
     box: Box  # in the matrix's coordinates
+    chunk: slice  # of the part's elements
+
+    @property
+    def numel(self) -> int:
+        """Of the chunk."""
+        return int(self.chunk.stop - self.chunk.start)
 
 
 @dataclass
@@ -65,13 +72,18 @@ class Bucket:
     grads_in: list[list[Piece]] = field(default_factory=list)
     updates_out: list[list[Piece]] = field(default_factory=list)
     updates_in: list[list[Piece]] = field(default_factory=list)
+    copies_out: list[list[Piece]] = field(default_factory=list)
+    copies_in: list[list[Piece]] = field(default_factory=list)
     # Whether anything goes from one rank to another, on any of them.
     sends_grads: bool = False
     sends_updates: bool = False
+    sends_copies: bool = False
 
     def __post_init__(self) -> None:
-        for pieces in (self.grads_out, self.grads_in, self.updates_out, self.updates_in):
-            pieces.extend([] for _ in self.team.ranks)
+        for routes in (self.grads_out, self.updates_out, self.copies_out):
+            routes.extend([] for _ in self.team.ranks)
+        for routes in (self.grads_in, self.updates_in, self.copies_in):
+            routes.extend([] for _ in self.team.ranks)
 
     @property
     def own_dtype(self) -> torch.dtype:
@@ -87,18 +99,34 @@ class Bucket:
             if other != owner:
                 continue
             for box, ranks in spread.cut.holders(matrix).items():
-                piece = Piece(spread, matrix, box)
-                sender = spread.sender(matrix, box, ranks)
+                piece = Piece(spread, matrix, box, slice(0, box.numel))
+                sender = spread.sender(matrix, ranks)
                 self.sends_grads |= sender != owner
                 self.sends_updates |= ranks != [owner]
+                self.sends_copies |= len(ranks) > 1
                 if sender == me:
                     self.grads_out[owner].append(piece)
                 if owner == me:
                     self.grads_in[sender].append(piece)
-                    for rank in ranks:
-                        self.updates_out[rank].append(piece)
-                if me in ranks:
-                    self.updates_in[owner].append(piece)
+                if me in ranks or owner == me:
+                    self._add_update(piece, owner, ranks)
+
+    def _add_update(self, piece: Piece, owner: int, ranks: Sequence[int]) -> None:
+        """From the owner to the holders, a chunk to each, and of it a copy to the others."""
+        me = self.team.rank
+        numel, count = piece.box.numel, len(ranks)
+        for place, rank in enumerate(ranks):
+            chunk = slice(numel * place // count, numel * (place + 1) // count)
+            part = piece._replace(chunk=chunk)
+            if owner == me:
+                self.updates_out[rank].append(part)
+            if rank == me:
+                self.updates_in[owner].append(part)
+                for other in ranks:
+                    if other != me:
+                        self.copies_out[other].append(part)
+            elif me in ranks:
+                self.copies_in[rank].append(part)
 
 
 def buckets_of(plan: Plan) -> list[Bucket]:
@@ -173,7 +201,6 @@ class BucketStep:
         self._states = states
         self._swap: Swap | None = None
         self._stand_ins: dict[int, Tensor] = {}
-        self._steps: dict[int, Tensor] = {}
         self._failed: set[tuple[int, int]] = set()
         self._updates: Swap | None = None
 
@@ -237,11 +264,7 @@ class BucketStep:
         entries = []
         for spread in mine:
             stand_in = torch.zeros_like(wholes[spread.index])
-            state = self._state(spread)
-            steps = (
-                state["step"].reshape(-1).clone() if state else stand_in.new_zeros(len(stand_in))
-            )
-            self._stand_ins[spread.index], self._steps[spread.index] = stand_in, steps
+            self._stand_ins[spread.index] = stand_in
             taken = self._taken[spread.index]
             entries += entries_of(taken, stand_in, wholes[spread.index], with_master=False)
         return entries
@@ -256,10 +279,10 @@ class BucketStep:
         bucket = self._bucket
         if bucket.sends_updates:
             outgoing = [
-                [torch.cat([self._header(p).view(1), self._update(p).reshape(-1)]) for p in some]
+                [_with_step(self._header(p), self._update(p)) for p in some]
                 for some in self._others(bucket.updates_out)
             ]
-            incoming = [[1 + p.box.numel for p in some] for some in self._others(bucket.updates_in)]
+            incoming = [[1 + p.numel for p in some] for some in self._others(bucket.updates_in)]
             self._updates = Swap(bucket.team, outgoing, incoming, bucket.own_dtype)
 
     def _header(self, piece: Piece) -> Tensor:
@@ -268,16 +291,18 @@ class BucketStep:
         if (index, piece.matrix) in self._failed:
             return torch.full((), FAILED, dtype=dtype, device=self._device)
         place = piece.spread.owned.index(piece.matrix)
-        after = self._state(piece.spread)["step"].reshape(-1)[place]
-        before = self._steps[index][place]
-        return torch.where(after > before, after, NO_UPDATE).to(dtype)
+        return self._state(piece.spread)["step"].reshape(-1)[place].to(dtype)
 
     def _update(self, piece: Piece) -> Tensor:
         place = piece.spread.owned.index(piece.matrix)
-        return piece.box.within(self._stand_ins[piece.spread.index][place])
+        update = piece.box.within(self._stand_ins[piece.spread.index][place])
+        return update.reshape(-1)[piece.chunk]
 
     def apply(self, options: Callable[[Spread], StepOptions]) -> list[str]:
         """Updates this rank's shards; waits for the updates of the other ranks.
+
+        Replicas get chunks from the owner, which they pass on to each other: no rank sends more
+        than its own shard's size for copies.
 
         Args:
             options: of a parameter.
@@ -291,6 +316,25 @@ class BucketStep:
             received = self._updates.wait(self._device)
             for some, values in zip(self._others(bucket.updates_in), received, strict=True):
                 pieces += [(p, x[0], x[1:]) for p, x in zip(some, values, strict=True)]
+        if not bucket.sends_copies:
+            return self._apply(pieces, options)
+        mine = {(p.spread.index, p.matrix): _with_step(step, x) for p, step, x in pieces}
+        outgoing = [
+            [mine[p.spread.index, p.matrix] for p in self._present(some)]
+            for some in bucket.copies_out
+        ]
+        copied = [self._present(some) for some in bucket.copies_in]
+        incoming = [[1 + p.numel for p in some] for some in copied]
+        copies = Swap(bucket.team, outgoing, incoming, bucket.own_dtype).wait(self._device)
+        for some, values in zip(copied, copies, strict=True):
+            pieces += [(p, x[0], x[1:]) for p, x in zip(some, values, strict=True)]
+        return self._apply(_joined(pieces), options)
+
+    def _apply(
+        self,
+        pieces: Sequence[tuple[Piece, Tensor, Tensor]],
+        options: Callable[[Spread], StepOptions],
+    ) -> list[str]:
         if not pieces:
             return []
         steps = torch.stack([step for _, step, _ in pieces]).float()
@@ -323,3 +367,20 @@ class BucketStep:
             streams.append((spread.index << 32) + piece.matrix)
             places.append(spread.place(piece.matrix))
         ops.apply_update_(params, updates, states, streams, options, places)
+
+
+def _with_step(step: Tensor, update: Tensor) -> Tensor:
+    return torch.cat([step.view(1), update])
+
+
+def _joined(chunks: Sequence[tuple[Piece, Tensor, Tensor]]) -> list[tuple[Piece, Tensor, Tensor]]:
+    """Parts of matrices from their chunks."""
+    by_part: dict[tuple[int, int], list[tuple[Piece, Tensor, Tensor]]] = {}
+    for chunk in chunks:
+        by_part.setdefault((chunk[0].spread.index, chunk[0].matrix), []).append(chunk)
+    joined = []
+    for some in by_part.values():
+        some.sort(key=lambda chunk: int(chunk[0].chunk.start))
+        piece, step, _ = some[0]
+        joined.append((piece, step, torch.cat([update for _, _, update in some])))
+    return joined

@@ -160,8 +160,8 @@ class Spread:
         master = self.layout.master and with_master
         return dataclasses.replace(self.layout, batch=batch, shape=shape, master=master)
 
-    def sender(self, matrix: int, box: Box, ranks: Sequence[int]) -> int:
-        """Which of those that hold a part sends it to the owner."""
+    def sender(self, matrix: int, ranks: Sequence[int]) -> int:
+        """Which of those that hold a part of the gradient sends it to the owner."""
         owner = self.owners[matrix]
         return owner if owner in ranks else ranks[(self.index + matrix) % len(ranks)]
 
