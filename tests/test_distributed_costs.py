@@ -68,17 +68,25 @@ def test_one_matrix_more_ranks_than_work() -> None:
     assert "4 x 4 numbers" in line
 
 
-def test_a_replicated_shard_is_sent_once_and_its_update_to_every_copy() -> None:
-    """Ranks 0 and 2 have the upper rows, 1 and 3 the lower ones; rank 0 owns the matrix."""
+def test_a_replicated_shard_is_sent_once_and_its_update_in_chunks() -> None:
+    """Ranks 0 and 2 have the upper rows, 1 and 3 the lower ones; rank 0 owns the matrix.
+
+    A chunk is half of a part: 6 numbers and the step, 28 bytes.
+    """
     counted = by_hand(1, Case("", "", (2, 2, 1)))
     assert counted.owners == [0]
-    assert counted.traffic.sent == {(0, "grads"): [0, 48, 0, 0], (0, "updates"): [156, 0, 0, 0]}
+    assert counted.traffic.sent == {
+        (0, "grads"): [0, 48, 0, 0],
+        (0, "updates"): [84, 0, 0, 0],
+        (0, "copies"): [28, 28, 28, 28],
+    }
     assert counted.traffic.received == {
         (0, "grads"): [48, 0, 0, 0],
-        (0, "updates"): [0, 52, 52, 52],
+        (0, "updates"): [0, 28, 28, 28],
+        (0, "copies"): [28, 28, 28, 28],
     }
-    assert counted.traffic.sent_by_rank == [156, 48, 0, 0]
-    assert counted.traffic.slowest == 48 + 156
+    assert counted.traffic.sent_by_rank == [112, 76, 28, 28]
+    assert counted.traffic.slowest == 48 + 84 + 28
     assert counted.gathered == 48
     assert counted.adamw_state == [8 * 12] * 4
 
@@ -178,13 +186,17 @@ def together() -> Iterator[Ranks]:
     yield from ranks.started()
 
 
+PHASES = ("grads", "updates", "copies")
+
+
 @pytest.mark.parametrize("layout", MESHES)
 def test_the_counts_are_what_ranks_exchange(together: Ranks, layout: str) -> None:
     found = together.run(really_exchanged, MESHES[layout], world=4)
     counted = costs.count(Case("", "", MESHES[layout]), PARAMS)
     for rank, (sent, state, plan) in enumerate(found):
         assert len(sent) == counted.collectives
-        expected = [counted.traffic.sent[key][rank] for key in sorted(counted.traffic.sent)]
+        in_turn = sorted(counted.traffic.sent, key=lambda key: (key[0], PHASES.index(key[1])))
+        expected = [counted.traffic.sent[key][rank] for key in in_turn]
         assert [sent[key] for key in sorted(sent) if "all-to" in key] == expected
         assert state == counted.state[rank]
         assert f"computes {counted.busiest / counted.mean:.2f} times the mean in a step" in plan
@@ -206,8 +218,11 @@ def test_what_is_sent_is_received_and_all_of_it(case: Case) -> None:
     # Only the owner's own part stays: of a matrix one part in this number.
     parts = case.num_ranks // num_copies
     expected = {"grads": case.dtype.itemsize * numel * (parts - 1) // parts}
-    expected["updates"] = 4 * numel * (case.num_ranks - 1) // parts
+    # All chunks but the owner's, then each to the other copies; a number before each.
+    expected["updates"] = 4 * numel * (case.num_ranks - 1) // case.num_ranks
     expected["updates"] += 4 * len(travelling) * (case.num_ranks - 1)
+    chunks = 4 * numel + 4 * len(travelling) * case.num_ranks
+    expected["copies"] = (num_copies - 1) * chunks
     assert +total == +Counter(expected)
 
 
