@@ -27,8 +27,8 @@ struct Inputs {
   std::optional<std::vector<uint64_t>> streams = {};
   std::vector<std::array<uint64_t, 3>> places = {};  // the fields of each Place; none: whole ones
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
-  bool needs_moments = true;  // else step and master are all that is read of a state
-  bool needs_matrices = false;                                    // what AdamW updates is an error
+  bool needs_moments = true;         // else step and master are all that is read of a state
+  bool needs_matrices = false;       // what AdamW updates is an error
   bool needs_factors = false;        // and so is a matrix without factors
   bool needs_dense = false;          // a skinny matrix is an error
   const char* grads_name = "grads";  // in messages

@@ -94,6 +94,7 @@ DEVICE = (
             "static_cast<uint64_t>(start + i)",
             "static_cast<uint64_t>(start + i / 8)",
         ),
+        ("random numbers of a whole matrix", "if (kExtent == Extent::kShard)", "if (false)"),
         (
             "master rounds at random",
             "p.master != nullptr\n                  ?",
