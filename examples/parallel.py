@@ -175,7 +175,9 @@ class Ranks(Folders):
         if hasattr(optimizer, "diagnostics"):  # DyKAF's
             import dykaf
 
-            print(f"{self.mode} on {dykaf.describe_plan(optimizer)}")
+            plan = dykaf.describe_plan(optimizer)  # of all ranks together
+            if self.is_first:
+                print(f"{self.mode} on {plan}")
 
     def part_of(self, windows: torch.Tensor) -> torch.Tensor:
         return windows.chunk(self.num_parts)[self.part]
