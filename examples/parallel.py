@@ -94,8 +94,11 @@ class Folders(Alone):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         self.barrier()
-        with quiet():
-            checkpoint.save({**states, **trained(model, optimizer)}, checkpoint_id=temporary)
+        try:
+            with quiet():
+                checkpoint.save({**states, **trained(model, optimizer)}, checkpoint_id=temporary)
+        except checkpoint.CheckpointException as error:
+            raise OSError(f"cannot write {temporary}: {reason_of(error)}") from error
         if self.is_first:
             write_json(temporary / FACTS, facts)
             shutil.rmtree(path / name, ignore_errors=True)
@@ -128,9 +131,9 @@ class Folders(Alone):
         try:
             with quiet():
                 checkpoint.load(found, checkpoint_id=saved["folder"])
-        except Exception as error:  # torch raises many types, by where the damage is
+        except (Exception, checkpoint.CheckpointException) as error:  # which is no Exception
             raise UserError(
-                f"checkpoint {saved['folder']} is damaged or of another model"
+                f"checkpoint {saved['folder']} is damaged or does not fit: {reason_of(error)}"
             ) from error
         set_state_dict(
             model,
@@ -169,9 +172,6 @@ class Ranks(Folders):
         return model
 
     def ready(self, optimizer: Any) -> None:
-        if self.process_group is not None:
-            # Each state_dict() gathers from now on, as torch.distributed.checkpoint needs it.
-            optimizer.consolidate_state_dict(to=None)
         if hasattr(optimizer, "diagnostics"):  # DyKAF's
             import dykaf
 
@@ -287,6 +287,9 @@ def trained(model: GPT, optimizer: Any) -> dict[str, Any]:
     """State of model and optimizer under the parameters' names, as torch.distributed has it."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    if hasattr(optimizer, "consolidate_state_dict"):  # DyKAF's
+        # With a process group, each rank's state_dict() then has all of the state.
+        optimizer.consolidate_state_dict(to=None)
     of_model, of_optimizer = get_state_dict(model, optimizer)
     return {"model": of_model, "optimizer": of_optimizer}
 
@@ -295,6 +298,13 @@ def folders_in(path: Path) -> list[Path]:
     """The whole checkpoints in a folder, by step."""
     found = [folder for folder in path.glob("step-*") if folder.name[5:].isdigit()]
     return sorted(found, key=lambda folder: int(folder.name[5:]))
+
+
+def reason_of(error: BaseException) -> str:
+    """A line for an exception; for those of many ranks that of the first one."""
+    for _, (inner, _) in sorted(getattr(error, "failures", {}).items()):
+        return reason_of(inner)
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager
