@@ -129,12 +129,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError, ImportError) as error:
         print(f"demo_distributed.py: error: {error}", file=sys.stderr)
         return 2
-    except Diverged as error:
-        print(f"demo_distributed.py: error: {error}", file=sys.stderr)
-        return 3
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except Diverged as error:
+        print(f"demo_distributed.py: error: {error}", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":

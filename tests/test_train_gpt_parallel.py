@@ -32,6 +32,7 @@ if importlib.util.find_spec("dykaf") is None:
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import demo_distributed  # noqa: E402
 import train_gpt  # noqa: E402
 from settings import PARALLEL  # noqa: E402
 
@@ -249,6 +250,18 @@ def test_bad_arguments_give_one_line(
     stderr = capsys.readouterr().err
     assert code == 2
     assert reason in stderr and len(stderr.splitlines()) == 1
+
+
+def test_the_demo_compares_from_the_checkpoint_on(capsys: pytest.CaptureFixture[str]) -> None:
+    together, alone = {0: 9.0, 2: 3.0, 4: 2.0}, {0: 5.0, 2: 3.25, 4: 1.5}
+    assert demo_distributed.compare(together, alone, 2) == 0.5
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split() for row in rows] == [
+        ["2", "3.000000", "3.250000", "2.5e-01"],
+        ["4", "2.000000", "1.500000", "5.0e-01"],
+    ]
+    found = demo_distributed.compare(together, {**alone, 2: float("nan")}, 2)
+    assert not found <= demo_distributed.TOLERANCE
 
 
 def test_every_mode_is_tested() -> None:
