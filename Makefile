@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo clean
+.PHONY: setup test test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -134,6 +134,10 @@ format: $(DEPS)
 demo: $(BUILT)
 	@echo "==> running the demo"
 	@$(PY) examples/demo.py
+
+demo-distributed: $(BUILT)
+	@echo "==> running the demo of two processes and one"
+	@$(PY) examples/demo_distributed.py
 
 clean:
 	@echo "==> removing what was built ($(VENV) stays; rm -r $(VENV) removes it)"

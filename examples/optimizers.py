@@ -75,7 +75,7 @@ def make_muon(model: nn.Module, settings: Settings) -> OptimizerPair:
     return OptimizerPair(muon, make_adamw(rest, settings))
 
 
-def make_dykaf(model: nn.Module, settings: Settings) -> OptimizerLike:
+def make_dykaf(model: nn.Module, settings: Settings, process_group: Any = None) -> OptimizerLike:
     """DyKAF; dykaf.param_groups sends embedding, head and vectors to AdamW."""
     try:
         import dykaf  # only here: the other optimizers run without it
@@ -87,16 +87,20 @@ def make_dykaf(model: nn.Module, settings: Settings) -> OptimizerLike:
         weight_decay=settings.weight_decay,
         precondition_frequency=settings.precondition_frequency,
         seed=settings.seed,
+        process_group=process_group,
     )
 
 
-def make_optimizer(name: str, model: nn.Module, settings: Settings) -> OptimizerLike:
+def make_optimizer(
+    name: str, model: nn.Module, settings: Settings, process_group: Any = None
+) -> OptimizerLike:
     """Make an optimizer for all parameters of a model.
 
     Args:
         name: "dykaf", "adamw" or "muon".
         model: its embedding and output head are called `embedding` and `head`.
         settings: gives lr, weight decay and refresh period.
+        process_group: over which DyKAF shares its work on parameters that all ranks have whole.
 
     Returns:
         The optimizer, without state.
@@ -105,7 +109,7 @@ def make_optimizer(name: str, model: nn.Module, settings: Settings) -> Optimizer
         UserError: the name is unknown, dykaf cannot be imported, or torch has no Muon.
     """
     if name == "dykaf":
-        return make_dykaf(model, settings)
+        return make_dykaf(model, settings, process_group)
     if name == "muon":
         return make_muon(model, settings)
     if name == "adamw":

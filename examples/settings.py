@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 OPTIMIZERS = ("dykaf", "adamw", "muon")
+PARALLEL = ("none", "ddp", "ddp-sharded", "fsdp", "hsdp", "fsdp-tp")
+REPLICAS = 2  # of a shard, with hsdp
+TENSOR_RANKS = 2  # that share each matrix product, with fsdp-tp
 
 # Best of the learning rates tried by sweep.py at the default model size (see README.md).
 DEFAULT_LR = {"dykaf": 1.6e-2, "adamw": 2e-3, "muon": 1.6e-2}
 
 # May change between an interrupted run and its continuation: they do not touch the trajectory
-# (the number of threads may change the last bits; the run says so).
-FREE_ON_RESUME = frozenset({"out", "threads", "checkpoint_every"})
+# (the number of threads may change the last bits, and so may the ranks; the run says so).
+FREE_ON_RESUME = frozenset({"out", "threads", "checkpoint_every", "parallel"})
 
 
 class UserError(Exception):
@@ -43,6 +47,7 @@ class Settings:
     eval_windows: int = 256
     checkpoint_every: int = 100
     device: str = "cpu"
+    parallel: str = "none"
     threads: int | None = None
     out: Path = Path("runs/gpt")
 
@@ -102,8 +107,45 @@ class Settings:
             )
         if self.warmup > self.steps:
             raise UserError(f"--warmup must be at most --steps = {self.steps}, got {self.warmup}")
+        self._check_parallel()
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out must be a folder, got the file {self.out}")
+
+    def _check_parallel(self) -> None:
+        ranks, of = ranks_of_torchrun(), f"--parallel {self.parallel}"
+        if self.parallel == "none":
+            if ranks is not None and ranks > 1:
+                raise UserError(f"{of} is for one process, got {ranks} of torchrun")
+            return
+        if ranks is None:
+            raise UserError(
+                f"{of} needs torchrun: torchrun --nproc-per-node 2 examples/train_gpt.py {of}"
+            )
+        needed = {"hsdp": REPLICAS, "fsdp-tp": TENSOR_RANKS}.get(self.parallel, 1)
+        if ranks % needed != 0:
+            raise UserError(f"{of} needs a multiple of {needed} ranks, got {ranks}")
+        if self.optimizer == "muon":
+            raise UserError(f"{of} is for --optimizer dykaf and adamw, got muon")
+        if self.parallel == "ddp-sharded" and self.optimizer != "dykaf":
+            raise UserError(f"{of} is for --optimizer dykaf, got {self.optimizer}")
+        num_parts = ranks
+        if self.parallel == "fsdp-tp":
+            num_parts = ranks // TENSOR_RANKS
+            if self.context % TENSOR_RANKS != 0:
+                raise UserError(
+                    f"{of} needs --context to be a multiple of {TENSOR_RANKS}, got {self.context}"
+                )
+        for name in ("batch", "eval_windows"):
+            if getattr(self, name) % num_parts != 0:
+                raise UserError(
+                    f"{of} on {ranks} ranks needs {_option(name)} to be a multiple of "
+                    f"{num_parts}, got {getattr(self, name)}"
+                )
+
+
+def ranks_of_torchrun() -> int | None:
+    """How many ranks torchrun started; None: it did not start this process."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -153,6 +195,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-windows", type=int, default=base.eval_windows, help="windows in a validation")
     add("--checkpoint-every", type=int, default=base.checkpoint_every)
     add("--device", choices=("cpu", "cuda"), default=base.device)
+    add(
+        "--parallel",
+        choices=PARALLEL,
+        default=base.parallel,
+        help="how the ranks of torchrun share the run",
+    )
     add(
         "--threads",
         type=int,

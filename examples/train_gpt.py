@@ -3,13 +3,17 @@
     python examples/train_gpt.py --optimizer dykaf
     python examples/train_gpt.py --optimizer adamw
     python examples/train_gpt.py --optimizer adamw --resume      # after Ctrl-C
+    torchrun --nproc-per-node 2 examples/train_gpt.py --parallel fsdp
 
 Exit codes: 0 finished, 2 bad arguments or a bad checkpoint, 3 the loss is no longer finite,
-128 + signal number (130 for Ctrl-C) stopped and saved.
+128 + signal number (130 for Ctrl-C) stopped and saved. torchrun's is 1 if a rank's is not 0.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +22,15 @@ from settings import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code. Of many ranks the first talks, errors are all's."""
+    if os.environ.get("RANK", "0") == "0":
+        return run(argv)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run(argv)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """The command of one process."""
     try:
         settings, resume = settings_module.parse(argv)
         # Imported late, so that --help and bad arguments answer at once.

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint import load_checkpoint, save_checkpoint, write_json
+from checkpoint import write_json
 from corpus import Corpus, load_corpus, sample_batch, validation_windows
 from interrupt import InterruptGuard
 from model import GPT
 from optimizers import lr_factor, make_optimizer, optimizer_versions
+from parallel import Alone, started
 from plot import draw_folder
 from settings import Settings, UserError, first_difference
 from tqdm import tqdm
@@ -59,12 +60,13 @@ class Trainer:
     Args:
         settings: checked settings.
         corpus: what to train on.
+        parallel: how this process takes part.
 
     Raises:
         UserError: the device is missing, dykaf cannot be imported, or the corpus is too short.
     """
 
-    def __init__(self, settings: Settings, corpus: Corpus) -> None:
+    def __init__(self, settings: Settings, corpus: Corpus, parallel: Alone) -> None:
         if settings.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: this torch sees no CUDA device")
         shortest = min(corpus.train.numel(), corpus.validation.numel())
@@ -74,16 +76,21 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         self.settings = settings
         self.corpus = corpus
+        self.parallel = parallel
         torch.manual_seed(settings.seed)
         model = GPT(settings.dim, settings.layers, settings.heads, settings.context)
         self.model = model.to(settings.device)
-        self.optimizer = make_optimizer(settings.optimizer, self.model, settings)
+        self.network = parallel.wrap(self.model)
+        self.optimizer = make_optimizer(
+            settings.optimizer, self.model, settings, parallel.process_group
+        )
+        parallel.ready(self.optimizer)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.sampler = torch.Generator().manual_seed(settings.seed)
         windows = validation_windows(corpus.validation, settings.eval_windows, settings.context)
-        self.eval_batches = windows.to(settings.device).split(EVAL_BATCH)
+        self.eval_batches = parallel.part_of(windows).to(settings.device).split(EVAL_BATCH)
         self.progress = Progress()
-        self.checkpoint_path = settings.out / f"{settings.run_name}.pt"
+        self.checkpoint_path = settings.out / f"{settings.run_name}.{parallel.suffix}"
         self.json_path = settings.out / f"{settings.run_name}.json"
 
     def clock(self) -> float:
@@ -91,6 +98,10 @@ class Trainer:
         if self.settings.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def loss(self, windows: torch.Tensor) -> torch.Tensor:
+        """The model's loss, by way of what wraps it."""
+        return GPT.loss(self.network, windows)
 
     def train_step(self) -> float:
         """One step; returns its training loss.
@@ -100,14 +111,12 @@ class Trainer:
         """
         settings, progress = self.settings, self.progress
         start = self.clock()
-        windows = sample_batch(
-            self.corpus.train, settings.batch, settings.context, self.sampler
-        ).to(settings.device)
-        loss = self.model.loss(windows)
-        value = loss.item()
+        # Drawn as a whole on each rank, so that the batch does not hang on their number.
+        windows = sample_batch(self.corpus.train, settings.batch, settings.context, self.sampler)
+        loss = self.loss(self.parallel.part_of(windows).to(settings.device))
+        value = self.parallel.mean(loss.item())
         if not math.isfinite(value):
             raise Diverged(f"loss is {value} at step {progress.step}; try a smaller --lr")
-        self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         factor = lr_factor(progress.step, settings)
@@ -116,6 +125,9 @@ class Trainer:
         before = self.clock()
         self.optimizer.step()
         end = self.clock()
+        # Not between a forward and a backward pass, where FSDP2 has put whole parameters, without
+        # these gradients, in the model.
+        self.model.zero_grad(set_to_none=True)
         progress.step += 1
         progress.train_seconds += end - start
         progress.optimizer_seconds += end - before
@@ -128,8 +140,8 @@ class Trainer:
         Raises:
             Diverged: the loss is not finite.
         """
-        total = sum(self.model.loss(batch).item() * len(batch) for batch in self.eval_batches)
-        loss = total / self.settings.eval_windows
+        total = sum(self.loss(batch).item() * len(batch) for batch in self.eval_batches)
+        loss = self.parallel.mean(total / sum(len(batch) for batch in self.eval_batches))
         if not math.isfinite(loss):
             raise Diverged(
                 f"validation loss is {loss} at step {self.progress.step}; try a smaller --lr"
@@ -145,20 +157,20 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint: all that the rest of the run depends on."""
-        save_checkpoint(
-            self.checkpoint_path,
-            {
-                "settings": self.settings.to_json(),
-                "corpus_sha256": self.corpus.sha256,
-                "versions": versions(),
-                "num_threads": torch.get_num_threads(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "sampler": self.sampler.get_state(),
-                "global_rng": torch.get_rng_state(),
-                "progress": dataclasses.asdict(self.progress),
-            },
+        facts = {
+            "settings": self.settings.to_json(),
+            "corpus_sha256": self.corpus.sha256,
+            "versions": versions(),
+            "num_threads": torch.get_num_threads(),
+            "num_ranks": self.parallel.num_ranks,
+            "progress": dataclasses.asdict(self.progress),
+        }
+        self.parallel.save(
+            self.checkpoint_path, facts, self._random_states(), self.model, self.optimizer
         )
+
+    def _random_states(self) -> dict[str, torch.Tensor]:
+        return {"sampler": self.sampler.get_state(), "global_rng": torch.get_rng_state()}
 
     def resume(self) -> None:
         """Continue from the run's checkpoint.
@@ -167,23 +179,25 @@ class Trainer:
             UserError: there is none, it is damaged, or it is of a different run.
         """
         path = self.checkpoint_path
-        saved = load_checkpoint(path)
+        saved = self.parallel.read(path)
         difference = first_difference(saved["settings"], self.settings)
         if difference is not None:
             raise UserError(f"checkpoint {path} is of another run: {difference}")
         if saved["corpus_sha256"] != self.corpus.sha256:
             raise UserError(f"checkpoint {path} was trained on another corpus (another Python?)")
         try:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.sampler.set_state(saved["sampler"])
-            torch.set_rng_state(saved["global_rng"])
+            states = self.parallel.restore(saved, self._random_states(), self.model, self.optimizer)
+            self.sampler.set_state(states["sampler"])
+            torch.set_rng_state(states["global_rng"])
             self.progress = Progress(**saved["progress"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"checkpoint {path} does not fit this program: {reason}") from error
-        if (saved["versions"], saved["num_threads"]) != (versions(), torch.get_num_threads()):
-            tqdm.write("note: other versions or threads than before; the last bits may differ")
+        before = (saved["versions"], saved["num_threads"], saved.get("num_ranks", 1))
+        if before != (versions(), torch.get_num_threads(), self.parallel.num_ranks):
+            tqdm.write(
+                "note: other versions, threads or ranks than before; the last bits may differ"
+            )
 
     def result(self) -> dict[str, Any]:
         """The run as plain values, for its JSON file."""
@@ -207,7 +221,7 @@ class Trainer:
                 "validation_bytes": corpus.validation.numel(),
             },
             "versions": versions(),
-            "machine": machine(settings.device),
+            "machine": {**machine(settings.device), "num_ranks": self.parallel.num_ranks},
         }
 
     def run(self) -> dict[str, Any]:
@@ -228,13 +242,14 @@ class Trainer:
                 initial=progress.step,
                 desc=settings.optimizer,
                 unit="step",
-                disable=None,
+                disable=None if self.parallel.is_first else True,
                 dynamic_ncols=True,
             ) as bar,
         ):
             if not progress.curve:
                 self._report(bar, self.validate())
-            while progress.step < settings.steps and guard.received is None:
+            received = self.parallel.agreed(guard.received)
+            while progress.step < settings.steps and received is None:
                 before = progress.train_seconds
                 loss = self.train_step()
                 speed = settings.batch * settings.context / (progress.train_seconds - before)
@@ -249,15 +264,17 @@ class Trainer:
                     self._report(bar, self.validate())
                 if progress.step % settings.checkpoint_every == 0 and not is_last:
                     self.save()
+                received = self.parallel.agreed(guard.received)
             self.save()
-            write_json(self.json_path, self.result())
-            draw_folder(settings.out)
-            if progress.step < settings.steps and guard.received is not None:
+            if self.parallel.is_first:
+                write_json(self.json_path, self.result())
+                draw_folder(settings.out)
+            if progress.step < settings.steps and received is not None:
                 raise Interrupted(
                     f"stopped after step {progress.step} of {settings.steps}, saved "
                     f"to {self.checkpoint_path}; the same command with --resume "
                     "continues",
-                    guard.received,
+                    received,
                 )
         return self.result()
 
@@ -281,20 +298,21 @@ def train(settings: Settings, *, resume: bool) -> dict[str, Any]:
     Raises:
         UserError, Interrupted, Diverged: see Trainer.
     """
-    corpus = load_corpus()
-    print(
-        f"corpus: {corpus.num_files} files, {corpus.train.numel():,} + "
-        f"{corpus.validation.numel():,} bytes, sha256 {corpus.sha256[:16]}"
-    )
-    settings.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(settings, corpus)
-    if resume:
-        trainer.resume()
-        print(f"resumed {trainer.checkpoint_path} at step {trainer.progress.step}")
-    else:
-        # A picture must not show an older run of this name as if it were the new one.
-        trainer.json_path.unlink(missing_ok=True)
-    return trainer.run()
+    with started(settings) as parallel:
+        corpus = load_corpus()
+        print(
+            f"corpus: {corpus.num_files} files, {corpus.train.numel():,} + "
+            f"{corpus.validation.numel():,} bytes, sha256 {corpus.sha256[:16]}"
+        )
+        settings.out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(settings, corpus, parallel)
+        if resume:
+            trainer.resume()
+            print(f"resumed {trainer.checkpoint_path} at step {trainer.progress.step}")
+        elif parallel.is_first:
+            # A picture must not show an older run of this name as if it were the new one.
+            trainer.json_path.unlink(missing_ok=True)
+        return trainer.run()
 
 
 def versions() -> dict[str, str | None]:
