@@ -228,3 +228,12 @@ def test_links_reject(line, has_cuda):
     good = "(NEEDED)  Shared library: [libtorch.so]\n(NEEDED)  Shared library: [libc.so.6]\n"
     assert faults_of_links(good, has_cuda) == []
     assert len(faults_of_links(good + line, has_cuda)) == 1
+
+
+def test_every_package_is_installed() -> None:
+    """An editable installation would work without."""
+    line = re.search(r"^packages = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert line is not None
+    folders = {path.parent for path in (ROOT / "python" / "dykaf").rglob("__init__.py")}
+    names = {".".join(folder.relative_to(ROOT / "python").parts) for folder in folders}
+    assert set(re.findall(r'"([^"]+)"', line[1])) == names
