@@ -193,6 +193,26 @@ def test_a_plain_file_loads_on_all_ranks(together: Ranks, tmp_path: Path, layout
     assert together.run(plain_into, layout, str(tmp_path), world=4) == [[]] * 4
 
 
+def load_and_save_again() -> list[str]:
+    """After consolidate_state_dict(to=None) every state_dict() gathers by itself."""
+    model, _ = made("group", {})
+    model.train(0, 3)
+    saved = model.optimizer.state_dict()
+    model.train(3, 5)
+    model.optimizer.load_state_dict(saved)
+    again = model.optimizer.state_dict()
+    return [
+        f"{place} {key}"
+        for place, state in saved["state"].items()
+        for key, value in state.items()
+        if not torch.equal(value, again["state"][place][key])
+    ]
+
+
+def test_a_group_gathers_after_a_load_too(together: Ranks) -> None:
+    assert together.run(load_and_save_again, world=3) == [[]] * 3
+
+
 def save_and_die(path: str) -> None:
     model, module = made("rows", {})
     model.train(0, SAVED)

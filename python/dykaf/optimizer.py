@@ -181,7 +181,8 @@ class DyKAF(Saved):
         super().__init__(params, defaults)
 
     def _reset_caches(self) -> None:
-        self._sharing = Alone()
+        if not hasattr(self, "_sharing"):  # owners stay, and what state_dict() is to gather
+            self._sharing = Alone()
         self._layouts = Layouts()
         self._offsets = Offsets()
         self._waiting = Waiting()

@@ -276,6 +276,7 @@ class Together(Alone):
 
     def at_work(self, states: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[Tensor, State]:
         """What this rank keeps of the saved states of sharded parameters; all ranks together."""
+        self._consolidated = None
         spreads, devices = self._spreads_of(states)
         kept = at_work({spread: states[param] for param, spread in spreads.items()}, devices)
         return {param: kept[spread] for param, spread in spreads.items()}
