@@ -312,6 +312,23 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "geometric mean of op / plain" in printed
 
 
+def test_distributed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is sent is what is counted from the shards; two ranks share the state."""
+    layouts = ["ddp", "ddp-sharded", "fsdp"]
+    arguments = ["--sets", "gpt2", "--ranks", "1", "2", "--layouts", *layouts]
+    assert run("distributed", *arguments, *files(tmp_path)) == 0
+    records = check_files(tmp_path, 6)["records"]
+    by_name = {(r["layout"], r["ranks"]): r for r in records}
+    for (layout, ranks), record in by_name.items():
+        assert record["bytes"] == record["paper"]
+        assert (record["bytes"] > 0) == (layout != "ddp" and ranks == 2)
+        assert 0 <= record["exchange"] < 1
+    assert by_name["fsdp", 2]["collectives"] == 3
+    whole, shared = by_name["ddp", 2]["state"], by_name["fsdp", 2]["state"]
+    assert whole / 2 <= shared < 0.7 * whole
+    assert "| gpt2, fsdp | 2 |" in capsys.readouterr().out
+
+
 def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [name for name in optimizers.DEFAULT_OPTIMIZERS if not optimizers.missing(name)]
     arguments = ["--sets", "gpt2", "moe", "--steps", "3", "--optimizers", *names]
