@@ -47,10 +47,9 @@ DYKAF_DEVICE void load_gradient_unit(const MatrixOnDevice& p, const MatrixScalar
 
 DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
                               const UnitPlace& place, const float (&update)[kUnit]) {
-  apply_unit_<Extent::kShard>(
-      p, s, place.start, place.count,
-              is_aligned(p.param, place.start, element_size(p.dtype)),
-              is_aligned(p.master, place.start, 4), update);
+  apply_unit_<Extent::kShard>(p, s, place.start, place.count,
+                              is_aligned(p.param, place.start, element_size(p.dtype)),
+                              is_aligned(p.master, place.start, 4), update);
 }
 
 // Adam on a unit, from its gradient.
