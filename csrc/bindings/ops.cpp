@@ -131,7 +131,12 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
                      const std::vector<uint64_t>& streams, const py::dict& options,
                      const std::vector<std::array<uint64_t, 3>>& places) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.params = params, .updates = updates, .streams = streams, .places = places, .needs_moments = false},
+  Problems problems(states,
+                    {.params = params,
+                     .updates = updates,
+                     .streams = streams,
+                     .places = places,
+                     .needs_moments = false},
                     parsed.second_moment);
   run(
       problems, parsed,

@@ -40,8 +40,8 @@ double weight(const Problem<T>& p) {
   return m * n * (m + n) + (p.L != nullptr ? m * m * m : 0) + (p.R != nullptr ? n * n * n : 0);
 }
 
-// Whether BLAS and LAPACK take one thread for a matrix: its own sizes decide, and nothing that is in
-// the list beside it. So it comes out as the same bits in any company, and on any rank.
+// Whether BLAS and LAPACK take one thread for a matrix: its own sizes decide, and nothing that is
+// in the list beside it. So it comes out as the same bits in any company, and on any rank.
 template <typename T>
 bool has_one_thread(const Problem<T>& p) {
   return is_small(p) || weight(p) < kMinSharedWork;
