@@ -102,22 +102,15 @@ def _from_adamw(name: str, state: Mapping[str, Any], layout: Layout) -> dict[str
 
 
 def exact_states(
-    state_dict: Mapping[str, Any], param_groups: Sequence[dict[str, Any]], sharing: Alone
+    saved: Mapping[Tensor, Mapping[str, Tensor]], sharing: Alone
 ) -> dict[Tensor, State]:
-    """Copies of the saved states, without a cast, by parameter.
+    """Copies of saved states, without a cast, by parameter.
 
     Args:
-        state_dict: checked.
-        param_groups: of the optimizer that loads it.
-        sharing: its own; of a sharded parameter a state is what this rank keeps.
+        saved: checked.
+        sharing: of the optimizer that loads them; of a sharded parameter a state is what this rank
+            keeps.
     """
-    ids = [idx for group in state_dict["param_groups"] for idx in group["params"]]
-    params = [param for group in param_groups for param in group["params"]]
-    saved = {
-        param: state_dict["state"][idx]
-        for param, idx in zip(params, ids, strict=True)
-        if state_dict["state"].get(idx)
-    }
     sharded = sharing.at_work(
         {param: state for param, state in saved.items() if sharing.of(param) is not None}
     )

@@ -41,14 +41,16 @@ def must_skip(
     Raises:
         RuntimeError: naming a parameter, where the group's policy is "raise".
     """
-    flags = [0, 0, int(found_inf is not None and bool(found_inf > 0))]
+    flags = [0, 0, int(found_inf is not None and bool(found_inf > 0)), 0]
     for item, grad_max in zip(work, maxima, strict=True):
         policy = item.group["nonfinite"]
         if policy in POLICIES and not bool(grad_max.isfinite().all()):
             culprit = item.owner(grad_max.isfinite().tolist().index(False))
             place = POLICIES.index(policy)
             flags[place] = max(flags[place], culprit_flag(culprit.index))
-    raising, skipping, was_found = agree(flags)
+    raising, skipping, was_found, was_refused = agree(flags)
+    if was_refused:
+        raise RuntimeError("step: another rank refused its input, see there; nothing has changed")
     if was_found:
         return True, None
     if raising:

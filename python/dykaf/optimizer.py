@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -19,7 +19,6 @@ from dykaf.checks import (
     warn_of_zero_redundancy,
 )
 from dykaf.diagnostics import parameter_diagnostics
-from dykaf.distributed import is_dtensor
 from dykaf.distributed.alone import Alone, Part, sharing_of
 from dykaf.narrow import passes
 from dykaf.nonfinite import Skips, must_skip
@@ -37,7 +36,6 @@ from dykaf.schedule import Offsets
 from dykaf.state import (
     STRUCTURAL_OPTIONS,
     Layout,
-    State,
     bytes_by_kind,
     host_entries_,
 )
@@ -173,7 +171,7 @@ class DyKAF(Saved):
         defaults = {name: value for name, value in locals().items() if name in RULES}
         check_new_options(defaults)
         defaults.update(plain_options(defaults))
-        self._incoming = None
+        self._incoming, self._arriving = None, {}
         self._skips = Skips()
         self._process_group = process_group
         warn_of_zero_redundancy()
@@ -250,7 +248,12 @@ class DyKAF(Saved):
                 loss = closure()
 
         sharing = self._prepare()
-        work = self._collect()
+        try:
+            work = self._collect()
+        except Exception:
+            sharing.agree([0, 0, 0, 1])  # the other ranks raise too
+            sharing.release()
+            raise
         if not (work or self.state or sharing.is_shared):
             check_has_gradients(self.param_groups)
         captured = is_capturing()
@@ -267,6 +270,7 @@ class DyKAF(Saved):
             is_skipped, culprit = must_skip(work, maxima, found_inf, sharing.agree, self._name_of)
             self._skips.count(is_skipped, culprit)
             if is_skipped:
+                sharing.release()
                 return loss
 
         self._waiting.settle()
@@ -285,7 +289,8 @@ class DyKAF(Saved):
                 failed += [entry.name for entry in not_done]
         if skip is not None:
             self._skips.count_on_gpu(skip, firsts, work, captured)
-        tell(stayed, failed + sharing.failed(), sharing.error)
+        elsewhere, cause = sharing.failed()
+        tell(stayed, failed + elsewhere, cause)
         return loss
 
     @torch.no_grad()
@@ -315,7 +320,7 @@ class DyKAF(Saved):
         for group in self.param_groups:
             by_device: dict[torch.device, list[int]] = {}
             for idx, param in enumerate(group["params"]):
-                if self.state.get(param) and not is_dtensor(param):
+                if self.state.get(param) and self._sharing.of(param) is None:
                     by_device.setdefault(param.device, []).append(idx)
             for indices in by_device.values():
                 states = [host_entries_(self.state[group["params"][idx]]) for idx in indices]
@@ -370,10 +375,20 @@ class DyKAF(Saved):
                 num_done += num_matrices
         return jobs, found
 
-    def _prepare(self, states: MutableMapping[Tensor, State] | None = None) -> Alone:
-        """How processes share the parameters now; all that do come here together."""
-        self._sharing = sharing_of(self._sharing, self.param_groups, self._process_group)
-        self._sharing.prepare(self.param_groups, self.state if states is None else states)
+    def _prepare(
+        self,
+        groups: Sequence[dict[str, Any]] | None = None,
+        loaded: Collection[Tensor] | None = None,
+    ) -> Alone:
+        """How processes share the parameters now; all that do come here together.
+
+        Args:
+            groups: those that a load brings; None: the optimizer's.
+            loaded: the parameters that get state from it.
+        """
+        groups = self.param_groups if groups is None else groups
+        self._sharing = sharing_of(self._sharing, groups, self._process_group)
+        self._sharing.prepare(groups, self.state if loaded is None else {}, loaded)
         return self._sharing
 
     def _name_of(self, index: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,9 +22,15 @@ class Saved(Optimizer):
     amp_scaling: bool
     _skips: Skips
     _waiting: Waiting
+    _sharing: Alone
     _incoming: dict[str, Any] | None  # the state_dict that is being loaded
+    _arriving: dict[Tensor, State]  # its states
 
-    def _prepare(self, states: MutableMapping[Tensor, State] | None = None) -> Alone:
+    def _prepare(
+        self,
+        groups: Sequence[dict[str, Any]] | None = None,
+        loaded: Collection[Tensor] | None = None,
+    ) -> Alone:
         """How processes share the parameters now."""
         raise NotImplementedError
 
@@ -52,7 +58,8 @@ class Saved(Optimizer):
         Raises:
             RuntimeError: with a ``process_group``, without :meth:`consolidate_state_dict` before.
         """
-        sharing = self._prepare()
+        # Without state nothing is to be gathered, and a rank may be alone here.
+        sharing = self._prepare() if self.state else self._sharing
         params = [param for group in self.param_groups for param in group["params"]]
         # Pre-hook: registered last, so that it sees what other pre-hooks made of the optimizer.
         # Post-hook: first, so that others see what is saved.
@@ -98,8 +105,10 @@ class Saved(Optimizer):
         """
 
         def prepare(optimizer: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checked_state_dict(loaded, self.param_groups)
-            return self._incoming
+            checked = checked_state_dict(loaded, self.param_groups)
+            self._arriving = self._arrived(checked)
+            self._incoming = checked
+            return checked
 
         # Registered last, so that it sees what other pre-hooks made of the state_dict.
         handle = self.register_load_state_dict_pre_hook(prepare)
@@ -107,7 +116,25 @@ class Saved(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-            self._incoming = None
+            self._incoming, self._arriving = None, {}
+
+    def _arrived(self, checked: dict[str, Any]) -> dict[Tensor, State]:
+        """The states of a checked state_dict as this process keeps them; changes nothing."""
+        sizes, saved_sizes = (
+            [len(group["params"]) for group in groups]
+            for groups in (self.param_groups, checked["param_groups"])
+        )
+        if sizes != saved_sizes:
+            return {}  # torch refuses it
+        pairs = list(zip(self.param_groups, checked["param_groups"], strict=True))
+        groups = [{**saved, "params": group["params"]} for group, saved in pairs]
+        saved_of = {
+            param: checked["state"].get(place)
+            for group, saved in pairs
+            for param, place in zip(group["params"], saved["params"], strict=True)
+        }
+        loaded = {param: state for param, state in saved_of.items() if state}
+        return exact_states(loaded, self._prepare(groups, loaded))
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -131,6 +158,5 @@ class Saved(Optimizer):
         incoming = getattr(self, "_incoming", None)
         if incoming is not None:
             # In place of what torch has cast to the parameters' dtypes.
-            sharing = self._prepare(states={})
-            self.state.update(exact_states(incoming, self.param_groups, sharing))
+            self.state.update(self._arriving)
             self.skipped_steps = incoming["skipped_steps"]

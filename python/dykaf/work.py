@@ -142,10 +142,19 @@ class NewStates:
                     self._states[entry.param] = entry.new_state()
 
     def drop(self, entries: Iterable[Entry]) -> None:
-        """Takes those back that the step could not update."""
+        """Takes those back that the step could not update.
+
+        Of a stack of which other matrices were updated these are zero again.
+        """
         for entry in entries:
-            if any(entry.param is made for made in self._new):
+            if not any(entry.param is made for made in self._new):
+                continue
+            if entry.part is None:
                 self._states.pop(entry.param, None)
+                continue
+            for key, value in entry.state(self._states).items():
+                if key != "master":
+                    value.zero_()
 
     def __enter__(self) -> NewStates:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +45,23 @@ class Alone:
     """No parameter is sharded: a step has one part."""
 
     is_shared = False
-    error: Exception | None = None  # why the last step failed, if it did on this rank
 
     def prepare(
-        self, param_groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, State]
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, State],
+        loaded: Collection[Tensor] | None = None,
     ) -> None:
-        """Before a step, a save or a load: brings the plan up to date."""
+        """Before a step, a save or a load: brings the plan up to date.
+
+        Args:
+            param_groups: of the optimizer.
+            states: of its parameters.
+            loaded: the parameters that get state from a checkpoint instead.
+        """
+
+    def release(self) -> None:
+        """Lets go of what a step has held."""
 
     def of(self, param: Tensor) -> Spread | None:
         """How a parameter is spread; None where this process has it alone."""
@@ -87,9 +98,9 @@ class Alone:
         """What this rank keeps of the saved states of sharded parameters."""
         return {}
 
-    def failed(self) -> list[str]:
-        """The names of parameters that the last step could not update, on any rank."""
-        return []
+    def failed(self) -> tuple[list[str], Exception | None]:
+        """The names of parameters that the step could not update, and why if it was on this rank."""
+        return [], None
 
 
 def sharing_of(

@@ -74,13 +74,13 @@ def assign(tasks: Sequence[Task], num_ranks: int, owners: Sequence[int | None]) 
         the owner of each task.
     """
     period = max((task.period for task in tasks), default=1)
-    loads = torch.zeros(num_ranks, period, dtype=torch.int64)
+    loads = torch.zeros(num_ranks, period, dtype=torch.int64, device="cpu")
     held = [0] * num_ranks
     cap = MAX_SHARE * sum(task.size for task in tasks) / num_ranks
     found = [-1] * len(tasks)
 
     def cost(task: Task) -> torch.Tensor:
-        steps = torch.full((period,), task.step, dtype=torch.int64)
+        steps = torch.full((period,), task.step, dtype=torch.int64, device="cpu")
         for refresh, slot in zip(task.refreshes, task.slots, strict=True):
             steps[slot % task.period :: task.period] += refresh
         return steps
@@ -109,7 +109,7 @@ def assign(tasks: Sequence[Task], num_ranks: int, owners: Sequence[int | None]) 
 def loads_of(tasks: Sequence[Task], owners: Sequence[int], num_ranks: int) -> list[list[int]]:
     """The multiply-adds of each rank in each step of the period."""
     period = max((task.period for task in tasks), default=1)
-    loads = torch.zeros(num_ranks, period, dtype=torch.int64)
+    loads = torch.zeros(num_ranks, period, dtype=torch.int64, device="cpu")
     for task, owner in zip(tasks, owners, strict=True):
         loads[owner] += task.step
         for refresh, slot in zip(task.refreshes, task.slots, strict=True):

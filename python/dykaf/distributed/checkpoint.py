@@ -244,9 +244,9 @@ def at_work(
                 tail = array.cut.matrix_shape
                 found[spread][array.key] = array.blank((*batch, *tail))
         saved = {**saved, spread: state}
-        for key, value in state.items():
+        for key in spread.layout.shapes():
             if not moves(spread, key):
-                local = _local_like(spread, value)
+                local = _local_like(spread, state[key])
                 if spread.owned or key == "master":
                     found[spread][key] = local.to(device).contiguous().clone()
     for batch_of in batches(arrays):

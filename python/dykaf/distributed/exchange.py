@@ -33,6 +33,7 @@ class Taken(NamedTuple):
     spread: Spread
     shard: Tensor
     grad: Tensor | None  # of the shard, contiguous; None: zero
+    differs: bool = False  # the gradient's placements from the parameter's
 
 
 @dataclass
@@ -254,7 +255,7 @@ class BucketStep:
         }
         pieces = [(p, self._grad(p)) for p in self._mine(bucket.grads_in)]
         if self._swap is not None:
-            received = self._swap.wait(self._device)
+            received, self._swap = self._swap.wait(self._device), None
             for some, values in zip(self._others(bucket.grads_in), received, strict=True):
                 pieces += zip(some, values, strict=True)
         for piece, value in pieces:
@@ -273,6 +274,12 @@ class BucketStep:
         """Of matrices that could not be updated."""
         last = entry.first + entry.layout.count
         self._failed.update((entry.index, matrix) for matrix in range(entry.first, last))
+
+    def note_all_failed(self) -> list[str]:
+        """Of all that this rank owns here; their names."""
+        mine = [spread for spread in self._bucket.spreads if spread.index in self._taken]
+        self._failed.update((spread.index, matrix) for spread in mine for matrix in spread.owned)
+        return [spread.name for spread in mine]
 
     def send_updates(self) -> None:
         """Starts to send the updates, each behind the step that it is of."""
@@ -294,26 +301,30 @@ class BucketStep:
         return self._state(piece.spread)["step"].reshape(-1)[place].to(dtype)
 
     def _update(self, piece: Piece) -> Tensor:
+        if piece.spread.index not in self._stand_ins:  # there was no memory for it
+            shard = self._taken[piece.spread.index].shard
+            return shard.new_zeros(piece.numel, dtype=self._bucket.own_dtype)
         place = piece.spread.owned.index(piece.matrix)
         update = piece.box.within(self._stand_ins[piece.spread.index][place])
         return update.reshape(-1)[piece.chunk]
 
-    def apply(self, options: Callable[[Spread], StepOptions]) -> list[str]:
+    def apply(self, options: Callable[[int], StepOptions]) -> list[str]:
         """Updates this rank's shards; waits for the updates of the other ranks.
 
         Replicas get chunks from the owner, which they pass on to each other: no rank sends more
         than its own shard's size for copies.
 
         Args:
-            options: of a parameter.
+            options: of a group, by its place.
 
         Returns:
             the names of parameters that an owner could not update.
         """
         bucket = self._bucket
         pieces = [(p, self._header(p), self._update(p)) for p in self._mine(bucket.updates_in)]
+        self._stand_ins = {}
         if self._updates is not None:
-            received = self._updates.wait(self._device)
+            received, self._updates = self._updates.wait(self._device), None
             for some, values in zip(self._others(bucket.updates_in), received, strict=True):
                 pieces += [(p, x[0], x[1:]) for p, x in zip(some, values, strict=True)]
         if not bucket.sends_copies:
@@ -333,7 +344,7 @@ class BucketStep:
     def _apply(
         self,
         pieces: Sequence[tuple[Piece, Tensor, Tensor]],
-        options: Callable[[Spread], StepOptions],
+        options: Callable[[int], StepOptions],
     ) -> list[str]:
         if not pieces:
             return []
@@ -344,10 +355,10 @@ class BucketStep:
             if number == FAILED:
                 failed.append(piece.spread.name)
             elif number != NO_UPDATE:
-                found = by_group.setdefault(id(piece.spread.group), [])
+                found = by_group.setdefault(piece.spread.group_idx, [])
                 found.append((piece, step, update.contiguous()))
-        for some_pieces in by_group.values():
-            self._apply_group(some_pieces, options(some_pieces[0][0].spread))
+        for group_idx, some_pieces in by_group.items():
+            self._apply_group(some_pieces, options(group_idx))
         return failed
 
     def _apply_group(

@@ -23,11 +23,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dykaf.distributed.balance import Task, assign, task_of
 from dykaf.distributed.cut import Box, Cut, place_of
 from dykaf.ops import Place
+from dykaf.options import RULES
 from dykaf.schedule import Offsets
-from dykaf.state import HOST_KEYS, STRUCTURAL_OPTIONS, Layout, State, check_state, new_state
+from dykaf.state import (
+    HOST_KEYS,
+    STRUCTURAL_OPTIONS,
+    Layout,
+    State,
+    changed_options,
+    check_state,
+    new_state,
+)
 
-# What must be the same on all ranks, and decides owners.
-_OPTIONS = (*STRUCTURAL_OPTIONS, "orthogonalize", "precondition_frequency")
+# What decides layouts and owners.
+OPTIONS = (*STRUCTURAL_OPTIONS, "orthogonalize", "precondition_frequency")
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,8 @@ class Spread:
     team: Team
     index: int  # of the parameter in the optimizer
     name: str
-    group: dict[str, Any]
+    group_idx: int
+    structure: tuple[object, ...]  # the values of STRUCTURAL_OPTIONS
     layout: Layout  # of the whole
     cut: Cut
     owners: tuple[int, ...]  # of each matrix; empty: none has one
@@ -226,7 +236,9 @@ class Description:
     """What a rank says of a parameter of a team."""
 
     what: str  # the same on all ranks
+    options: dict[str, Any]  # and these
     box: Box
+    owners: tuple[int, ...] | None  # that stay, for there is state
 
 
 class Plan:
@@ -237,7 +249,7 @@ class Plan:
         param_groups: Sequence[dict[str, Any]],
         names: Mapping[int, str],
         teams: Mapping[int, Team],
-        former: Plan | None,
+        former: Mapping[int, Spread],
     ) -> None:
         """Makes a plan, on all ranks of each team together.
 
@@ -245,52 +257,64 @@ class Plan:
             param_groups: of the optimizer.
             names: of the parameters, by id.
             teams: of the sharded ones, by id.
-            former: the plan before; its owners stay.
+            former: of those that have state; their owners stay.
 
         Raises:
             RuntimeError: on all ranks of a team that do not describe its parameters alike, naming
                 the first difference.
+            ValueError: for a parameter that cannot be spread as it is.
         """
         slots = Offsets().of(param_groups)
-        params = [(group, param) for group in param_groups for param in group["params"]]
+        params = [
+            (group_idx, param)
+            for group_idx, group in enumerate(param_groups)
+            for param in group["params"]
+        ]
         by_team: dict[Team, list[int]] = {}
         for index, (_, param) in enumerate(params):
             if id(param) in teams:
                 by_team.setdefault(teams[id(param)], []).append(index)
         self.by_id: dict[int, Spread] = {}
         self.teams = sorted(by_team, key=lambda team: team.ranks)
+        # How often a team's ranks compare what they have seen in a step: again where one of them
+        # has heard of other teams since.
+        self.passes: dict[Team, int] = {}
         for team in self.teams:
             items = [(index, *params[index]) for index in by_team[team]]
             said = [
-                describe(index, names[id(param)], param, group) for index, group, param in items
+                describe(index, names[id(param)], param, param_groups[group_idx], former)
+                for index, group_idx, param in items
             ]
-            boxes = _agree(team, said)
-            self._add(team, items, names, slots, boxes, former)
+            agreed, num_teams = _agree(team, said, len(self.teams))
+            self.passes[team] = 1 if num_teams == 1 else 2
+            self._add(team, param_groups, items, names, slots, agreed)
 
     def _add(
         self,
         team: Team,
-        items: Sequence[tuple[int, dict[str, Any], Tensor]],
+        param_groups: Sequence[Mapping[str, Any]],
+        items: Sequence[tuple[int, int, Tensor]],
         names: Mapping[int, str],
         slots: Sequence[tuple[int, int]],
-        boxes: Sequence[tuple[Box, ...]],
-        former: Plan | None,
+        agreed: Sequence[Agreed],
     ) -> None:
         tasks: list[Task] = []
         owners: list[int | None] = []
         spreads: list[tuple[Tensor, Spread]] = []
-        for (index, group, param), parts in zip(items, boxes, strict=True):
+        for (index, group_idx, param), (boxes, before) in zip(items, agreed, strict=True):
+            group = param_groups[group_idx]
             layout = Layout.of(param, group)
             mesh: DeviceMesh | None = None
             placements: tuple[Placement, ...] = ()
             if isinstance(param, DTensor):
                 mesh, placements = param.device_mesh, tuple(param.placements)
-            cut = Cut(tuple(param.shape), len(layout.batch), parts)
+            cut = Cut(tuple(param.shape), len(layout.batch), boxes)
             spread = Spread(
                 team=team,
                 index=index,
                 name=names[id(param)],
-                group=group,
+                group_idx=group_idx,
+                structure=tuple(group[option] for option in STRUCTURAL_OPTIONS),
                 layout=layout,
                 cut=cut,
                 owners=(),
@@ -304,12 +328,11 @@ class Plan:
                 spread.place(matrix)  # raises before anything is done
             spreads.append((param, spread))
             if mesh is None or layout.is_matrix:
-                before = former.by_id.get(id(param)) if former is not None else None
                 for matrix in range(cut.count):
                     left, right = slots[index]
                     ranks = _candidates(cut, matrix)
                     tasks.append(task_of(layout, group, (left + matrix, right + matrix), ranks))
-                    owners.append(before.owners[matrix] if before is not None else None)
+                    owners.append(before[matrix] if before else None)
         found = iter(zip(assign(tasks, team.size, owners), tasks, strict=True))
         for param, spread in spreads:
             if spread.mesh is None or spread.layout.is_matrix:
@@ -342,12 +365,20 @@ def _check_cut(spread: Spread) -> None:
         )
 
 
-def describe(index: int, name: str, param: Tensor, group: Mapping[str, Any]) -> Description:
+def describe(
+    index: int, name: str, param: Tensor, group: Mapping[str, Any], former: Mapping[int, Spread]
+) -> Description:
     """What this rank has of a parameter.
 
     Raises:
-        ValueError: for a placement that is no part of the parameter.
+        ValueError: for a placement that is no part of the parameter, and for options that its state
+            cannot follow; all ranks see the same.
     """
+    before = former.get(id(param))
+    if before is not None and before.layout != Layout.of(param, group):
+        values = [group[option] for option in STRUCTURAL_OPTIONS]
+        changed = ", ".join(changed_options(before.structure, values)) or "its sharding"
+        raise ValueError(f"state of {name}, which cannot follow a change of {changed}")
     shape = tuple(param.shape)
     placements = "replicated"
     box = Box((0,) * len(shape), shape)
@@ -359,23 +390,45 @@ def describe(index: int, name: str, param: Tensor, group: Mapping[str, Any]) -> 
             param.shape, param.device_mesh, param.placements
         )
         box = Box(tuple(start), tuple(size))
-    options = {option: group[option] for option in _OPTIONS}
-    what = f"parameter {index}, {name}: {param.dtype} {shape}, {placements}, {options}"
-    return Description(what, box)
+    # A tensor lr may be on a GPU, where reading it waits.
+    options = {name: group[name] for name in RULES if not isinstance(group[name], Tensor)}
+    what = f"parameter {index}, {name}: {param.dtype} {shape}, {placements}"
+    return Description(what, options, box, before.owners if before is not None else None)
 
 
-def _agree(team: Team, mine: Sequence[Description]) -> list[tuple[Box, ...]]:
-    """The boxes of all ranks, by parameter."""
+# The boxes of all ranks, and the owners that stay.
+Agreed = tuple[tuple[Box, ...], tuple[int, ...]]
+NOTHING = Description("nothing", {}, Box((), ()), None)
+
+
+def _agree(team: Team, mine: Sequence[Description], num_teams: int) -> tuple[list[Agreed], int]:
+    """Of each parameter what all ranks say, and how many teams a rank of this one has at most."""
     gathered: list[Any] = [None] * team.size
-    dist.all_gather_object(gathered, [dataclasses.astuple(said) for said in mine], team.group)
-    for rank, others in enumerate(gathered):
-        for (first, _), (other, _) in itertools.zip_longest(
-            gathered[0], others, fillvalue=("nothing", None)
-        ):
-            if first != other:
+    dist.all_gather_object(gathered, (list(mine), num_teams), team.group)
+    for rank, (others, _) in enumerate(gathered):
+        for first, other in itertools.zip_longest(gathered[0][0], others, fillvalue=NOTHING):
+            differing = _difference(first, other)
+            if differing is not None:
                 raise RuntimeError(
                     f"optimizer on {team.size} ranks: expected the same parameters on all, got\n"
-                    f"  on rank {team.ranks[0]}: {first}\n  on rank {team.ranks[rank]}: {other}"
+                    f"  on rank {team.ranks[0]}: {differing[0]}\n"
+                    f"  on rank {team.ranks[rank]}: {differing[1]}"
                 )
-    rows = [[Box(*box) for _, box in said] for said in gathered]
-    return list(zip(*rows, strict=True))
+    rows = [said for said, _ in gathered]
+    agreed = [
+        (tuple(said.box for said in column), column[0].owners or ())
+        for column in zip(*rows, strict=True)
+    ]
+    return agreed, max(num for _, num in gathered)
+
+
+def _difference(first: Description, other: Description) -> tuple[str, str] | None:
+    if first.what != other.what:
+        return first.what, other.what
+    for name, value in first.options.items():
+        if value != other.options.get(name):
+            got = other.options.get(name)
+            return f"{first.what}: {name}={value}", f"{other.what}: {name}={got}"
+    if first.owners != other.owners:
+        return f"{first.what}: owners {first.owners}", f"{other.what}: owners {other.owners}"
+    return None

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from dykaf import ops
 from dykaf.checks import param_name
@@ -26,11 +36,11 @@ from dykaf.distributed.exchange import (
     buckets_of,
     entries_of,
 )
-from dykaf.distributed.plan import Plan, Spread, Team, Teams, world
+from dykaf.distributed.plan import OPTIONS, Plan, Spread, Team, Teams
 from dykaf.distributed.wire import agree_max
 from dykaf.nonfinite import POLICIES, culprit_flag
 from dykaf.options import StepOptions, step_options
-from dykaf.state import STRUCTURAL_OPTIONS, State
+from dykaf.state import State, shape_of
 from dykaf.work import Entry, GroupWork
 
 
@@ -40,10 +50,28 @@ class BucketPart(Part):
     Its updates go out at the end even if they could not be made: the other ranks wait for them.
     """
 
-    def __init__(self, step: BucketStep, work: list[GroupWork], errors: list[Exception]) -> None:
-        super().__init__(work, [item.grad_maxima() for item in work])
+    def __init__(
+        self,
+        step: BucketStep,
+        work_of: Callable[[Iterable[ShardEntry], bool], list[GroupWork]],
+        errors: list[Exception],
+        failed: list[str],
+    ) -> None:
         self._step = step
+        self._work_of = work_of
         self._errors = errors
+        self._failed = failed
+
+    # Made when they are asked for: within the context, as they may need more memory than there is.
+    @cached_property
+    def work(self) -> list[GroupWork]:  # type: ignore[override]
+        """Whole matrices with their gradients."""
+        return self._work_of(self._step.entries(), True)
+
+    @cached_property
+    def maxima(self) -> list[Tensor]:  # type: ignore[override]
+        """Of each item's gradients."""
+        return [item.grad_maxima() for item in self.work]
 
     def note_failed(self, entries: Sequence[Entry]) -> None:
         """The other ranks hear of them too."""
@@ -60,8 +88,7 @@ class BucketPart(Part):
             if not isinstance(exception, Exception):
                 return False
             self._errors.append(exception)
-            for item in self.work:
-                self.note_failed(item.entries)
+            self._failed += self._step.note_all_failed()
         self._step.send_updates()
         return True
 
@@ -107,47 +134,60 @@ class Together(Alone):
         self._buckets: list[Bucket] = []
         self._groups: Sequence[dict[str, Any]] = []
         self._states: MutableMapping[Tensor, State] = {}
-        self._taken: list[Taken] = []
+        self._taken: dict[int, Taken] = {}  # by place in the optimizer
         self._errors: list[Exception] = []
         self._consolidated: dict[Tensor, State] | None = None
         self._gathers = False
         self._failed: list[str] = []
 
     def prepare(
-        self, param_groups: Sequence[dict[str, Any]], states: MutableMapping[Tensor, State]
+        self,
+        param_groups: Sequence[dict[str, Any]],
+        states: MutableMapping[Tensor, State],
+        loaded: Collection[Tensor] | None = None,
     ) -> None:
         """Makes a plan if there is none for these parameters and options; all ranks together."""
         self._groups, self._states = param_groups, states
-        self._taken, self._errors, self._failed = [], [], []
+        self.release()
+        with_state = states if loaded is None else loaded
         key = [
             (
-                *(group[option] for option in STRUCTURAL_OPTIONS),
-                group["orthogonalize"],
-                group["precondition_frequency"],
-                *(_key_of(param) for param in group["params"]),
+                *(group[option] for option in OPTIONS),
+                *(
+                    _Key(param, param.requires_grad or param in with_state)
+                    for param in group["params"]
+                ),
             )
             for group in param_groups
         ]
         if key == self._key:
             return
+        former = {}
+        if self.plan is not None and loaded is None:
+            former = {id(p): spread for p in states if (spread := self.plan.of(p)) is not None}
         names, teams = {}, {}
         for group_idx, group in enumerate(param_groups):
             for idx, param in enumerate(group["params"]):
                 names[id(param)] = param_name(group, group_idx, idx)
-                if param.numel() == 0:
+                # A frozen parameter that never moved has no part in anything.
+                is_out = not (param.requires_grad or param in with_state)
+                if is_out or is_lazy(param) or param.numel() == 0:
                     continue
                 if isinstance(param, DTensor):
                     teams[id(param)] = self._teams.of_mesh(param.device_mesh)
-                elif self.process_group is not None and param.requires_grad:
+                elif self.process_group is not None:
                     teams[id(param)] = self._teams.of_group(self.process_group, param.device.type)
-        plan = Plan(param_groups, names, teams, self.plan)
-        for group in param_groups:
-            for param in group["params"]:
-                spread = plan.of(param)
-                if spread is not None and param in states:
-                    spread.check(states[param])
+        plan = Plan(param_groups, names, teams, former)
+        for param, state in states.items():
+            spread = plan.of(param)
+            if spread is not None:
+                spread.check(state)
         self.plan, self._key = plan, key
         self._buckets = buckets_of(plan)
+
+    def release(self) -> None:
+        """Lets go of what a step has held."""
+        self._taken, self._errors, self._failed = {}, [], []
 
     def of(self, param: Tensor) -> Spread | None:
         """How a parameter is spread."""
@@ -157,75 +197,117 @@ class Together(Alone):
         """Takes a sharded parameter with or without a gradient into the step."""
         spread = self.of(param)
         assert spread is not None
-        grad = None
-        if param.grad is not None:
-            grad = param.grad
-            if isinstance(grad, DTensor):
-                if grad.placements != spread.placements:
-                    grad = grad.redistribute(placements=spread.placements)
-                grad = local_of(grad)
+        grad, differs = param.grad, False
+        if isinstance(grad, DTensor):
+            differs = tuple(grad.placements) != spread.placements
+            grad = local_of(grad)
+        if grad is not None:
             grad = grad.resolve_neg().contiguous()
-        self._taken.append(Taken(param, spread, local_of(param), grad))
+        self._taken[spread.index] = Taken(param, spread, local_of(param), grad, differs)
 
     def agree(self, flags: Sequence[int]) -> list[int]:
         """The largest of each flag over all ranks, with those of the shards.
 
-        A parameter that has a gradient on no rank leaves the step.
+        A parameter that has a gradient on no rank leaves the step. Gradients whose placements are
+        not their parameter's, such as partial sums, get these.
+
+        Raises:
+            RuntimeError: on all ranks for such a gradient that some of them lack.
         """
+        if self.plan is None:
+            return list(flags)
+        flags = self._with_shards(flags)
+        wanted: list[Taken] = []
+        for turn in range(2):
+            for team in self.plan.teams:
+                if turn == 0:
+                    flags, seen = self._see(team, flags)
+                    wanted += seen
+                elif self.plan.passes[team] > 1:
+                    flags = agree_max(team, flags)
+        self._taken = {taken.spread.index: taken for taken in wanted}
+        return flags
+
+    def _with_shards(self, flags: Sequence[int]) -> list[int]:
         flags = list(flags)
-        team = self._widest()
-        if team is None:
-            return flags
-        with_grad = [taken for taken in self._taken if taken.grad is not None]
+        with_grad = [taken for taken in self._taken.values() if taken.grad is not None]
         for device in {taken.shard.device for taken in with_grad}:
             some = [taken for taken in with_grad if taken.shard.device == device]
             grads = [taken.grad for taken in some if taken.grad is not None]
             maxima = ops.grad_max(grads, [1] * len(some))
             for taken, is_finite in zip(some, maxima.isfinite().tolist(), strict=True):
-                policy = taken.spread.group["nonfinite"]
+                policy = self._groups[taken.spread.group_idx]["nonfinite"]
                 if policy in POLICIES and not is_finite:
                     place = POLICIES.index(policy)
                     flags[place] = max(flags[place], culprit_flag(taken.spread.index))
-        present = [int(taken.grad is not None) for taken in self._taken]
-        flags, present = _split(agree_max(team, flags + present), len(flags))
-        self._taken = [t for t, is_there in zip(self._taken, present, strict=True) if is_there]
         return flags
 
-    def _widest(self) -> Team | None:
-        """The team that all others of this rank are parts of, or the whole world."""
-        teams = [] if self.plan is None else self.plan.teams
-        if not teams:
-            return None
-        widest = max(teams, key=lambda team: team.size)
-        if all(set(team.ranks) <= set(widest.ranks) for team in teams):
-            return widest
-        return self._teams.of_group(world(), widest.device.type)
+    def _see(self, team: Team, flags: Sequence[int]) -> tuple[list[int], list[Taken]]:
+        """The flags of a team, and its parameters that have a gradient on any rank."""
+        assert self.plan is not None
+        spreads = [spread for spread in self.plan.by_id.values() if spread.team is team]
+        # None of them where this rank could not take part (``refused``).
+        mine = [self._taken.get(spread.index) for spread in spreads]
+        is_there = [some is not None and some.grad is not None for some in mine]
+        differs = [some is not None and some.differs for some in mine]
+        numbers = [*is_there, *(not there for there in is_there), *differs]
+        found = agree_max(team, [*flags, *map(int, numbers)])
+        flags, seen = found[: len(flags)], found[len(flags) :]
+        count = len(spreads)
+        wanted = []
+        for place, taken in enumerate(mine):
+            some_have, some_lack, some_differ = seen[place::count]
+            if some_differ and some_lack:
+                raise RuntimeError(
+                    f"gradient of {spreads[place].name}: expected one on all ranks, where its "
+                    "placements are not the parameter's, got none on some"
+                )
+            if some_have and taken is not None:
+                wanted.append(_redistributed(taken) if some_differ else taken)
+        return flags, wanted
 
     def parts(self, work: list[GroupWork], maxima: list[Tensor]) -> Iterator[Part]:
         """First what stays on this rank, while the first gradients travel; then each bucket."""
         self._consolidated = None
-        taken = {taken.spread.index: taken for taken in self._taken}
-        for param, spread, shard, _ in self._taken:
+        for param, spread, shard, *_ in self._taken.values():
             if not spread.owned and param not in self._states:
                 # Every rank has an entry for every parameter: checkpoints ask for it.
                 self._states[param] = spread.new_state(shard)
-        steps = [BucketStep(bucket, taken, self._states) for bucket in self._buckets]
+        teams = {taken.spread.team for taken in self._taken.values()}
+        steps = [
+            BucketStep(bucket, self._taken, self._states)
+            for bucket in self._buckets
+            if bucket.team in teams
+        ]
         for step in steps[:NUM_AHEAD]:
             step.send_grads()
-        here = _work_of([entry for some in self._taken for entry in _entries_here(some)])
+        entries = [entry for some in self._taken.values() for entry in _entries_here(some)]
+        here = self._work_of(entries)
         maxima = maxima + [item.grad_maxima() for item in here]
         yield LocalPart(work + here, maxima, self._errors, self._failed)
         for place, step in enumerate(steps):
             for ahead in steps[place + NUM_AHEAD : place + NUM_AHEAD + 1]:
                 ahead.send_grads()
-            yield BucketPart(step, _work_of(step.entries(), stands_in=True), self._errors)
+            yield BucketPart(step, self._work_of, self._errors, self._failed)
             if place > 0:
                 self._failed += steps[place - 1].apply(self._options)
         if steps:
             self._failed += steps[-1].apply(self._options)
 
-    def _options(self, spread: Spread) -> StepOptions:
-        return step_options(spread.group)
+    def _options(self, group_idx: int) -> StepOptions:
+        return step_options(self._groups[group_idx])
+
+    def _work_of(self, entries: Iterable[ShardEntry], stands_in: bool = False) -> list[GroupWork]:
+        """Entries by group and device."""
+        found: dict[tuple[int, torch.device], GroupWork] = {}
+        for entry in entries:
+            assert entry.taken is not None
+            group_idx, device = entry.taken.spread.group_idx, entry.tensor.device
+            if (group_idx, device) not in found:
+                work = GroupWork(self._groups[group_idx], device, False, [], stands_in)
+                found[group_idx, device] = work
+            found[group_idx, device].entries.append(entry)
+        return list(found.values())
 
     def describe(self) -> str:
         """Who works on what."""
@@ -233,10 +315,15 @@ class Together(Alone):
 
     def consolidate(self, to: int | None) -> None:
         """Gathers the state of parameters that are shared over the group."""
+        if to is not None and self.plan is not None and self._has_dtensors():
+            raise ValueError(
+                f"to: expected None, for all ranks gather the state of DTensors together, got {to}"
+            )
         self._gathers = to is None
         if to is not None:
-            params = [param for param in self._states if self._is_of_group(param)]
-            gathered = self._saved(params, to)
+            params = [param for group in self._groups for param in group["params"]]
+            of_group = [param for param in params if self._is_of_group(param)]
+            gathered = self._saved(self._with_state(of_group, together=True), to)
             is_here = self.process_group is not None and to == dist.get_rank(self.process_group)
             self._consolidated = gathered if is_here else None
 
@@ -246,7 +333,10 @@ class Together(Alone):
         Raises:
             RuntimeError: where the state of parameters of the group has not been gathered here.
         """
-        spread = [param for param in params if param in self._states and self.of(param) is not None]
+        spread = [param for param in params if self.of(param) is not None]
+        # Under a group a rank may be alone here, to be told so.
+        may_be_alone = self.process_group is not None and not self._gathers
+        spread = self._with_state(spread, together=not may_be_alone)
         of_group = [param for param in spread if self._is_of_group(param)]
         if self._gathers:
             self._consolidated = self._saved(of_group)
@@ -263,6 +353,31 @@ class Together(Alone):
         # In the same order on all ranks: what gathers a whole one goes through it in its order.
         first = {place: state.pop(place) for place in range(len(params)) if place in state}
         return {**state_dict, "state": {**first, **state}}
+
+    def _has_dtensors(self) -> bool:
+        assert self.plan is not None
+        return any(spread.mesh is not None for spread in self.plan.by_id.values())
+
+    def _with_state(self, params: Sequence[Tensor], together: bool) -> list[Tensor]:
+        """Those of sharded parameters that have state.
+
+        Args:
+            params: sharded ones.
+            together: whether all ranks ask: what has state on any of them, and could not be made
+                here when memory ended, is zero here then.
+        """
+        if self.plan is None or not together:
+            return [param for param in params if param in self._states]
+        found = []
+        for team in self.plan.teams:
+            some = {p: s for p in params if (s := self.of(p)) is not None and s.team is team}
+            seen = agree_max(team, [int(param in self._states) for param in some])
+            for (param, spread), is_there in zip(some.items(), seen, strict=True):
+                if is_there:
+                    found.append(param)
+                    if param not in self._states:
+                        self._states[param] = spread.new_state(local_of(param))
+        return found
 
     def _is_of_group(self, param: Tensor) -> bool:
         spread = self.of(param)
@@ -287,15 +402,37 @@ class Together(Alone):
         spreads = {param: spread for param in params if (spread := self.of(param)) is not None}
         return spreads, {spread: local_of(param).device for param, spread in spreads.items()}
 
-    def failed(self) -> list[str]:
-        """The names of parameters that the last step could not update, on any rank."""
-        self.error = self._errors[0] if self._errors else None
-        return self._failed
+    def failed(self) -> tuple[list[str], Exception | None]:
+        """The names of parameters that the step could not update, on any rank, and why if on this.
+
+        Lets go of what the step has held.
+        """
+        failed, error = self._failed, self._errors[0] if self._errors else None
+        self.release()
+        return failed, error
 
 
-def _key_of(param: Tensor) -> tuple[object, ...]:
-    mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
-    return (id(param), mesh, param.shape, param.dtype, param.device, param.requires_grad)
+class _Key:
+    """A parameter as a plan sees it: the tensor itself, not one that has its id by now."""
+
+    def __init__(self, param: Tensor, takes_part: bool) -> None:
+        self._param = param
+        mesh = (param.device_mesh, param.placements) if isinstance(param, DTensor) else None
+        self._form = (mesh, shape_of(param), param.dtype, param.device, takes_part)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Key):
+            return NotImplemented
+        return self._param is other._param and self._form == other._form
+
+    __hash__ = None  # type: ignore[assignment]  # compared alone
+
+
+def _redistributed(taken: Taken) -> Taken:
+    grad = taken.param.grad
+    assert isinstance(grad, DTensor)
+    placed = grad.redistribute(placements=taken.spread.placements)
+    return taken._replace(grad=local_of(placed).resolve_neg().contiguous())
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -328,20 +465,3 @@ def _entries_here(taken: Taken) -> list[ShardEntry]:
         taken=taken,
     )
     return [entry]
-
-
-def _work_of(entries: Iterable[ShardEntry], stands_in: bool = False) -> list[GroupWork]:
-    """Entries by group and device."""
-    found: dict[tuple[int, torch.device], GroupWork] = {}
-    for entry in entries:
-        assert entry.taken is not None
-        group, device = entry.taken.spread.group, entry.tensor.device
-        key = (id(group), device)
-        if key not in found:
-            found[key] = GroupWork(group, device, False, [], stands_in)
-        found[key].entries.append(entry)
-    return list(found.values())
-
-
-def _split(numbers: Sequence[int], place: int) -> tuple[list[int], list[int]]:
-    return list(numbers[:place]), list(numbers[place:])
