@@ -99,7 +99,7 @@ class Alone:
         return {}
 
     def failed(self) -> tuple[list[str], Exception | None]:
-        """The names of parameters that the step could not update, and why if it was on this rank."""
+        """The names of parameters that the step could not update, and why, if this rank knows."""
         return [], None
 
 
