@@ -274,12 +274,13 @@ class DyKAF(Saved):
                 return loss
 
         self._waiting.settle()
+        offsets = self._stagger_offsets()
         stayed: list[str] = []
         failed: list[str] = []
         for part in sharing.parts(work, maxima):
             with part, NewStates(self.state) as new:
                 new.make(part.work)
-                jobs, entries = self._jobs(part, skip, refresh=not captured)
+                jobs, entries = self._jobs(part, offsets, skip, refresh=not captured)
                 report = ops.step_all_(jobs, new.started)
                 not_done = found_at(report.failed, entries)
                 new.drop(not_done)
@@ -336,12 +337,11 @@ class DyKAF(Saved):
             first += len(group["params"])
 
     def _jobs(
-        self, part: Part, skip: Tensor | None, refresh: bool
+        self, part: Part, offsets: list[tuple[int, int]], skip: Tensor | None, refresh: bool
     ) -> tuple[list[ops.StepJob], list[list[Entry]]]:
         """What the step is to do, and the entries of each job; changes nothing."""
         jobs: list[ops.StepJob] = []
         found: list[list[Entry]] = []
-        offsets = self._stagger_offsets()
         for item, grad_max in zip(part.work, part.maxima, strict=True):
             gpu_inputs = {}
             if item.on_gpu:
