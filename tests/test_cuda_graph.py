@@ -96,9 +96,9 @@ def test_a_graph_holds_no_work_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -
     run(optimizer, range(1))
     (item,) = optimizer._collect()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    check_capture([item._replace(device=torch.device("cuda", 0))], optimizer.state, True)
+    check_capture([item._replace(device=torch.device("cuda", 0))], optimizer.state, True, False)
     with pytest.raises(RuntimeError, match=r"parameters on the captured GPU, got .* on cuda:1"):
-        check_capture([item._replace(device=torch.device("cuda", 1))], optimizer.state, True)
+        check_capture([item._replace(device=torch.device("cuda", 1))], optimizer.state, True, False)
 
 
 def test_a_graph_holds_no_first_gradient_and_no_skinny_matrix(
