@@ -115,7 +115,7 @@ def make(layout: str, workload: Workload) -> tuple[list[nn.Parameter], list[Tens
         if layout == "hsdp" and world > 2:
             shape, placements = (2, world // 2), [Replicate(), Shard(0)]
         mesh = init_device_mesh("cpu", shape)
-        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        return distribute_tensor(whole, mesh, placements)
 
     params = [nn.Parameter(place(p)) for p in draw(0.02)]
     grads = [place(grad) for grad in draw(1e-3)]

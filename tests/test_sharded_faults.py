@@ -14,7 +14,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from ranks import Died, Ranks
-from sharded_models import Model, differing
+from sharded_models import Model, differing, skip_without_fsdp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -284,6 +284,7 @@ def made_before_sharding(what: str) -> None:
 
 @pytest.mark.parametrize("what", ["fully_shard", "parallelize_module"])
 def test_an_optimizer_made_before_sharding(together: Ranks, what: str) -> None:
+    skip_without_fsdp(what)
     for is_good, said in together.outcomes(made_before_sharding, what):
         assert not is_good
         assert "make the optimizer after them" in said

@@ -12,10 +12,10 @@ import ranks
 import torch
 import torch.distributed as dist
 from ranks import Ranks
-from sharded_models import Model, differing
+from sharded_models import Model, differing, sharded
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 import dykaf
 from dykaf.distributed import exchange
@@ -30,7 +30,7 @@ def by_rows(*shape: int, ranks: Any = None) -> nn.Parameter:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if ranks is None else ranks
     generator = torch.Generator().manual_seed(sum(shape))
     whole = torch.randn(shape, generator=generator)
-    return nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None))
+    return nn.Parameter(sharded(whole, mesh, [Shard(0)]))
 
 
 def step_with_ones(optimizer: dykaf.DyKAF) -> None:

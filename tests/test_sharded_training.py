@@ -14,7 +14,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from ranks import Ranks
-from sharded_models import OPTIONS, whole_of
+from sharded_models import OPTIONS, skip_without_fsdp, whole_of
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import init_device_mesh
@@ -211,6 +211,7 @@ MODES = ["ddp", "ddp-sharded", "fsdp", "hsdp", "tp", "fsdp-tp", "experts", "offl
 
 @pytest.mark.parametrize("mode", [*MODES, "mixed precision"])
 def test_each_mode(together: Ranks, mode: str) -> None:
+    skip_without_fsdp(mode)
     world = 4 if mode in ("hsdp", "fsdp-tp") else 2
     assert together.run(train, mode, "", world=world) == [[]] * world
 
@@ -218,6 +219,7 @@ def test_each_mode(together: Ranks, mode: str) -> None:
 @pytest.mark.parametrize("how", ["accumulation", "clipping", "scaler", "swapped"])
 @pytest.mark.parametrize("mode", ["ddp-sharded", "fsdp"])
 def test_what_training_scripts_do(together: Ranks, mode: str, how: str) -> None:
+    skip_without_fsdp(mode)
     if (mode, how) == ("ddp-sharded", "swapped"):
         pytest.skip("DistributedDataParallel keeps the parameters")
     assert together.run(train, mode, how, world=2) == [[], []]
@@ -244,6 +246,7 @@ def scaled_overflow() -> tuple[int, bool]:
 
 
 def test_an_overflow_on_one_rank(together: Ranks) -> None:
+    skip_without_fsdp("fsdp")
     assert together.run(scaled_overflow, world=2) == [(2, True)] * 2
 
 

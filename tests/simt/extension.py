@@ -52,8 +52,12 @@ def build() -> Path:
         folder = OUT / "package" / source.parent.name
         objects.append(Object(source, "release", folder, tuple(includes_flags), tuple(flags)))
     PACKAGE.mkdir(parents=True, exist_ok=True)
-    for source in (ROOT / "python" / "dykaf").glob("*.py*"):
-        shutil.copyfile(source, PACKAGE / source.name)
+    python = ROOT / "python" / "dykaf"
+    for source in python.rglob("*.py*"):
+        if "__pycache__" not in source.parts:
+            target = PACKAGE / source.relative_to(python)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     make(objects, PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", ["-shared", *libraries])
