@@ -47,7 +47,9 @@ def serve(connection: Connection, rank: int, stacks: str) -> None:
                     world_size=world,
                     timeout=timedelta(seconds=group_timeout),
                 )
-                connection.send((True, function(*args)))
+                result = function(*args)
+                dist.barrier()  # torch 2.6 waits for ever to leave a group that others are in
+                connection.send((True, result))
             except Exception:
                 connection.send((False, traceback.format_exc()))
             with contextlib.suppress(Exception):
