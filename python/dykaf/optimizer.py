@@ -469,7 +469,7 @@ class DyKAF(Saved):
                 if state and state["step"].numel() > 0:  # else another rank has it
                     name = param_name(group, group_idx, idx)
                     report[name] = {
-                        "backend": ops.backend_of(state["step"]),
+                        "backend": ops.backend_of(state["exp_avg"]),
                         **parameter_diagnostics(host_entries_(state)),
                     }
         return report
