@@ -21,9 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import dykaf
+from bench.distributed_costs import messages
 from bench.report import Columns, Record, Report, print_table
 from bench.shapes import SHAPE_SETS, Workload
-from dykaf.distributed import together, wire
+from dykaf.distributed import exchange, together, wire
 from dykaf.distributed.balance import loads_of
 from dykaf.distributed.plan import Plan
 
@@ -70,9 +71,7 @@ class Counters:
             counters.seconds += time.perf_counter() - start
             return found
 
-        from dykaf.distributed import exchange
-
-        exchange.Swap = CountingSwap  # type: ignore[misc]
+        exchange.Swap = CountingSwap  # type: ignore[misc]  # for this process, which measures
         together.agree_max = counting_agree_max
 
     def reset(self) -> None:
@@ -88,16 +87,10 @@ def bytes_on_paper(plan: Plan, rank: int) -> int:
     """
     total = 0
     for spread in plan.by_id.values():
-        size = spread.dtype.itemsize
         for matrix, owner in enumerate(spread.owners):
-            for box, ranks in spread.cut.holders(matrix).items():
-                sender = owner if owner in ranks else ranks[(spread.index + matrix) % len(ranks)]
-                total += size * box.numel if sender == rank != owner else 0
-                for place, holder in enumerate(ranks):
-                    first, last = (box.numel * (place + k) // len(ranks) for k in (0, 1))
-                    chunk = 4 * (last - first + 1)
-                    total += chunk if owner == rank != holder else 0
-                    total += chunk * (len(ranks) - 1) if holder == rank else 0
+            holders, turn = spread.cut.holders(matrix), spread.index + matrix
+            for _, source, target, size in messages(holders, owner, turn, spread.dtype.itemsize):
+                total += size if source == rank != target else 0
     return total
 
 

@@ -209,16 +209,26 @@ def traffic_of(
         # What an owner has of one parameter is in one bucket.
         bucket = before.setdefault((index, owner), filled[owner]) // BUCKET_BYTES
         filled[owner] += case.dtype.itemsize * math.prod(cut.matrix_shape)
-        for box, ranks in holders[matrix].items():
-            sender = owner if owner in ranks else ranks[(index + matrix) % len(ranks)]
-            traffic.send((bucket, "grads"), sender, owner, case.dtype.itemsize * box.numel)
-            for place, holder in enumerate(ranks):
-                first, last = (box.numel * (place + k) // len(ranks) for k in (0, 1))
-                chunk = 4 * (1 + last - first)
-                traffic.send((bucket, "updates"), owner, holder, chunk)
-                for other in ranks:
-                    traffic.send((bucket, "copies"), holder, other, chunk)
+        for phase, *message in messages(
+            holders[matrix], owner, index + matrix, case.dtype.itemsize
+        ):
+            traffic.send((bucket, phase), *message)
     return traffic
+
+
+def messages(
+    holders: Holders, owner: int, turn: int, itemsize: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """Phase, source, target and bytes of all that is sent of a matrix, also to itself."""
+    for box, ranks in holders.items():
+        sender = owner if owner in ranks else ranks[turn % len(ranks)]
+        yield "grads", sender, owner, itemsize * box.numel
+        for place, holder in enumerate(ranks):
+            first, last = (box.numel * (place + k) // len(ranks) for k in (0, 1))
+            chunk = 4 * (1 + last - first)
+            yield "updates", owner, holder, chunk
+            for other in ranks:
+                yield "copies", holder, other, chunk
 
 
 def number(x: float) -> str:

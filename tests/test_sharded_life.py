@@ -193,22 +193,25 @@ def test_parameters_of_several_teams(together: Ranks, here: int, there: int) -> 
     assert found[2:] == [[True] + [False] * there] * 2
 
 
-def nan_in_a_half() -> int:
+def nan_in_a_half(num_there: int) -> int:
+    """In the last parameter of the second half, which the first may not have."""
     halves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("half", "rank"))["rank"]
-    mine, dense = by_rows(8, 8, ranks=halves), by_rows(10, 8)
-    optimizer = dykaf.DyKAF([dense, mine])
+    count = 1 if dist.get_rank() < 2 else num_there
+    params = [by_rows(10, 8), *(by_rows(8, 8, ranks=halves) for _ in range(count))]
+    optimizer = dykaf.DyKAF(params)
     step_with_ones(optimizer)
-    for param in (dense, mine):
+    for param in params:
         param.grad = torch.ones_like(param)
     if dist.get_rank() == 3:
-        assert isinstance(mine.grad, DTensor)
-        mine.grad.to_local().fill_(float("nan"))
+        assert isinstance(params[-1].grad, DTensor)
+        params[-1].grad.to_local().fill_(float("nan"))
     optimizer.step()
     return optimizer.skipped_steps
 
 
-def test_all_teams_skip_alike(together: Ranks) -> None:
-    assert together.run(nan_in_a_half, world=4) == [1] * 4
+@pytest.mark.parametrize("num_there", [1, 3])
+def test_all_teams_skip_alike(together: Ranks, num_there: int) -> None:
+    assert together.run(nan_in_a_half, num_there, world=4) == [1] * 4
 
 
 def held_after_a_step() -> list[bool]:

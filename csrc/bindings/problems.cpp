@@ -203,10 +203,14 @@ void Problems::write_back() {
   }
 }
 
+namespace {
+
 // One in the state's dtype.
 at::Tensor own_tensor(const StateReader& state, size_t index, const Inputs& inputs) {
   return inputs.needs_moments ? state.tensor("exp_avg") : (*inputs.updates)[index];
 }
+
+}  // namespace
 
 template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,

@@ -12,6 +12,8 @@ from dykaf.work import GroupWork, to_host
 
 # Of those that a gradient which is not finite meets, in the order of their flags.
 POLICIES = ("raise", "skip")
+# What ranks compare: a flag for each policy, GradScaler's verdict, and input that a rank refuses.
+REFUSED = (0, 0, 0, 1)
 
 
 def culprit_flag(index: int) -> int:

@@ -21,7 +21,7 @@ from dykaf.checks import (
 from dykaf.diagnostics import parameter_diagnostics
 from dykaf.distributed.alone import Alone, Part, sharing_of
 from dykaf.narrow import passes
-from dykaf.nonfinite import Skips, must_skip
+from dykaf.nonfinite import REFUSED, Skips, must_skip
 from dykaf.options import (
     RULES,
     StepOptions,
@@ -251,7 +251,7 @@ class DyKAF(Saved):
         try:
             work = self._collect()
         except Exception:
-            sharing.agree([0, 0, 0, 1])  # the other ranks raise too
+            sharing.agree(REFUSED)  # the other ranks raise too
             sharing.release()
             raise
         if not (work or self.state or sharing.is_shared):
@@ -396,7 +396,7 @@ class DyKAF(Saved):
             if index < len(group["params"]):
                 return param_name(group, group_idx, index)
             index -= len(group["params"])
-        raise IndexError(index)
+        return "a parameter that other ranks have"
 
     def _collect(self) -> list[GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""

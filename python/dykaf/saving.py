@@ -35,7 +35,8 @@ class Saved(Optimizer):
         raise NotImplementedError
 
     def _reset_caches(self) -> None:
-        raise NotImplementedError
+        """Forgets what was worked out from groups that a load replaces."""
+        raise NotImplementedError  # DyKAF has both
 
     @property
     def skipped_steps(self) -> int:

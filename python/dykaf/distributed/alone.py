@@ -36,9 +36,12 @@ class Part:
         kind: type[BaseException] | None,
         exception: BaseException | None,
         trace: TracebackType | None,
-    ) -> bool | None:
-        """True for an exception that is told of later."""
-        return None
+    ) -> bool:
+        return self.end(exception)
+
+    def end(self, exception: BaseException | None) -> bool:
+        """After the work, or what stopped it; True for an exception that is told of later."""
+        return False
 
 
 class Alone:

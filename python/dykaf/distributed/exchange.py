@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -81,9 +81,8 @@ class Bucket:
     sends_copies: bool = False
 
     def __post_init__(self) -> None:
-        for routes in (self.grads_out, self.updates_out, self.copies_out):
-            routes.extend([] for _ in self.team.ranks)
-        for routes in (self.grads_in, self.updates_in, self.copies_in):
+        ways_out = (self.grads_out, self.updates_out, self.copies_out)
+        for routes in (*ways_out, self.grads_in, self.updates_in, self.copies_in):
             routes.extend([] for _ in self.team.ranks)
 
     @property
@@ -136,7 +135,10 @@ def buckets_of(plan: Plan) -> list[Bucket]:
     for team in plan.teams:
         filled: dict[tuple[str, int], Bucket] = {}
         taken: dict[tuple[int, torch.dtype], int] = {}
-        for spread, dtype in _sent(plan, team):
+        for spread in plan.by_id.values():
+            if spread.team is not team or not spread.owners or spread.stays:
+                continue
+            dtype = spread.dtype
             size = dtype.itemsize * spread.layout.m * spread.layout.n
             for owner in sorted(set(spread.owners)):
                 before = taken.get((owner, dtype), 0)
@@ -147,12 +149,6 @@ def buckets_of(plan: Plan) -> list[Bucket]:
                 filled[key].add(spread, owner)
         found += [filled[key] for key in sorted(filled)]
     return found
-
-
-def _sent(plan: Plan, team: Team) -> Iterator[tuple[Spread, torch.dtype]]:
-    for spread in plan.by_id.values():
-        if spread.team is team and spread.owners and not spread.stays:
-            yield spread, spread.dtype
 
 
 def entries_of(taken: Taken, tensors: Tensor, grads: Tensor, with_master: bool) -> list[ShardEntry]:

@@ -12,7 +12,6 @@ from collections.abc import (
     Sequence,
 )
 from functools import cached_property
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -63,6 +62,7 @@ class BucketPart(Part):
         self._failed = failed
 
     # Made when they are asked for: within the context, as they may need more memory than there is.
+    # (mypy would have attributes, as they are in Part.)
     @cached_property
     def work(self) -> list[GroupWork]:  # type: ignore[override]
         """Whole matrices with their gradients."""
@@ -78,12 +78,8 @@ class BucketPart(Part):
         for entry in entries:
             self._step.note_failed(entry)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def end(self, exception: BaseException | None) -> bool:
+        """The other ranks get what there is, or hear that there is nothing."""
         if exception is not None:
             if not isinstance(exception, Exception):
                 return False
@@ -103,12 +99,8 @@ class LocalPart(Part):
         self._errors = errors
         self._names = names
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def end(self, exception: BaseException | None) -> bool:
+        """The buckets come after it, whatever happened here."""
         if exception is None or not isinstance(exception, Exception):
             return False
         self._errors.append(exception)
