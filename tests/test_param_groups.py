@@ -10,7 +10,7 @@ from optim_helpers import run
 from torch import Tensor, nn
 
 from dykaf import DyKAF, param_groups
-from dykaf.param_groups import HEAD_NAMES
+from dykaf.routing import HEAD_LAYER_NAMES
 
 
 class Model(nn.Module):
@@ -89,7 +89,7 @@ def test_order_is_that_of_the_model() -> None:
         assert group == [name for name in order if name in group]
 
 
-@pytest.mark.parametrize("head", sorted(HEAD_NAMES))
+@pytest.mark.parametrize("head", sorted(HEAD_LAYER_NAMES))
 def test_heads_are_known_by_name(head: str) -> None:
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "out": nn.ModuleDict({head: nn.Linear(3, 2)})})
     groups = names(param_groups(model))
@@ -97,10 +97,10 @@ def test_heads_are_known_by_name(head: str) -> None:
     assert groups[0] == ["body.weight"]
 
 
-def test_only_linear_layers_are_heads() -> None:
+def test_what_is_no_head() -> None:
     model = nn.ModuleDict(
         {
-            "head": nn.Conv1d(3, 3, 1),
+            "head": nn.Conv1d(3, 3, 2),
             "headline": nn.Linear(3, 3),
             "my_head": nn.Linear(3, 3),
             "head_list": nn.ModuleList([nn.Linear(3, 3)]),

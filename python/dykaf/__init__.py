@@ -7,6 +7,7 @@ check_torch()  # before the first import of dykaf._C, which another torch may ma
 from dykaf.optimizer import DyKAF, describe_plan  # noqa: E402
 from dykaf.param_groups import param_groups  # noqa: E402
 from dykaf.presets import preset  # noqa: E402
+from dykaf.summary import summary  # noqa: E402
 
 __version__ = build_info()["version"]
-__all__ = ["DyKAF", "__version__", "describe_plan", "param_groups", "preset"]
+__all__ = ["DyKAF", "__version__", "describe_plan", "param_groups", "preset", "summary"]

@@ -25,6 +25,48 @@ def param_name(group: Mapping[str, Any], group_idx: int, idx: int) -> str:
     return names[idx] if names is not None else f"param_groups[{group_idx}]['params'][{idx}]"
 
 
+def named_alike_(param_group: dict[str, Any], group_idx: int, has_names: bool) -> None:
+    """Gives a new group names, or takes them, as the groups before it: torch takes no mixture.
+
+    Args:
+        param_group: is changed in place where all of its parameters differ in that.
+        group_idx: its place.
+        has_names: whether those before it do.
+    """
+    params = param_group["params"]
+    if isinstance(params, set):
+        return  # torch refuses it
+    params = [params] if isinstance(params, Tensor) else list(params)
+    param_group["params"] = params
+    is_named = [isinstance(param, tuple) for param in params]
+    if has_names and "param_names" not in param_group and not any(is_named):
+        param_group["params"] = [
+            (param_name({}, group_idx, idx), param) for idx, param in enumerate(params)
+        ]
+    elif not has_names:
+        param_group.pop("param_names", None)
+        if all(is_named):
+            param_group["params"] = [param for _, param in params]
+
+
+def is_fake(param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the parameters are fake tensors; models are so as a whole."""
+    params = (param for group in param_groups for param in group["params"])
+    return isinstance(next(params, None), FakeTensor)
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_within(frame.f_globals["__name__"]):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_within(module_name: str) -> bool:
+    return module_name.partition(".")[0] in ("dykaf", "torch")
+
+
 def is_capturing() -> bool:
     """Whether the current stream is captured in a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -33,7 +75,7 @@ def is_capturing() -> bool:
 def check_has_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Checks that a first step without a gradient is not that of parameters that no model has.
 
-    What shards a model replaces its parameters.
+    What shards a model replaces its parameters. Warns otherwise.
 
     Raises:
         RuntimeError: with several processes, where a parameter could have a gradient.
@@ -46,6 +88,11 @@ def check_has_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
             "fully_shard and parallelize_module put others in the model: make the optimizer after "
             "them, from model.parameters()"
         )
+    warn(
+        f"step: found no gradient on any of the optimizer's {len(params)} parameters, "
+        f"{num_trainable} of which require one: nothing was trained. A model that was wrapped or "
+        "converted later (PEFT, quantization) has others: make the optimizer after that"
+    )
 
 
 def warn_of_zero_redundancy() -> None:
@@ -53,12 +100,11 @@ def warn_of_zero_redundancy() -> None:
     frame = sys._getframe()
     for _ in range(8):
         if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
-            warnings.warn(
+            warn(
                 "ZeroRedundancyOptimizer gives whole parameters to ranks, and steps differ from "
                 "those of one process by where refreshes and roundings fall; "
                 "DyKAF(..., process_group=torch.distributed.group.WORLD) shares each matrix's work "
-                "and state itself, to the same bits",
-                stacklevel=3,
+                "and state itself, to the same bits"
             )
             return
         if frame.f_back is None:

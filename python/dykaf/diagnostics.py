@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
+from dykaf import ops
+from dykaf.checks import param_name
 from dykaf.narrow import widened
-from dykaf.state import State, matrices
+from dykaf.state import State, bytes_by_kind, host_entries_, matrices
 
 
 def condition(factor: Tensor) -> float:
@@ -82,3 +87,42 @@ def parameter_diagnostics(state: State) -> dict[str, float]:
             for key, value in _matrix_diagnostics(matrix).items():
                 report[key] = max(value, report.get(key, value))
     return report
+
+
+class Reported(Optimizer):
+    """The part of :class:`dykaf.DyKAF` that tells how it fares."""
+
+    skipped_steps: int
+
+    def diagnostics(self) -> dict[str, dict[str, Any]]:
+        """How each parameter with state fares, by name; a stack of matrices gives its worst.
+
+        Returns:
+            per parameter ``backend`` (what serves it, see :func:`dykaf.ops.backend_of`), ``step``
+            and ``update_rms`` (of the last update, before lr), and with factors ``rho`` (the factor
+            scale, in gradient units), ``condition_L``, ``condition_R`` (largest over smallest
+            diagonal entry in the basis), ``staleness_L``, ``staleness_R`` (the off-diagonal share
+            of the squared norm), ``orthogonality_L``, ``orthogonality_R`` (``||Q^T Q x - x|| /
+            ||x||`` for a fixed x), ``refreshes`` and ``refresh_fallbacks``. Of a side kept at
+            ``skinny_rank`` nothing is told, and of sharded parameters this process knows its own.
+            The entry "optimizer" holds ``skipped_steps``.
+        """
+        report: dict[str, dict[str, Any]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
+        for group_idx, group in enumerate(self.param_groups):
+            for idx, param in enumerate(group["params"]):
+                state = self.state.get(param)
+                if state and state["step"].numel() > 0:  # else another rank has it
+                    name = param_name(group, group_idx, idx)
+                    report[name] = {
+                        "backend": ops.backend_of(state["exp_avg"]),
+                        **parameter_diagnostics(host_entries_(state)),
+                    }
+        return report
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of state of this process by kind.
+
+        Returns:
+            exp_avg, exp_avg_sq, factors, bases, master, scalars, total.
+        """
+        return bytes_by_kind(self.state.values())

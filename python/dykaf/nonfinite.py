@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from dykaf.checks import warn
 from dykaf.work import GroupWork, to_host
 
 # Of those that a gradient which is not finite meets, in the order of their flags.
@@ -152,8 +152,7 @@ class Skips:
         if in_row < self._warn_at:
             return
         self._warn_at = 10 * in_row
-        warnings.warn(
+        warn(
             f"gradient of {name}: NaN or infinity; the step was skipped, as were the "
-            f"{in_row - 1} before it (nonfinite='skip', see optimizer.skipped_steps)",
-            stacklevel=6,
+            f"{in_row - 1} before it (nonfinite='skip', see optimizer.skipped_steps)"
         )

@@ -15,10 +15,12 @@ from dykaf.checks import (
     check_has_gradients,
     check_param,
     is_capturing,
+    is_fake,
+    named_alike_,
     param_name,
     warn_of_zero_redundancy,
 )
-from dykaf.diagnostics import parameter_diagnostics
+from dykaf.diagnostics import Reported
 from dykaf.distributed.alone import Alone, Part, sharing_of
 from dykaf.narrow import passes
 from dykaf.nonfinite import REFUSED, Skips, must_skip
@@ -33,19 +35,24 @@ from dykaf.options import (
 )
 from dykaf.saving import Saved
 from dykaf.schedule import Offsets
-from dykaf.state import (
-    STRUCTURAL_OPTIONS,
-    Layout,
-    bytes_by_kind,
-    host_entries_,
+from dykaf.state import STRUCTURAL_OPTIONS, Layout, host_entries_
+from dykaf.work import (
+    Entry,
+    GroupWork,
+    Layouts,
+    NewStates,
+    Waiting,
+    check_capture,
+    found_at,
+    make_fake_states,
+    tell,
 )
-from dykaf.work import Entry, GroupWork, Layouts, NewStates, Waiting, check_capture, found_at, tell
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class DyKAF(Saved):
+class DyKAF(Reported, Saved):
     r"""Adam in the eigenbasis of a Kronecker-factored Fisher matrix that an integrator tracks.
 
     For a weight W (m x n) with gradient G, one step is, t counted after the first gradient:
@@ -67,7 +74,8 @@ class DyKAF(Saved):
     the identity. The first gradient of a matrix that is not zero sets the factors and bases and
     updates nothing. Vectors, scalars and matrices with both sides over ``max_precond_dim`` are
     updated by AdamW.
-    Tensors of more than two dimensions are seen as matrices, first dimension by the rest.
+    Tensors of more than two dimensions are stacks of matrices where ``batch_dims`` says so, and
+    otherwise matrices, first dimension by the rest.
 
     Updates are bounded whatever the gradients: orthogonalised, their root mean square by 0.24 lr;
     without, by lr times Adam's own bound, 1 for equal betas (docs/algorithm.md).
@@ -108,7 +116,9 @@ class DyKAF(Saved):
         refresh_stagger: spread the refreshes over the period.
         matmul_precision: "highest", "high" or "medium" for float32 products, as
             torch.set_float32_matmul_precision; None follows torch's setting.
-        batch_dims: leading dimensions that index separate matrices (experts, stacked layers).
+        batch_dims: leading dimensions that index separate matrices (experts, stacked layers), of
+            tensors that have them beside two; None: all but the last two, where none of them is
+            longer than either of these.
         state_dtype: of factors and bases: "float32" (float64 for float64 parameters) or "bfloat16",
             half the memory of these; a step then computes with copies in full, at most 512 MiB of
             them, or one parameter's, at a time.
@@ -160,7 +170,7 @@ class DyKAF(Saved):
         rescale_exp_avg_sq: bool = True,
         refresh_stagger: bool = True,
         matmul_precision: str | None = None,
-        batch_dims: int = 0,
+        batch_dims: int | None = None,
         state_dtype: str = "float32",
         low_precision: str = "stochastic",
         seed: int = 0,
@@ -192,6 +202,9 @@ class DyKAF(Saved):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose options default to the constructor's.
 
+        Where the other groups hold names and this one does not, its parameters are named by their
+        places; where only this one does, its names are dropped.
+
         Args:
             param_group: parameters and options; ``lr_ratio`` in place of ``lr`` is the group's rate
                 over the constructor's.
@@ -202,6 +215,8 @@ class DyKAF(Saved):
         param_group = with_rate(param_group, self.defaults["lr"])
         check_new_options({**self.defaults, **param_group})
         num_groups = len(self.param_groups)
+        if num_groups:
+            named_alike_(param_group, num_groups, "param_names" in self.param_groups[0])
         super().add_param_group(param_group)
         try:
             for idx, param in enumerate(self.param_groups[-1]["params"]):
@@ -221,6 +236,8 @@ class DyKAF(Saved):
     @overload
     def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
 
+    # As torch's own optimizers have it; torch.compiler.disable would import dynamo with dykaf.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float | Tensor] | None = None) -> float | Tensor | None:
         """Performs one optimization step.
@@ -238,7 +255,9 @@ class DyKAF(Saved):
 
         Warns of the first step that is skipped for gradients that are not finite, and each time
         those in a row are ten times as many; and of a refresh that failed, where the old basis
-        stays.
+        stays; and of a step without any gradient before the first with one.
+
+        A step on fake tensors makes the state, which is fake too, and nothing else.
 
         A CUDA graph can hold a step, without its refreshes: see :meth:`refresh`.
         """
@@ -247,6 +266,9 @@ class DyKAF(Saved):
             with torch.enable_grad():
                 loss = closure()
 
+        if is_fake(self.param_groups):
+            make_fake_states(self.param_groups, self.state)
+            return loss
         sharing = self._prepare()
         try:
             work = self._collect()
@@ -448,39 +470,6 @@ class DyKAF(Saved):
     def _stagger_offsets(self) -> list[tuple[int, int]]:
         self._layouts.keep(param for group in self.param_groups for param in group["params"])
         return self._offsets.of(self.param_groups)
-
-    def diagnostics(self) -> dict[str, dict[str, Any]]:
-        """How each parameter with state fares, by name; a stack of matrices gives its worst.
-
-        Returns:
-            per parameter ``backend`` (what serves it, see :func:`dykaf.ops.backend_of`), ``step``
-            and ``update_rms`` (of the last update, before lr), and with factors ``rho`` (the factor
-            scale, in gradient units), ``condition_L``, ``condition_R`` (largest over smallest
-            diagonal entry in the basis), ``staleness_L``, ``staleness_R`` (the off-diagonal share
-            of the squared norm), ``orthogonality_L``, ``orthogonality_R`` (``||Q^T Q x - x|| /
-            ||x||`` for a fixed x), ``refreshes`` and ``refresh_fallbacks``. Of a side kept at
-            ``skinny_rank`` nothing is told, and of sharded parameters this process knows its own.
-            The entry "optimizer" holds ``skipped_steps``.
-        """
-        report: dict[str, dict[str, Any]] = {"optimizer": {"skipped_steps": self.skipped_steps}}
-        for group_idx, group in enumerate(self.param_groups):
-            for idx, param in enumerate(group["params"]):
-                state = self.state.get(param)
-                if state and state["step"].numel() > 0:  # else another rank has it
-                    name = param_name(group, group_idx, idx)
-                    report[name] = {
-                        "backend": ops.backend_of(state["exp_avg"]),
-                        **parameter_diagnostics(host_entries_(state)),
-                    }
-        return report
-
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes of state of this process by kind.
-
-        Returns:
-            exp_avg, exp_avg_sq, factors, bases, master, scalars, total.
-        """
-        return bytes_by_kind(self.state.values())
 
 
 def describe_plan(optimizer: DyKAF) -> str:

@@ -68,6 +68,14 @@ def _integer(accepts: Callable[[int], bool], expected: str) -> _Rule:
     )
 
 
+def _optional(rule: _Rule) -> _Rule:
+    return _Rule(
+        lambda value: value is None or rule.accepts(value),
+        f"None or {rule.expected}",
+        lambda value: None if value is None else rule.plain(value),
+    )
+
+
 def _one_of(*names: str | None) -> _Rule:
     expected = "one of " + ", ".join(repr(name) for name in names)
     return _Rule(
@@ -112,11 +120,7 @@ RULES: dict[str, _Rule] = {
     ),
     "eps": _number(lambda value: 0 <= value < math.inf, "a finite number >= 0"),
     "weight_decay": _number(lambda value: 0 <= value < math.inf, "a finite number >= 0"),
-    "factor_beta": _Rule(
-        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
-        "None or a number in [0, 1)",
-        lambda value: None if value is None else float(value),
-    ),
+    "factor_beta": _optional(_number(lambda value: 0 <= value < 1, "a number in [0, 1)")),
     "precondition_frequency": _integer(
         lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"
     ),
@@ -132,7 +136,7 @@ RULES: dict[str, _Rule] = {
     "rescale_exp_avg_sq": _FLAG,
     "refresh_stagger": _FLAG,
     "matmul_precision": _one_of(None, "highest", "high", "medium"),
-    "batch_dims": _integer(lambda value: value >= 0, "an integer >= 0"),
+    "batch_dims": _optional(_integer(lambda value: value >= 0, "an integer >= 0")),
     "state_dtype": _one_of("float32", "bfloat16"),
     "low_precision": _one_of("stochastic", "master"),
     "seed": _integer(lambda value: 0 <= value < 2**64, "an integer in [0, 2**64)"),

@@ -3,54 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-# The last part of the name of a linear layer that maps to classes or a vocabulary.
-HEAD_NAMES = frozenset(
-    {
-        "classifier",
-        "embed_out",
-        "fc",
-        "head",
-        "lm_head",
-        "output",
-        "output_layer",
-        "score",
-        "unembed",
-    }
-)
-
-_NORMS = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.modules.batchnorm._NormBase,
-)
-
-
-# Their weights are matrices however few inputs or outputs there are.
-_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
-
-
-def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _is_vector(module: nn.Module, param: Tensor) -> bool:
-    """Whether all entries lie along one dimension, and not for lack of inputs or outputs."""
-    if param.ndim >= 2 and isinstance(module, _MAPS):
-        return False
-    return param.numel() == max(param.shape, default=1)
-
-
-def _is_adam_module(module_name: str, module: nn.Module) -> bool:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return True
-    return isinstance(module, nn.Linear) and module_name.rpartition(".")[2] in HEAD_NAMES
+from dykaf.routing import Role, Weight, weights_of
 
 
 def param_groups(
@@ -63,19 +20,31 @@ def param_groups(
     matrix_options: Mapping[str, Any] | None = None,
     adam_options: Mapping[str, Any] | None = None,
     no_decay_options: Mapping[str, Any] | None = None,
+    named: bool = True,
 ) -> list[dict[str, Any]]:
     """Sorts the trainable parameters of ``model`` into groups for :class:`dykaf.DyKAF`.
 
-    - Norms, biases and all other vectors, also those stored with dimensions of size 1 beside
-      theirs: AdamW without weight decay.
-    - Embeddings and output heads (linear layers whose name ends in one of ``HEAD_NAMES``), and
-      whatever is tied to them: AdamW (``max_precond_dim=0``), with weight decay.
-    - All other weights: DyKAF.
+    - AdamW without weight decay: norms, biases (of stacked experts too) and all other vectors, also
+      those stored with dimensions of size 1 beside theirs; tables of positions and learned tokens;
+      decays of state-space models (``A_log``, ``D``); what ``no_weight_decay()`` of a module names,
+      and what has ``_no_weight_decay``.
+    - AdamW (``max_precond_dim=0``), with weight decay: embeddings and output heads, and whatever is
+      tied to them. Heads are what ``get_output_embeddings()`` or ``get_classifier()`` of a module
+      returns, and layers outside of numbered blocks that are named as heads are, such as
+      ``lm_head``, ``classifier``, ``head``, ``fc`` and ``output``, or are the last of such a
+      container.
+    - DyKAF: all other weights. Kernels of convolutions are matrices, output channels by the rest;
+      other tensors with more than two dimensions are stacks of matrices as ``batch_dims=None`` of
+      :class:`dykaf.DyKAF` has it, and three-dimensional ones of ``experts`` always.
+
+    :func:`dykaf.summary` shows what came of it.
 
     Args:
         model: a module; parameters that need no gradient are left out.
         adam: name patterns (as in :mod:`fnmatch`, full parameter names; a tied parameter has
-            several) to send to AdamW.
+            several) to send to AdamW. What wrappers put into names is left out,
+            such as ``_orig_mod`` of torch.compile, ``_checkpoint_wrapped_module`` and PEFT's
+            ``base_layer``; ``parametrizations.weight.original0`` is ``weight``.
         precondition: name patterns to send to DyKAF against the rules; they win over ``adam``.
         no_decay: name patterns to send to the group without weight decay; they win over both.
         adam_lr_ratio: learning rate of what goes to AdamW over that of the optimizer; an ``lr`` in
@@ -83,61 +52,61 @@ def param_groups(
         matrix_options: options for the DyKAF group, such as ``{"weight_decay": 0.1}``.
         adam_options: options for the group of embeddings and heads, such as ``{"lr": 1e-3}``.
         no_decay_options: options for the group without weight decay.
+        named: whether the groups hold names with the parameters. Messages and reports use them;
+            ZeroRedundancyOptimizer refuses them.
 
     Returns:
-        the groups that are not empty, with named parameters: DyKAF, AdamW, AdamW without decay.
+        the groups that are not empty: DyKAF (a second one where shapes alone would mislead about
+        stacks), AdamW, AdamW without decay.
 
     Raises:
         ValueError: if a pattern matches no parameter.
     """
     adam_base = {"max_precond_dim": 0, "lr_ratio": adam_lr_ratio}
-    adam, precondition, no_decay = tuple(adam), tuple(precondition), tuple(no_decay)
-    # A tied parameter is one object under several names, with every role of each.
-    names: dict[Tensor, list[str]] = {}
-    adam_params: set[Tensor] = set()
-    no_decay_params: set[Tensor] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for name, param in module.named_parameters(prefix=module_name, recurse=False):
-            names.setdefault(param, []).append(name)
-            if _is_adam_module(module_name, module):
-                adam_params.add(param)
-            if isinstance(module, _NORMS) or _is_vector(module, param):
-                no_decay_params.add(param)
+    options: dict[Role, dict[str, Any]] = {
+        Role.MATRIX: {**(matrix_options or {})},
+        Role.ADAM: {**adam_base, **(adam_options or {})},
+        Role.NO_DECAY: {**adam_base, "weight_decay": 0.0, **(no_decay_options or {})},
+    }
+    patterns = {
+        Role.ADAM: tuple(adam),
+        Role.MATRIX: tuple(precondition),
+        Role.NO_DECAY: tuple(no_decay),
+    }
+    weights = weights_of(model)
+    _check_patterns(weights, [pattern for some in patterns.values() for pattern in some])
 
-    for patterns in (adam, precondition, no_decay):
-        for pattern in patterns:
-            if not any(_matches(aliases, [pattern]) for aliases in names.values()):
-                raise ValueError(
-                    f"pattern {pattern!r}: expected to match a parameter of the model, "
-                    f"got no match among {len(names)} names"
-                )
-
-    matrix_group: list[tuple[str, Tensor]] = []
-    adam_group: list[tuple[str, Tensor]] = []
-    no_decay_group: list[tuple[str, Tensor]] = []
-    for param, aliases in names.items():
-        if not param.requires_grad:
+    members: dict[tuple[Role, int | None], list[Any]] = {(role, None): [] for role in Role}
+    for weight in weights:
+        if not weight.param.requires_grad:
             continue
-        if _matches(aliases, no_decay):
-            group = no_decay_group
-        elif _matches(aliases, precondition):
-            group = matrix_group
-        elif param in no_decay_params:
-            group = no_decay_group
-        elif param in adam_params or _matches(aliases, adam):
-            group = adam_group
-        else:
-            group = matrix_group
-        group.append((aliases[0], param))
+        role = weight.role
+        for wanted, some in patterns.items():  # the last that matches wins
+            # What has no decay can be sent to DyKAF, but not to decay.
+            if weight.is_any_of(some) and not (role is Role.NO_DECAY and wanted is Role.ADAM):
+                role = wanted
+        key = role, weight.batch_dims if role is Role.MATRIX else None
+        member = (weight.name, weight.param) if named else weight.param
+        members.setdefault(key, []).append(member)
 
-    groups = [
-        {"params": matrix_group, **(matrix_options or {})},
-        {"params": adam_group, **adam_base, **(adam_options or {})},
-        {
-            "params": no_decay_group,
-            **adam_base,
-            "weight_decay": 0.0,
-            **(no_decay_options or {}),
-        },
-    ]
-    return [group for group in groups if group["params"]]
+    order = list(Role)
+    groups = []
+    for role, batch_dims in sorted(
+        members, key=lambda key: (order.index(key[0]), -1 if key[1] is None else key[1])
+    ):
+        params = members[role, batch_dims]
+        if params:
+            seen_as = {} if batch_dims is None else {"batch_dims": batch_dims}
+            groups.append({"params": params, **seen_as, **options[role]})
+    return groups
+
+
+def _check_patterns(weights: Iterable[Weight], patterns: Iterable[str]) -> None:
+    weights = list(weights)
+    for pattern in patterns:
+        if not any(weight.is_any_of([pattern]) for weight in weights):
+            num_names = sum(len(weight.names) for weight in weights)
+            raise ValueError(
+                f"pattern {pattern!r}: expected to match a parameter of the model, "
+                f"got no match among {num_names} names"
+            )

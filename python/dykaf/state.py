@@ -55,6 +55,22 @@ KINDS = {
 }
 
 
+def num_batch_dims(shape: Sequence[int], batch_dims: int | None) -> int:
+    """How many leading dimensions of a shape index separate matrices.
+
+    Args:
+        shape: of a parameter.
+        batch_dims: the option. A tensor without that many beside two gives what it has. None: all
+            but the last two, where none of them is longer than either of these; so stacks of
+            experts have them, and kernels of convolutions do not.
+    """
+    num_leading = max(len(shape) - 2, 0)
+    if batch_dims is not None:
+        return min(batch_dims, num_leading)
+    is_stack = num_leading > 0 and max(shape[:-2]) <= min(shape[-2:])
+    return num_leading if is_stack else 0
+
+
 def shape_of(param: Tensor) -> tuple[int, ...]:
     """The shape of a parameter; an empty one for that of a lazy module before its first input."""
     return (0,) if is_lazy(param) else param.shape
@@ -87,7 +103,8 @@ class Layout:
     def of(cls, param: Tensor, group: Mapping[str, Any]) -> Layout:
         """The layout of ``param`` under the structural options of ``group``."""
         shape = tuple(shape_of(param))
-        batch_dims, skinny_rank = int(group["batch_dims"]), int(group["skinny_rank"])
+        skinny_rank = int(group["skinny_rank"])
+        batch_dims = num_batch_dims(shape, group["batch_dims"])
         batch, matrix = shape[:batch_dims], shape[batch_dims:]
         has_sides = len(matrix) >= 2
         m, n = (matrix[0], math.prod(matrix[1:])) if has_sides else (1, math.prod(shape))

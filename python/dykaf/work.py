@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dykaf import ops
-from dykaf.checks import check_usable
+from dykaf.checks import check_usable, warn
 from dykaf.state import Layout, State, changed_options, check_state, new_state
 
 
@@ -165,6 +165,17 @@ class NewStates:
                 self._states.pop(param, None)
 
 
+def make_fake_states(
+    param_groups: Sequence[Mapping[str, Any]], states: MutableMapping[Tensor, State]
+) -> None:
+    """Makes the state that a step on fake tensors leaves."""
+    for group in param_groups:
+        for param in group["params"]:
+            if isinstance(param, FakeTensor) and param.grad is not None and not states.get(param):
+                with param.fake_mode:
+                    states[param] = new_state(param, Layout.of(param, group))
+
+
 class Waiting:
     """Matrices on a GPU that have seen zero gradients alone.
 
@@ -232,10 +243,9 @@ def tell(stayed: Sequence[str], failed: Sequence[str], cause: BaseException | No
         RuntimeError: naming parameters that could not be updated.
     """
     if stayed:
-        warnings.warn(
+        warn(
             f"refresh of {', '.join(dict.fromkeys(stayed))} failed: the old basis stays "
-            "(refresh_fallbacks in diagnostics() counts it)",
-            stacklevel=4,
+            "(refresh_fallbacks in diagnostics() counts it)"
         )
     if failed:
         raise RuntimeError(

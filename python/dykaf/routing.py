@@ -1,0 +1,268 @@
+"""What the weights of a model are: by what the model says, the kind of module, and the name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from dykaf.state import num_batch_dims, shape_of
+
+# Names of layers that map to classes or a vocabulary, or of containers whose last layer does.
+HEAD_NAMES = frozenset(
+    {
+        "classifier",
+        "fc",
+        "head",
+        "heads",
+        "lm_head",
+        "lm_heads",
+    }
+)
+# Names of such layers alone: containers of these names are parts of blocks, too.
+HEAD_LAYER_NAMES = HEAD_NAMES | {
+    "bbox_pred",
+    "cls_score",
+    "embed_out",
+    "generator_lm_head",
+    "head_dist",
+    "output",
+    "output_layer",
+    "output_projection",
+    "proj_out",
+    "qa_outputs",
+    "score",
+    "seq_relationship",
+    "to_logits",
+    "unembed",
+    "vocab_projector",
+}
+# By their last two names.
+HEAD_TAILS = frozenset({"predictions.decoder"})
+
+# Methods by which models name their heads (transformers, timm).
+_HEAD_METHODS = ("get_output_embeddings", "get_classifier")
+
+# Words in the names of tables that are added by position, and of inputs that are learned.
+_POSITION_WORDS = frozenset({"pos", "position", "positions", "positional", "relative", "wpe"})
+_POSITION_NAMES = frozenset({"rel_embeddings"})
+_TOKEN_WORDS = frozenset({"token", "tokens"})
+_TOKEN_NAMES = frozenset({"class_embedding"})
+
+# State-space models' decays and skips; what PEFT's orthogonal adapters rotate by.
+_DECAY_NAMES = frozenset({"A_log", "D"})
+_ROTATION_NAMES = frozenset({"boft_R", "oft_R", "oft_r"})
+
+# Tables of an embedding that an adapter adds: columns belong to tokens.
+_EMBEDDING_NAMES = frozenset({"lora_embedding_A", "lora_embedding_B"})
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONVS = (nn.modules.conv._ConvNd,)
+# Their weights are matrices however few inputs or outputs there are.
+_MAPS = (nn.Linear, *_CONVS, *_EMBEDDINGS)
+_NORMS = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+_PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original\d*$")
+_WRAPPERS = re.compile(
+    r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer"
+    r"|original_module|modules_to_save\.[^.]+)(?=\.|$)"
+)
+
+
+class Role(Enum):
+    """Where a weight goes if no pattern says otherwise."""
+
+    MATRIX = "DyKAF"
+    ADAM = "AdamW"
+    NO_DECAY = "AdamW without weight decay"
+
+
+@dataclass
+class Weight:
+    """A parameter of a model."""
+
+    name: str  # the first
+    param: Tensor
+    names: list[str] = field(
+        default_factory=list
+    )  # without wrappers' parts; tied ones have several
+    role: Role = Role.MATRIX
+    batch_dims: int | None = None  # other than what the shape says
+
+    def is_any_of(self, patterns: Iterable[str]) -> bool:
+        """Whether one of the names matches one of the patterns."""
+        plain = [plain_name(pattern) for pattern in patterns]
+        return any(fnmatchcase(name, pattern) for name in self.names for pattern in plain)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what wrappers put into it.
+
+    These are torch.compile's, activation checkpointing's, FSDP's, parametrizations' and PEFT's.
+    """
+    name = _PARAMETRIZED.sub(r"\1\2", name)
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def weights_of(model: nn.Module) -> list[Weight]:
+    """All parameters of a model in its order, each with its role."""
+    heads, undecayed = set(_heads(model)), set(_undecayed(model))
+    found: dict[Tensor, Weight] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for module_name, module in modules.items():
+        for local_name, param in module.named_parameters(recurse=False):
+            full = f"{module_name}.{local_name}" if module_name else local_name
+            weight = found.setdefault(param, Weight(full, param))
+            weight.names.append(plain_name(full))
+            owner = module
+            if _PARAMETRIZED.search(full):
+                owner = modules[module_name.rpartition("parametrizations")[0].rstrip(".")]
+            # A tied parameter has every role of its names; the last of Role's counts.
+            if (
+                param in undecayed
+                or isinstance(owner, _NORMS)
+                or _is_vector(module, param)
+                or _is_undecayed(owner, weight.names[-1])
+            ):
+                weight.role = Role.NO_DECAY
+            elif weight.role is Role.MATRIX and (
+                param in heads or _is_embedding(owner, weight.names[-1])
+            ):
+                weight.role = Role.ADAM
+            batch_dims = _batch_dims(owner, weight.names[-1], param)
+            if batch_dims != num_batch_dims(shape_of(param), None):
+                weight.batch_dims = batch_dims
+    return list(found.values())
+
+
+def _heads(model: nn.Module) -> Iterator[Tensor]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        for method in _HEAD_METHODS:
+            yield from _weights_said(module, method)
+        parts = plain_name(name).split(".")
+        if any(part.isdigit() for part in parts):
+            continue  # of a block
+        if _is_map(module):
+            if parts[-1] in HEAD_LAYER_NAMES or ".".join(parts[-2:]) in HEAD_TAILS:
+                yield from _own_weights(module)
+        elif parts[-1] in HEAD_NAMES:
+            yield from _last_weights(module)
+
+
+def _weights_said(module: nn.Module, method: str) -> Iterator[Tensor]:
+    get = getattr(module, method, None)
+    if not callable(get):
+        return
+    try:
+        said = get()
+    except (NotImplementedError, AttributeError):  # the way of base classes to say none
+        return
+    for head in said if isinstance(said, (tuple, list)) else [said]:
+        if isinstance(head, nn.Module):
+            yield from _last_weights(head)
+            # A wrapper, such as PEFT's, shows the weight of what it wraps.
+            shown = getattr(head, "weight", None)
+            yield from [shown] if isinstance(shown, Tensor) else []
+
+
+def _is_map(module: nn.Module) -> bool:
+    """Whether it is a map of features: a matrix, or a convolution with kernels of one point."""
+    if isinstance(module, _CONVS):
+        return set(module.kernel_size) == {1}
+    weights = [] if isinstance(module, _EMBEDDINGS) else _own_weights(module)
+    return isinstance(module, nn.Linear) or any(
+        not is_lazy(weight) and weight.ndim == 2 for weight in weights
+    )
+
+
+def _own_weights(module: nn.Module) -> list[Tensor]:
+    if parametrize.is_parametrized(module, "weight"):
+        originals = module.get_submodule("parametrizations.weight")
+        return list(originals.parameters(recurse=False))
+    weight = module._parameters.get("weight")
+    return [] if weight is None else [weight]
+
+
+def _last_weights(module: nn.Module) -> list[Tensor]:
+    """Of the last map in a container; in a list of modules, of each."""
+    if _is_map(module):
+        return _own_weights(module)
+    of_children = [_last_weights(child) for child in module.children()]
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [weight for weights in of_children for weight in weights]
+    return next((weights for weights in reversed(of_children) if weights), [])
+
+
+def _undecayed(model: nn.Module) -> Iterator[Tensor]:
+    """What modules and parameters say themselves (timm, state-space models)."""
+    for module in model.modules():
+        if getattr(module, "_no_weight_decay", False):
+            yield from module.parameters(recurse=False)
+        get = getattr(module, "no_weight_decay", None)
+        if callable(get):
+            said = [plain_name(name) for name in get()]
+            for full, param in module.named_parameters():
+                name = plain_name(full)
+                if any(name == entry or name.startswith(f"{entry}.") for entry in said):
+                    yield param
+    for param in model.parameters():
+        if getattr(param, "_no_weight_decay", False):
+            yield param
+
+
+def _is_undecayed(module: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    if isinstance(module, _EMBEDDINGS):
+        return _is_position(parts[-3:-1])
+    words = parts[-1].split("_")
+    if words[-1] == "bias":  # of experts, a stack of vectors
+        return True
+    if isinstance(module, _MAPS):
+        return False
+    return (
+        _is_position(parts[-2:])
+        or not _TOKEN_WORDS.isdisjoint(words)
+        or parts[-1] in _TOKEN_NAMES | _DECAY_NAMES
+    )
+
+
+def _is_position(parts: Iterable[str]) -> bool:
+    return any(
+        part in _POSITION_NAMES or not _POSITION_WORDS.isdisjoint(part.split("_")) for part in parts
+    )
+
+
+def _is_vector(module: nn.Module, param: Tensor) -> bool:
+    """Whether all entries lie along one dimension, and not for lack of inputs or outputs."""
+    if isinstance(module, _MAPS) and (is_lazy(param) or param.ndim >= 2):
+        return False
+    return param.numel() == max(param.shape, default=1)
+
+
+def _is_embedding(module: nn.Module, name: str) -> bool:
+    parts = name.split(".")
+    own_names = {*parts[-2:]}  # an adapter's has its own name behind
+    return isinstance(module, _EMBEDDINGS) or not own_names.isdisjoint(
+        _EMBEDDING_NAMES | _ROTATION_NAMES
+    )
+
+
+def _batch_dims(module: nn.Module, name: str, param: Tensor) -> int:
+    if isinstance(module, _CONVS):
+        return 0
+    shape = shape_of(param)
+    if len(shape) == 3 and "experts" in name.split("."):
+        return 1
+    return num_batch_dims(shape, None)

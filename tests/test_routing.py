@@ -1,0 +1,305 @@
+"""What the weights of a model are known by. Real models: tests/integrations/golden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from dykaf import DyKAF, param_groups
+from dykaf.routing import Role, plain_name, weights_of
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    return {weight.name: weight.role for weight in weights_of(model)}
+
+
+def bare(*shape: int, **named: tuple[int, ...]) -> nn.Module:
+    """A module of another kind with parameters of its own."""
+    module = nn.Module()
+    for name, size in named.items():
+        module.register_parameter(name, nn.Parameter(torch.ones(size)))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("lm_head.weight", "lm_head.weight"),
+        ("_orig_mod.lm_head.weight", "lm_head.weight"),
+        ("blocks.0._checkpoint_wrapped_module.mlp.weight", "blocks.0.mlp.weight"),
+        ("_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module.w", "blocks.0.w"),
+        ("head.base_layer.weight", "head.weight"),
+        ("base_model.model.score.modules_to_save.default.weight", "base_model.model.score.weight"),
+        ("base_model.model.score.original_module.weight", "base_model.model.score.weight"),
+        ("conv.parametrizations.weight.original0", "conv.weight"),
+        ("parametrizations.weight.original", "weight"),
+        ("base_layers.0._orig_modus.weight", "base_layers.0._orig_modus.weight"),
+        ("modules_to_save", "modules_to_save"),
+    ],
+)
+def test_names_without_wrappers(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+# ---- Heads ---------------------------------------------------------------------------------------
+
+
+class SaysItsHead(nn.Module):
+    """As models of transformers do."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4, bias=False)
+        self.words = head
+
+    def get_output_embeddings(self) -> Any:
+        return self.words
+
+
+def test_a_head_that_the_model_names() -> None:
+    model = nn.ModuleDict({"wrapped": SaysItsHead(nn.Linear(4, 9, bias=False))})
+    assert roles(model) == {
+        "wrapped.body.weight": Role.MATRIX,
+        "wrapped.words.weight": Role.ADAM,
+    }
+    assert roles(SaysItsHead(None)) == {"body.weight": Role.MATRIX}
+
+
+def test_heads_that_the_model_names_in_a_tuple() -> None:
+    class Distilled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 3, bias=False) for _ in range(3))
+
+        def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+            return self.a, self.b
+
+    assert list(roles(Distilled()).values()) == [Role.ADAM, Role.ADAM, Role.MATRIX]
+
+
+def test_a_model_that_cannot_name_its_head() -> None:
+    class Says(SaysItsHead):
+        def get_output_embeddings(self) -> Any:
+            raise NotImplementedError
+
+    assert set(roles(Says(nn.Linear(4, 9, bias=False))).values()) == {Role.MATRIX}
+
+
+def test_the_last_layer_of_a_head() -> None:
+    model = nn.ModuleDict(
+        {
+            "classifier": nn.Sequential(
+                nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False), nn.Dropout()
+            ),
+            "heads": nn.ModuleList([nn.Linear(4, 2, bias=False), nn.Linear(4, 3, bias=False)]),
+            "decode": nn.ModuleDict({"head": nn.Conv2d(4, 3, 1, bias=False)}),
+            "predictions": nn.ModuleDict({"decoder": nn.Linear(4, 9, bias=False)}),
+        }
+    )
+    assert roles(model) == {
+        "classifier.0.weight": Role.MATRIX,
+        "classifier.2.weight": Role.ADAM,
+        "heads.0.weight": Role.ADAM,
+        "heads.1.weight": Role.ADAM,
+        "decode.head.weight": Role.ADAM,
+        "predictions.decoder.weight": Role.ADAM,
+    }
+
+
+def test_no_head_is_within_a_numbered_block() -> None:
+    block = {"fc": nn.Linear(4, 4, bias=False), "output": nn.Linear(4, 4, bias=False)}
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)])})
+    assert set(roles(model).values()) == {Role.MATRIX}
+
+
+def test_a_container_of_a_layer_name_is_no_head() -> None:
+    """BERT's blocks have an `output` of several layers."""
+    model = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(4, 4, bias=False)})})
+    assert roles(model) == {"output.dense.weight": Role.MATRIX}
+
+
+def test_heads_within_wrappers() -> None:
+    body: dict[str, nn.Module] = {
+        "mlp": checkpoint_wrapper(nn.Linear(4, 4, bias=False)),
+        "lm_head": checkpoint_wrapper(nn.Linear(4, 9, bias=False)),
+    }
+    normed = nn.ModuleDict(
+        {"lm_head": nn.utils.parametrizations.weight_norm(nn.Linear(4, 9, bias=False))}
+    )
+    model = nn.ModuleDict(body)
+    expected = {
+        "mlp._checkpoint_wrapped_module.weight": Role.MATRIX,
+        "lm_head._checkpoint_wrapped_module.weight": Role.ADAM,
+    }
+    assert roles(model) == expected
+    compiled = torch.compile(model)
+    assert isinstance(compiled, nn.Module)
+    assert roles(compiled) == {f"_orig_mod.{name}": role for name, role in expected.items()}
+    assert roles(normed) == {
+        "lm_head.parametrizations.weight.original0": Role.NO_DECAY,
+        "lm_head.parametrizations.weight.original1": Role.ADAM,
+    }
+
+
+def test_patterns_do_not_see_wrappers() -> None:
+    model = nn.ModuleDict({"mlp": checkpoint_wrapper(nn.Linear(4, 4, bias=False))})
+    for pattern in ("mlp.weight", "mlp._checkpoint_wrapped_module.weight"):
+        (group,) = param_groups(model, adam=[pattern])
+        assert group["max_precond_dim"] == 0
+        assert group["params"][0][0] == "mlp._checkpoint_wrapped_module.weight"
+
+
+# ---- Without decay -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("pos_embed", (1, 5, 4)),
+        ("positional_embedding", (5, 4)),
+        ("relative_position_bias_table", (9, 2)),
+        ("rel_pos_h", (7, 4)),
+        ("cls_token", (1, 1, 4)),
+        ("register_tokens", (1, 3, 4)),
+        ("mask_token", (2, 4)),
+        ("class_embedding", (2, 4)),
+        ("A_log", (8, 4)),
+        ("D", (8, 2)),
+        ("down_proj_bias", (3, 4)),
+    ],
+)
+def test_parameters_without_decay(name: str, shape: tuple[int, ...]) -> None:
+    assert roles(bare(**{name: shape, "weight": (5, 4)})) == {
+        name: Role.NO_DECAY,
+        "weight": Role.MATRIX,
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["wpe", "position_embeddings", "embed_positions", "relative_attention_bias", "rel_embeddings"],
+)
+def test_tables_of_positions(name: str) -> None:
+    model = nn.ModuleDict({name: nn.Embedding(5, 4), "embed_tokens": nn.Embedding(9, 4)})
+    assert roles(model) == {f"{name}.weight": Role.NO_DECAY, "embed_tokens.weight": Role.ADAM}
+
+
+@pytest.mark.parametrize("name", ["pos_proj", "linear_pos", "tokens_to_heads", "pos_conv_embed"])
+def test_maps_are_no_tables(name: str) -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 5, bias=False)})
+    assert roles(model) == {f"{name}.weight": Role.MATRIX}
+
+
+def test_what_modules_and_parameters_say() -> None:
+    class Says(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.ones(3, 4))
+            self.mlp = nn.Sequential(nn.Linear(4, 5, bias=False))
+            self.free = nn.Linear(4, 5, bias=False)
+            self.marked = nn.Linear(4, 5, bias=False)
+            self.whole = nn.Linear(4, 5, bias=False)
+            self.marked.weight._no_weight_decay = True  # type: ignore[assignment]
+            self.whole._no_weight_decay = True  # type: ignore[assignment]
+
+        def no_weight_decay(self) -> set[str]:
+            return {"table", "mlp.0", "nothing", "fre"}
+
+    assert roles(nn.ModuleDict({"model": Says()})) == {
+        "model.table": Role.NO_DECAY,
+        "model.mlp.0.weight": Role.NO_DECAY,
+        "model.free.weight": Role.MATRIX,
+        "model.marked.weight": Role.NO_DECAY,
+        "model.whole.weight": Role.NO_DECAY,
+    }
+
+
+def test_lazy_modules() -> None:
+    model = nn.ModuleDict({"mlp": nn.LazyLinear(4), "head": nn.LazyLinear(3)})
+    assert roles(model) == {
+        "mlp.weight": Role.MATRIX,
+        "mlp.bias": Role.NO_DECAY,
+        "head.weight": Role.ADAM,
+        "head.bias": Role.NO_DECAY,
+    }
+
+
+# ---- Stacks --------------------------------------------------------------------------------------
+
+
+def seen_as(groups: Any, lr: float = 0.1) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """The batch of matrices as which each parameter has state, by its shape."""
+    optimizer = DyKAF(groups, lr=lr)
+    params: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    for param in params:
+        param.grad = torch.randn(param.shape)
+    optimizer.step()
+    return {tuple(p.shape): tuple(optimizer.state[p]["step"].shape) for p in params}
+
+
+def test_stacks_by_shape() -> None:
+    shapes = [(2, 3, 4), (3, 3, 3), (4, 3, 9), (3, 4, 2), (2, 3, 4, 5), (2, 6, 4, 5), (1, 5, 4)]
+    found = seen_as([nn.Parameter(torch.ones(shape)) for shape in shapes])
+    assert found == {
+        (2, 3, 4): (2,),
+        (3, 3, 3): (3,),
+        (4, 3, 9): (),
+        (3, 4, 2): (),
+        (2, 3, 4, 5): (2, 3),
+        (2, 6, 4, 5): (),
+        (1, 5, 4): (1,),
+    }
+
+
+def test_batch_dims_apply_to_what_has_them() -> None:
+    """A matrix beside a stack keeps its factors."""
+    shapes = [(4, 3, 9), (5, 4), (6,), (2, 6, 4, 5)]
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = DyKAF([{"params": params, "batch_dims": 1}])
+    for param in params:
+        param.grad = torch.randn(param.shape)
+    optimizer.step()
+    batches = [tuple(optimizer.state[param]["step"].shape) for param in params]
+    assert batches == [(4,), (), (), (2,)]
+    assert ["rho" in optimizer.state[param] for param in params] == [True, True, False, True]
+
+
+def test_convolutions_are_no_stacks() -> None:
+    model = nn.ModuleDict(
+        {
+            "long": nn.Conv1d(3, 3, 5, bias=False),  # by its shape a stack
+            "conv": nn.Conv2d(3, 4, 2, bias=False),
+            "mlp": nn.Linear(7, 6, bias=False),
+        }
+    )
+    groups = param_groups(model)
+    assert [[name for name, _ in group["params"]] for group in groups] == [
+        ["conv.weight", "mlp.weight"],
+        ["long.weight"],
+    ]
+    assert seen_as(groups) == {(3, 3, 5): (), (4, 3, 2, 2): (), (6, 7): ()}
+
+
+def test_experts_are_stacks() -> None:
+    """Also more of them than a matrix has rows; their biases are vectors."""
+    experts = bare(up=(5, 4, 3), up_bias=(5, 4), few=(2, 4, 3))
+    groups = param_groups(nn.ModuleDict({"experts": experts, "other": bare(up=(6, 4, 3))}))
+    assert seen_as(groups) == {(5, 4, 3): (5,), (5, 4): (), (2, 4, 3): (2,), (6, 4, 3): ()}
+    assert groups[-1]["params"][0][0] == "experts.up_bias"
+    assert groups[-1]["weight_decay"] == 0.0
+
+
+# ---- Names ---------------------------------------------------------------------------------------
+
+
+def test_groups_without_names() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    named, unnamed = param_groups(model), param_groups(model, named=False)
+    assert [[param for _, param in group["params"]] for group in named] == [
+        group["params"] for group in unnamed
+    ]
+    assert "param_names" not in DyKAF(unnamed).param_groups[0]
