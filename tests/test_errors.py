@@ -102,7 +102,7 @@ BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
         "one of None, 'highest', 'high', 'medium'",
         ["low", "", 0, False, "ieee"],
     ),
-    "batch_dims": ("an integer >= 0", [*NOT_NUMBERS, -1, 1.0]),
+    "batch_dims": ("None or an integer >= 0", ["0.1", True, [0.1], 1j, -1, 1.0]),
     "state_dtype": ("one of 'float32', 'bfloat16'", ["float16", None, torch.bfloat16]),
     "low_precision": ("one of 'stochastic', 'master'", ["nearest", None, 1]),
     "seed": ("an integer in [0, 2**64)", [*NOT_NUMBERS, -1, 2**64, 0.0]),

@@ -307,6 +307,26 @@ def with_zero_redundancy() -> list[str]:
     return [str(w.message) for w in caught if "process_group=" in str(w.message)]
 
 
+def with_groups_of_zero_redundancy() -> tuple[bool, bool]:
+    """Whether groups with and without names make one."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    made = []
+    for named in (True, False):
+        groups = dykaf.param_groups(nn.Linear(4, 4), named=named)
+        try:
+            ZeroRedundancyOptimizer(groups, optimizer_class=dykaf.DyKAF, lr=0.1)
+            made.append(True)
+        except (AttributeError, TypeError):
+            made.append(False)
+    return made[0], made[1]
+
+
+def test_zero_redundancy_takes_groups_without_names(together: Ranks) -> None:
+    """It refuses names, of whatever optimizer: so `param_groups(named=False)`."""
+    assert together.run(with_groups_of_zero_redundancy) == [(False, True)] * 2
+
+
 def test_zero_redundancy_gets_a_warning(together: Ranks) -> None:
     for said in together.run(with_zero_redundancy):
         assert len(said) == 1
