@@ -154,7 +154,7 @@ def test_vectors_with_dimensions_of_size_one_are_vectors() -> None:
             "attention": nn.MultiheadAttention(4, 2, bias=False, add_bias_kv=True),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 3, bias=False)),
             "to_one": nn.Linear(4, 1, bias=False),
-            "depthwise": nn.Conv1d(4, 4, 1, groups=4, bias=False),
+            "grouped": nn.Conv1d(4, 4, 1, groups=2, bias=False),
         }
     )
     assert names(param_groups(model)) == [
@@ -163,7 +163,7 @@ def test_vectors_with_dimensions_of_size_one_are_vectors() -> None:
             "attention.out_proj.weight",
             "normed.parametrizations.weight.original1",
             "to_one.weight",
-            "depthwise.weight",
+            "grouped.weight",
         ],
         [
             "scale.gain",

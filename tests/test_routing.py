@@ -153,6 +153,17 @@ def test_patterns_do_not_see_wrappers() -> None:
         assert group["params"][0][0] == "mlp._checkpoint_wrapped_module.weight"
 
 
+def test_depthwise_convolutions_are_no_matrices() -> None:
+    model = nn.ModuleDict(
+        {
+            "depthwise": nn.Conv1d(4, 8, 3, groups=4, bias=False),
+            "grouped": nn.Conv1d(4, 8, 3, groups=2, bias=False),
+            "one": nn.Conv1d(1, 8, 3, bias=False),
+        }
+    )
+    assert list(roles(model).values()) == [Role.ADAM, Role.MATRIX, Role.MATRIX]
+
+
 # ---- Without decay -------------------------------------------------------------------------------
 
 

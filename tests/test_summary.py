@@ -89,6 +89,19 @@ def test_frozen_parameters_and_those_without_a_shape() -> None:
     ]
 
 
+def test_numbers_of_blocks() -> None:
+    layers = {f"layer_{idx}": nn.Linear(3, 3, bias=False) for idx in range(2)}
+    model = nn.ModuleDict({"blocks_1": nn.ModuleDict(layers), "lists": nn.ParameterList()})
+    model["lists"].append(nn.Parameter(torch.ones(3, 4)))
+    model["blocks_1"].register_parameter("scale_2", nn.Parameter(torch.ones(4, 3)))
+    rows = summary(DyKAF(model.named_parameters())).rows
+    assert [(row.name, row.count) for row in rows] == [
+        ("blocks_*.scale_2", 1),
+        ("blocks_*.layer_*.weight", 2),
+        ("lists.*", 1),
+    ]
+
+
 def test_names_come_from_the_model() -> None:
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(5, 4, bias=False))
     optimizer = DyKAF(model.parameters())

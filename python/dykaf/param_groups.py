@@ -28,11 +28,11 @@ def param_groups(
       those stored with dimensions of size 1 beside theirs; tables of positions and learned tokens;
       decays of state-space models (``A_log``, ``D``); what ``no_weight_decay()`` of a module names,
       and what has ``_no_weight_decay``.
-    - AdamW (``max_precond_dim=0``), with weight decay: embeddings and output heads, and whatever is
-      tied to them. Heads are what ``get_output_embeddings()`` or ``get_classifier()`` of a module
-      returns, and layers outside of numbered blocks that are named as heads are, such as
-      ``lm_head``, ``classifier``, ``head``, ``fc`` and ``output``, or are the last of such a
-      container.
+    - AdamW (``max_precond_dim=0``), with weight decay: embeddings and output heads, what is tied to
+      them, and depthwise convolutions, which mix no inputs. Heads are what
+      ``get_output_embeddings()`` or ``get_classifier()`` of a module returns, and layers outside of
+      numbered blocks that are named as heads are, such as ``lm_head``, ``classifier``, ``head``,
+      ``fc`` and ``output``, or are the last of such a container.
     - DyKAF: all other weights. Kernels of convolutions are matrices, output channels by the rest;
       other tensors with more than two dimensions are stacks of matrices as ``batch_dims=None`` of
       :class:`dykaf.DyKAF` has it, and three-dimensional ones of ``experts`` always.

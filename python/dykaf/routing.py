@@ -138,7 +138,7 @@ def weights_of(model: nn.Module) -> list[Weight]:
             ):
                 weight.role = Role.NO_DECAY
             elif weight.role is Role.MATRIX and (
-                param in heads or _is_embedding(owner, weight.names[-1])
+                param in heads or _is_embedding(owner, weight.names[-1]) or _is_depthwise(owner)
             ):
                 weight.role = Role.ADAM
             batch_dims = _batch_dims(owner, weight.names[-1], param)
@@ -257,6 +257,11 @@ def _is_embedding(module: nn.Module, name: str) -> bool:
     return isinstance(module, _EMBEDDINGS) or not own_names.isdisjoint(
         _EMBEDDING_NAMES | _ROTATION_NAMES
     )
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    """Whether no input is mixed with another, so that the kernel is no matrix but a list."""
+    return isinstance(module, _CONVS) and 1 < module.groups == module.in_channels
 
 
 def _batch_dims(module: nn.Module, name: str, param: Tensor) -> int:

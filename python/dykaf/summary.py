@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from dykaf.optimizer import DyKAF
 from dykaf.state import Layout
 
 _HEADINGS = ("parameter", "shape", "count", "treatment", "lr", "weight decay", "state")
+# Of blocks: parts of a name (`layers.3.`) and ends of a module's (`encoder_layer_3.`).
+_NUMBERS = re.compile(r"(^|\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -120,11 +123,10 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
 
 def _row(name: str, param: Tensor, group: Mapping[str, Any]) -> Row:
     layout = Layout.of(param, group)
-    parts = ["*" if part.isdigit() else part for part in name.split(".")]
     has_state = param.requires_grad and not is_lazy(param)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layout.shapes().values()]
     return Row(
-        ".".join(parts),
+        _NUMBERS.sub(lambda found: f"{found[1] or ''}*", name),
         layout.shape,
         1,
         _treatment(layout, group) if param.requires_grad else "frozen",
