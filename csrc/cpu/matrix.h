@@ -22,6 +22,7 @@ struct Workspace {
   T* turned;    // [m, n]
   T* left;      // [m, m]
   T* right;     // [n, n]
+  T* skinny;    // [s (2 k + 1)] of a skinny matrix
 };
 
 // The least power of two >= max(max|G|, rho_L, rho_R), kept where it and its inverse are normal.
@@ -61,6 +62,12 @@ void adamw_(const Problem<T>& p, const Options& options);
 template <typename T>
 void factor_update_(const Problem<T>& p, const Options& options, const T* H, T tau,
                     const Workspace<T>& workspace);
+
+// Adam and the factors of a skinny matrix. H is in the workspace's `gradient`; uses all but
+// `update`, which takes the update in the original coordinates.
+template <typename T>
+void skinny_step_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update,
+                  const Workspace<T>& workspace);
 
 // As a matrix is before its first gradient.
 template <typename T>

@@ -1,11 +1,8 @@
 // The whole step of a list of matrices.
-#include <ATen/ops/full.h>
-
 #include <cmath>
 #include <optional>
 #include <vector>
 
-#include "aten/skinny.h"
 #include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/matrix.h"
@@ -14,22 +11,6 @@
 
 namespace dykaf::cpu {
 namespace {
-
-// Adam and the factors, with the gradient H over tau. Everything that may fail comes before
-// anything changes.
-template <typename T>
-void skinny_step_(const Problem<T>& p, const Options& options, const T* H, T tau, T* update) {
-  const aten::Matrix w(p);
-  aten::Batch batch({&w});
-  const double largest = p.grad_max * std::abs(options.grad_scale) / static_cast<double>(tau);
-  const auto number = [](double x) { return at::full({1}, x, at::kDouble); };
-  const aten::ScaledGradients gradients{view(H, p.m, p.n).unsqueeze(0),
-                                        number(static_cast<double>(tau)), number(largest)};
-  const at::Tensor values = aten::skinny_step_(batch, {.options = options}, gradients);
-  batch.commit();
-  aten::count_rows_(batch);
-  view(update, p.m, p.n).copy_(values[0]);
-}
 
 template <typename T>
 void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>& workspace) {
@@ -40,7 +21,7 @@ void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>
   const T tau = gradient_scale(p, options);
   load_gradient(p, options, tau, H);
   if (p.is_skinny()) {
-    skinny_step_(p, options, H, tau, update);
+    skinny_step_(p, options, H, tau, update, workspace);
     return apply_update_(p, options, update);
   }
   rotate(p, Rotation::kIntoBasis, options.precision, H, H, workspace);

@@ -13,25 +13,32 @@ Workspace<T>::Workspace(std::span<const Problem<T>> problems) {
   int64_t size = 0;
   int64_t rows = 0;
   int64_t cols = 0;
+  int64_t skinny_size = 0;
   for (const Problem<T>& p : problems) {
     if (p.is_adamw()) continue;
     size = std::max(size, p.size());
     if (p.L != nullptr) rows = std::max(rows, p.m);
     if (p.R != nullptr) cols = std::max(cols, p.n);
+    if (p.is_skinny()) {
+      skinny_size = std::max(skinny_size, p.short_side() * (2 * p.skinny_rank + 1));
+    }
   }
   // Each array starts on a cache line: BLAS's bits may hang on the alignment, and so would not be
   // the same for a matrix alone and beside a larger one.
   constexpr int64_t kLine = 64 / sizeof(T);
   const auto aligned = [](int64_t count) { return (count + kLine - 1) / kLine * kLine; };
   const int64_t left_size = aligned(rows * rows);
+  const int64_t right_size = aligned(cols * cols);
   size = aligned(size);
-  memory = at::empty({4 * size + left_size + cols * cols}, c10::CppTypeToScalarType<T>::value);
+  memory = at::empty({4 * size + left_size + right_size + skinny_size},
+                     c10::CppTypeToScalarType<T>::value);
   gradient = memory.mutable_data_ptr<T>();
   product = gradient + size;
   update = product + size;
   turned = update + size;
   left = turned + size;
   right = left + left_size;
+  skinny = right + right_size;
 }
 
 template <typename T>
