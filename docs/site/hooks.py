@@ -1,5 +1,7 @@
-"""What the site has beyond the Markdown files of docs/: pages from elsewhere in the repository, links
-as they are on disk, formulas as MathML."""
+"""What the site has beyond the Markdown files of docs/.
+
+Pages from elsewhere in the repository, links as they are on disk, formulas as MathML.
+"""
 
 from __future__ import annotations
 
@@ -93,11 +95,8 @@ def _docstrings(content: str) -> str:
     def role(match: re.Match[str]) -> str:
         name = match[1].rpartition(".")[2]
         ids = re.findall(rf'id="([\w.]+\.{name})"', content)
-        return (
-            f'<a href="#{ids[0]}"><code>{match[1]}</code></a>'
-            if ids
-            else f"<code>{match[1]}</code>"
-        )
+        code = f"<code>{match[1]}</code>"
+        return f'<a href="#{ids[0]}">{code}</a>' if ids else code
 
     content = re.sub(r":(?:func|class|meth|mod):<code>([\w.]+)</code>", role, content)
     content = re.sub(r"<p>\.\. code-block:: \w+</p>\n", "", content)

@@ -131,7 +131,8 @@ def _draw_counts(axes: Axes, reports: Mapping[int, Report]) -> None:
         (fallbacks, "refreshes that failed", "#009e73"),
     ):
         axes.plot(steps, counts, color=color, label=label, drawstyle="steps-post")
-    axes.set_ylim(bottom=0, top=1.1 * max(1, *skipped, *fallbacks))
+    most = max(1, *skipped, *fallbacks)
+    axes.set_ylim(-0.05 * most, 1.1 * most)  # a line at 0 is seen
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
