@@ -154,7 +154,7 @@ $(DOCS): $(DEPS) pyproject.toml
 
 docs: $(DOCS)
 	@echo "==> building the site"
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict 2>&1 | { grep -v ^INFO || true; }
 	@echo "==> open build/site/index.html"
 
 clean:

@@ -28,7 +28,17 @@ OUTSIDE = {
     "examples.md": "examples/README.md",
     "simt.md": "tests/simt/README.md",
 }
-RECIPES = ("index", "trainer", "trl", "accelerate", "lightning", "fabric", "peft", "timm")
+RECIPES = (
+    "index",
+    "trainer",
+    "trl",
+    "accelerate",
+    "lightning",
+    "fabric",
+    "peft",
+    "timm",
+    "plain_loop",
+)
 
 _LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^()\s]+)\)")
 # GitHub's two forms: $`...`$ in a line, and a fence of the language "math".
