@@ -141,7 +141,8 @@ def arguments_of(command: str) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if re.search(r"\b(python|torchrun) (?!-m pytest)", c)]
+    "command",
+    [c for c in COMMANDS if re.search(r"\b(python|torchrun) (?!-m pytest|examples/recipes/)", c)],
 )
 def test_its_arguments_are_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a command that is not run: its program reads the arguments, and no more happens."""
