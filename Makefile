@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed clean
+.PHONY: setup test test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed docs clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -138,6 +138,24 @@ demo: $(BUILT)
 demo-distributed: $(BUILT)
 	@echo "==> running the demo of two processes and one"
 	@$(PY) examples/demo_distributed.py
+
+# The site of docs/ and of the Markdown files beside it, to be opened from the disk: build/site/index.html.
+# Its tools are the extra "docs" of pyproject.toml; the extension is not needed.
+DOCS := $(VENV)/.docs-$(PYTHON_VERSION)
+DOCS_TOOLS := $(PY) -c 'import sys; toml = __import__("tomllib" if sys.version_info >= (3, 11) else "tomli"); \
+  print("\n".join(toml.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))'
+
+$(DOCS): $(DEPS) pyproject.toml
+	@rm -f $(VENV)/.docs-*
+	@echo "==> installing the tools of the documentation"
+	@$(DOCS_TOOLS) > $(VENV)/docs.txt
+	@$(PY) -m pip install --quiet -r $(VENV)/docs.txt
+	@touch $@
+
+docs: $(DOCS)
+	@echo "==> building the site"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict 2>&1 | { grep -v ^INFO || true; }
+	@echo "==> open build/site/index.html"
 
 clean:
 	@echo "==> removing what was built ($(VENV) stays; rm -r $(VENV) removes it)"
