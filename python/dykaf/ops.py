@@ -175,7 +175,7 @@ def refresh_due_(
 class StepJob(NamedTuple):
     """The step of some parameters of one group on one device.
 
-    Args:
+    Attributes:
         params: of any strides.
         grads: contiguous, of the parameters' dtypes, read only.
         grad_max: what :func:`grad_max` returned for these gradients.

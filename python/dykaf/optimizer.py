@@ -249,9 +249,10 @@ class DyKAF(Reported, Saved):
             ValueError: for an option or gradient that cannot be used, naming it.
             RuntimeError: for a gradient that is not finite under ``nonfinite="raise"``, and for a
                 step that a CUDA graph cannot hold.
-            In both cases parameters and state are as before the call, as they are when memory ends
-            or the step is interrupted; or a RuntimeError names the parameters that are, all others
-            having been updated.
+
+        In both errors parameters and state are as before the call, as they are when memory ends or
+        the step is interrupted; or a RuntimeError names the parameters that are, all others having
+        been updated.
 
         Warns of the first step that is skipped for gradients that are not finite, and each time
         those in a row are ten times as many; and of a refresh that failed, where the old basis
