@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be downloaded
 
 import pytest
 import torchvision_stub  # noqa: F401
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -19,5 +18,9 @@ sys.path.insert(0, str(RECIPES))
 def fresh_accelerate() -> Iterator[None]:
     """Its settings are of the process: those of one test would be the next one's."""
     yield
+    if "accelerate" not in sys.modules:
+        return
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
