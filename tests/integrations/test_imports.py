@@ -30,7 +30,7 @@ def test_metrics_need_no_tool() -> None:
     assert run_python(code) == "[]"
 
 
-@pytest.mark.parametrize("tool", ["lightning", "timm", "transformers"])
+@pytest.mark.parametrize("tool", ["lightning", "timm", "torchtitan", "transformers"])
 def test_a_missing_tool_is_named(tool: str) -> None:
     code = (
         "import importlib.util as util, dykaf\n"

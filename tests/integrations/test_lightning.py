@@ -234,8 +234,9 @@ def test_callback_with_several_optimizers(tmp_path: Path) -> None:
 class Backbone(LightningModule):
     """As BackboneFinetuning wants it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_named: bool) -> None:
         super().__init__()
+        self.is_named = is_named
         layers = classifier()
         self.backbone, self.head = layers[:5], layers[5]
 
@@ -243,22 +244,26 @@ class Backbone(LightningModule):
         return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return dykaf.DyKAF(dykaf.param_groups(self), lr=LR)
+        groups = dykaf.param_groups(self)
+        if not self.is_named:
+            for group in groups:
+                group["params"] = [param for _, param in group["params"]]
+        return dykaf.DyKAF(groups, lr=LR)
 
 
-# It adds groups without names to an optimizer that has names.
-@pytest.mark.xfail(strict=False, reason="add_param_group does not take a mix yet")
-def test_backbone_finetuning(tmp_path: Path) -> None:
-    module = Backbone()
-    before = weights(module)
-    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-    fit(module, tmp_path, max_epochs=1, callbacks=[finetuning])
-    assert changed(before, weights(module)) == {"head.weight", "head.bias"}
+MIX = pytest.mark.xfail(strict=False, reason="add_param_group does not take a mix yet")
 
-    module = Backbone()
-    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-    trainer = fit(module, tmp_path, max_epochs=2, callbacks=[finetuning])
-    assert changed(before, weights(module)) == set(before)
+
+@pytest.mark.parametrize("is_named", [False, pytest.param(True, marks=MIX)])
+def test_backbone_finetuning(is_named: bool, tmp_path: Path) -> None:
+    """It adds the backbone, without names, to an optimizer of the head after an epoch."""
+    before = weights(Backbone(is_named))
+    head = {"head.weight", "head.bias"}
+    for num_epochs, expected in ((1, head), (2, set(before))):
+        module = Backbone(is_named)
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        trainer = fit(module, tmp_path, max_epochs=num_epochs, callbacks=[finetuning])
+        assert changed(before, weights(module)) == expected
     state = trainer.optimizers[0].state
     assert {param for param in state if state[param]} == set(module.parameters())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from functools import partial
 from itertools import islice
 
@@ -94,6 +95,19 @@ def test_the_registry_alone() -> None:
     expected = dykaf.DyKAF(dykaf.param_groups(model), lr=LR, weight_decay=0.0)
     assert groups_of(optimizer, "lr", "weight_decay") == groups_of(expected, "lr", "weight_decay")
     assert "dykaf" in timm.optim.list_optimizers()
+
+
+def test_the_arguments_of_a_command_line() -> None:
+    """As timm's training script hands them on."""
+    cfg = Namespace(
+        opt="dykaf", lr=LR, weight_decay=WEIGHT_DECAY, momentum=0.9, opt_betas=[0.8, 0.9]
+    )
+    model = vit()
+    optimizer = create_optimizer_v2(model, **timm.optim.optimizer_kwargs(cfg=cfg))
+    keys = ("lr", "weight_decay", "betas")
+    expected = create_optimizer_v2(model, "dykaf", LR, WEIGHT_DECAY, betas=(0.8, 0.9))
+    assert groups_of(optimizer, *keys) == groups_of(expected, *keys)
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
 
 
 def test_other_arguments_pass() -> None:

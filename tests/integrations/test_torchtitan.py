@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import Ranks, started
 from runs import assert_equal, groups_of, weights
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
@@ -90,6 +91,16 @@ def test_equals_a_loop_by_hand() -> None:
     }
     train(model, optimizers, schedule, range(STEPS))
     assert_equal(weights(model), weights(by_hand()))
+
+
+def test_names_are_those_of_the_model_without_wrappers() -> None:
+    model = llama()
+    names = set(weights(model))
+    model.layers["0"] = checkpoint_wrapper(model.layers["0"])
+    assert set(weights(model)) != names
+    [optimizer] = DyKAFContainer.Config(options=OPTIONS).build(model_parts=[model])
+    found = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(found) == sorted(names)
 
 
 def sharded_part(folder: str, steps: range, is_resumed: bool) -> dict[str, Tensor]:
