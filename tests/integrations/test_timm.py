@@ -112,7 +112,12 @@ def test_the_arguments_of_a_command_line() -> None:
 
 def test_other_arguments_pass() -> None:
     model = vit()
-    assert type(create_optimizer_v2(model, opt="adamw", lr=LR)) is torch.optim.AdamW
+    adamw = create_optimizer_v2(model, opt="adamw", lr=LR, weight_decay=0.1)
+    assert type(adamw) is torch.optim.AdamW
+    theirs = timm.optim.create_optimizer_v2(model, opt="adamw", lr=LR, weight_decay=0.1)
+    assert [len(group["params"]) for group in adamw.param_groups] == [
+        len(group["params"]) for group in theirs.param_groups
+    ]
     own = partial(dykaf.param_groups, adam=["blocks.*"])
     optimizer = create_optimizer_v2(model, opt="dykaf", lr=LR, param_group_fn=own)
     assert groups_of(optimizer) == groups_of(dykaf.DyKAF(own(model)))
@@ -150,6 +155,13 @@ def test_layer_decay_is_timms_own() -> None:
     for group in optimizer.param_groups:
         ratio = 2.0 if group["max_precond_dim"] == 0 else 1.0
         assert group["lr"] == pytest.approx(0.5 * LR * ratio * group["lr_scale"], rel=1e-12)
+
+
+def test_least_scale() -> None:
+    optimizer = create_optimizer_v2(
+        vit(), opt="dykaf", lr=LR, layer_decay=0.5, layer_decay_min_scale=0.4
+    )
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.4, 0.5, 1.0}
 
 
 def test_layers_under_a_scale_are_frozen() -> None:

@@ -23,10 +23,9 @@ def summarize(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         ``staleness_median`` and ``condition_max`` over all factors, where there are any;
         ``update_rms_max`` and ``update_rms_median`` over all parameters that have had a step.
     """
-    params = [entry for name, entry in report.items() if name != "optimizer"]
 
     def values(*keys: str) -> list[float]:
-        return [entry[key] for entry in params for key in keys if key in entry]
+        return [entry[key] for entry in report.values() for key in keys if key in entry]
 
     staleness = values("staleness_L", "staleness_R")
     condition = values("condition_L", "condition_R")

@@ -116,7 +116,7 @@ def create_optimizer_v2(
         "layer_decay_min_scale": layer_decay_min_scale,
         "layer_decay_no_opt_scale": layer_decay_no_opt_scale,
     }
-    is_ours = opt.lower().rpartition("_")[2] == "dykaf" and isinstance(model_or_params, nn.Module)
+    is_ours = opt.lower().rpartition("_")[2] == "dykaf"
     if is_ours and kwargs.get("param_group_fn") is None:
         kwargs["param_group_fn"] = partial(model_groups, **layers)
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
