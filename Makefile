@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed docs clean
+.PHONY: setup test test-integrations test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed docs clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -25,6 +25,7 @@ PY := $(BIN)/python
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 DEPS := $(VENV)/.deps-$(TORCH)-$(PYTHON_VERSION)
 BUILT := $(VENV)/.built-$(TORCH)-$(PYTHON_VERSION)-$(DYKAF_CUDA)
+TOOLS := $(VENV)/.tools-$(TORCH)-$(PYTHON_VERSION)
 
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt
 CPP_FILES := $(shell find csrc -type f)
@@ -54,6 +55,17 @@ $(BUILT): $(DEPS) $(BUILD_FILES) $(CPP_FILES)
 test: $(BUILT)
 	@echo "==> running the tests"
 	@$(PY) -m pytest
+
+# With the tools of docs/recipes, which pyproject.toml pins; torch is named so that none changes it.
+$(TOOLS): $(DEPS) pyproject.toml | $(BUILT)
+	@rm -f $(VENV)/.tools-*
+	@echo "==> installing the tools of docs/recipes (a minute or more)"
+	@$(PY) -m pip install --quiet --no-build-isolation "torch==$(TORCH)" --editable ".[integrations]"
+	@touch $@
+
+test-integrations: $(BUILT) $(TOOLS)
+	@echo "==> running the tests of dykaf.integrations and the recipes"
+	@$(PY) -m pytest tests/integrations
 
 # The backend of torch's own operations, on tensors on the CPU.
 test-aten: $(BUILT)
