@@ -1,7 +1,7 @@
 """A small mixture of experts: stacks of experts as stacks, flattened, and AdamW.
 
     pip install transformers==5.24.0
-    python -m bench.experts                        # 3 seeds, about 6 minutes of one core
+    python -m bench.experts                        # 3 seeds, about 4 minutes of one core
 
 Current transformers keep the experts of a layer in one parameter, [experts, rows, columns]. This
 is transformers' Qwen3-MoE, small, on the bytes of Shakespeare (bench.evidence). Every form gets its
@@ -24,7 +24,7 @@ from bench.evidence.tasks.byte_lm import held_out_windows, load, sample_batch
 from bench.machine import machine
 
 TUNING_SEED = 1000
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 WEIGHT_DECAY = 0.01
 CONTEXT, BATCH, NUM_WINDOWS = 64, 8, 256
 

@@ -36,7 +36,10 @@ from bench.timing import Summary, paired_ratio, peak_allocation, seconds, summar
 # compiled or allocated once is there. Allocations are counted over these steps and not later: only
 # a profile that sees a tensor made knows its size when it is freed.
 NUM_WARMUP_STEPS = 1 + PRECONDITION_FREQUENCY
-NUM_GRADIENTS = 2  # cycled, so that no optimizer meets the same gradient twice in a row
+# Cycled: no optimizer meets the same gradient twice in a row, nor an adapter's basis the same rows,
+# which would be rare. Models too large for so many have two.
+NUM_GRADIENTS = 16
+MAX_GRADIENT_ELEMENTS = 2**26
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +76,9 @@ class SetRun:
             ]
 
         start = draw(0.02)
-        self.gradients = [draw(1e-3) for _ in range(NUM_GRADIENTS)]
+        size = sum(tensor.numel() for tensor in start)
+        num_gradients = max(2, min(NUM_GRADIENTS, MAX_GRADIENT_ELEMENTS // size))
+        self.gradients = [draw(1e-3) for _ in range(num_gradients)]
         self.parameters = {
             name: [torch.nn.Parameter(p.clone()) for p in self._split(name, start)]
             for name in names
@@ -96,7 +101,7 @@ class SetRun:
         return [matrix for t in tensors for matrix in (t.unbind() if t.ndim > 2 else (t,))]
 
     def _step(self, name: str, step_idx: int) -> float:
-        gradients = self._split(name, self.gradients[step_idx % NUM_GRADIENTS])
+        gradients = self._split(name, self.gradients[step_idx % len(self.gradients)])
         for parameter, gradient in zip(self.parameters[name], gradients, strict=True):
             parameter.grad = gradient
         return seconds(self.optimizers[name].step, self.device)
