@@ -207,7 +207,10 @@ void refresh_long_(Batch& batch, const Options& options) {
 
   // Where a decomposition failed the old basis stays, and the gradients since are forgotten.
   const at::Tensor sound = is_basis.logical_and(is_turn);
-  const at::Tensor moves = per_matrix(sound);
+  const bool moves_all = sound.is_cpu() && sound.all().item<bool>();
+  const auto where_moved = [&](const at::Tensor& moved, const auto& old) {
+    return moves_all ? moved : at::where(per_matrix(sound), moved, old());
+  };
   const auto within_inner = [&](const at::Tensor& x, int64_t num_rows, int64_t num_cols) {
     const at::Tensor old = at::zeros_like(x);
     old.narrow(1, 0, num_rows)
@@ -215,11 +218,12 @@ void refresh_long_(Batch& batch, const Options& options) {
         .copy_(x.narrow(1, 0, num_rows).narrow(2, 0, num_cols));
     return old;
   };
-  batch.set_part(rows_in(kept),
-                 at::where(moves, basis, within_inner(rows.narrow(1, 0, kept), inner, l)));
-  batch.set(&Matrix::core, at::where(moves, new_core, within_inner(core, inner, inner)));
+  batch.set_part(rows_in(kept), where_moved(basis, [&] {
+                   return within_inner(rows.narrow(1, 0, kept), inner, l);
+                 }));
+  batch.set(&Matrix::core, where_moved(new_core, [&] { return within_inner(core, inner, inner); }));
   batch.set(&Matrix::flat, at::where(sound, mean.squeeze(1), flat));
-  batch.set(&Matrix::exp_avg_sq, at::where(moves, bounded, old_moments));
+  batch.set(&Matrix::exp_avg_sq, where_moved(bounded, [&] { return old_moments; }));
   batch.set(&Matrix::refresh_fallbacks,
             batch.get(&Matrix::refresh_fallbacks).add(sound.logical_not().to(at::kLong)));
   batch.commit();
