@@ -9,7 +9,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: setup test test-integrations test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed docs clean
+.PHONY: setup test test-integrations test-aten test-sanitize test-simt test-gpu bench-gpu gpu-day sass mutate lint format demo demo-distributed docs release-check clean
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -168,6 +168,10 @@ docs: $(DOCS)
 	@echo "==> building the site"
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict 2>&1 | { grep -v ^INFO || true; }
 	@echo "==> open build/site/index.html"
+
+# What a release must pass (release/check.py): RELEASE_FLAGS="--torch 2.13.0 --untagged" takes one torch.
+release-check:
+	@$(PYTHON) release/check.py $(RELEASE_FLAGS)
 
 clean:
 	@echo "==> removing what was built ($(VENV) stays; rm -r $(VENV) removes it)"
