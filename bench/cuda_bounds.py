@@ -71,7 +71,7 @@ def cell_of(name: str, times: Times, device: Device) -> str:
 def launch_table(steps: Sequence[Step]) -> Table:
     device = DEVICES["H100"]
     head = ["", "matrices", "vectors", "passes", "kernels", "copies", "torch operations"]
-    head += ["of refreshes, mean", "most", "of the first step", "TFLOP", "GB"]
+    head += ["of refreshes, mean", "in the slowest step", "of the first step", "TFLOP", "GB"]
     rows = [head]
     for step in steps:
         found = refreshes(step, device)

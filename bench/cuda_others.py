@@ -19,6 +19,8 @@ from bench.cuda_refresh import Work, work_of
 MAX_PRECOND_DIM = 10000
 FREQUENCY = 10  # steps between refreshes, in both published codes
 MUON_STEPS = 5
+# Numbers in and out: in float32 of m n; in bfloat16 of m n and of the short side's square.
+MUON_FLOATS, MUON_HALVES = 11, (30, 30)
 # Fused AdamW takes lists of tensors in chunks (PyTorch, aten/src/ATen/native/cuda/
 # MultiTensorApply.cuh, four lists).
 CHUNK, CHUNKS_PER_LAUNCH, TENSORS_PER_LAUNCH = 65536, 320, 36
@@ -88,8 +90,7 @@ def muon_step(p: Matrix, device: Device) -> Work:
         2 * gram / device.library_rate("bfloat16", s, s, large)
         + 2.0 * s**3 / device.library_rate("bfloat16", s, s, s)
     )
-    # In numbers of four bytes: of the bfloat16 ones half.
-    numbers = 11 * p.size + (30 * p.size + 30 * s * s) / 2
+    numbers = MUON_FLOATS * p.size + (MUON_HALVES[0] * p.size + MUON_HALVES[1] * s * s) / 2
     return work_of(device, 8 + 3 * MUON_STEPS, seconds, numbers)
 
 

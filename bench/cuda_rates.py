@@ -50,7 +50,6 @@ class Tile(NamedTuple):
 
 LARGE, MEDIUM = Tile("128x128", 128, 128, 64, 64), Tile("64x64", 64, 64, 32, 32)
 WIDE, TALL = Tile("16x64", 16, 64, 16, 16), Tile("64x16", 64, 16, 16, 16)
-LARGE_HIGHEST = Tile("128x128", 128, 128, 64, 32)  # two accumulators leave room for no more
 
 NVIDIA = "NVIDIA data sheet, SXM, dense"
 LUO = "Luo et al., arXiv 2402.13499 and 2501.12084: mma.sync reaches 62.9% of it, mean over types"
@@ -59,20 +58,24 @@ FA2 = (
     "0.629 of what the instruction can; taken for the products here"
 )
 BENCHES = "github.com/te42kyfo/gpu-benches"
+L2_DOUBT = "the same die (the text there says 5.x TB/s of H100s; the larger one is taken)"
 TORCH_H100 = "torch 2.7 on an H100 80GB HBM3, github.com/zzc0721/torch-performance-test-data #79"
 TORCH_A100 = "torch 2.8 on an A100-PCIE-40GB, github.com/zzc0721/torch-performance-test-data #108"
 CUTLASS = (
     "a TMA and wgmma kernel of CUTLASS at 85.5% of cuBLAS, FP16, H100 "
     "(github.com/waynehacking8/blackwell-tensorcore-kernels)"
 )
-EIGH = "Wang et al., arXiv 2410.02170: cuSOLVER's syevd uses less than 3% of an H100"
+EIGH = (
+    "Wang et al., Extracting the Potential of Emerging Hardware Accelerators for Symmetric "
+    "Eigenvalue Decomposition: less than 3% of an H100 is used"
+)
 QR = (
     "torch.linalg.qr, 16 x 16, H100: 60 us (github.com/pytorch/pytorch #173788), the least of a "
     "column in that list; 128 x 32: 189 us"
 )
 QR_LOOP = "github.com/pytorch/pytorch #143281: Q of a batch is formed matrix by matrix, 26 us each"
 HOST = "python -m bench.cuda_bounds --measure-host; with the arithmetic of 4 x 4 and of 4 numbers"
-CHOLESKY = "torch.linalg.cholesky_ex by size (github.com/pytorch/pytorch #173515)"
+CHOLESKY = "torch.cholesky by cuSOLVER, GPU not named (github.com/pytorch/pytorch #173515)"
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,8 @@ class Device:
         return min(self.ceilings(precision, tile).values())
 
     def ceilings(self, precision: str, tile: Tile) -> dict[str, float]:
-        """By what sets them. "highest" runs three products on the same operands."""
-        if precision == "highest" and tile is LARGE:
-            tile = LARGE_HIGHEST
+        """By what sets them. "highest" runs three products on the same operands (and its warps own
+        half as much of a large block, which does not bind)."""
         peak = self.peaks["bfloat16" if precision == "medium" else "TF32"].value
         passes = 3 if precision == "highest" else 1
         return {
@@ -185,7 +187,7 @@ DEVICES = {
             reached=of(0.35 / 0.629, ASSUMED, FA2),
             dram=of(3.35e12, DATA_SHEET, NVIDIA),
             copied=of(1704 / 2039, MEASURED, f"gpu-stream of {BENCHES}: an H100 PCIe"),
-            l2=of(9.7e12, MEASURED, f"gpu-l2-cache of {BENCHES}: an H200, the same die"),
+            l2=of(9.7e12, MEASURED, f"gpu-l2-cache of {BENCHES}: an H200, {L2_DOUBT}"),
             library={
                 "float32": ((1024, 37.39e12), (2048, 49.58e12), (4096, 51.88e12)),
                 "TF32": ((1024, 119.6e12), (2048, 334.99e12), (4096, 402.15e12)),

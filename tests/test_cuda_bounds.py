@@ -192,6 +192,13 @@ def test_times_are_in_seconds() -> None:
     assert load.seconds(H100, "high", reached=False) == 2 * 4 * 4096**2 / 3.35e12
 
 
+def test_an_estimate_is_what_others_reached_of_the_bound() -> None:
+    launches = {x.site: x for x in launches_of([matrix(4096, 4096)])}
+    for site, share in (("load", 1704 / 2039), ("into left", 0.35 / 0.629)):
+        bound, likely = (launches[site].seconds(H100, "high", reached) for reached in (False, True))
+        assert bound / likely == pytest.approx(share)
+
+
 def test_a_block_has_one_multiprocessor() -> None:
     """16 x 32 from k = 4096 is one block: 16 of them take no longer than two."""
     (one,) = (x for x in launches_of([matrix(16, 4096)]) if x.site == "into V wide")
@@ -317,7 +324,9 @@ def test_what_muon_runs(shape: tuple[int, int]) -> None:
     work = others.muon_step(p, H100)
     assert plain.total == work.operations
     assert plain.operations["mm"] + plain.operations["addmm"] == 3 * others.MUON_STEPS
-    assert plain.numbers == pytest.approx((11 + 30) * p.size + 30 * p.short**2, rel=1e-3)
+    of_size, of_square = others.MUON_HALVES
+    expected = (others.MUON_FLOATS + of_size) * p.size + of_square * p.short**2
+    assert plain.numbers == pytest.approx(expected, rel=1e-3)
 
 
 def test_fused_adamw_by_hand() -> None:
@@ -379,6 +388,11 @@ def test_counts_of_a_step_by_hand() -> None:
     assert step.operations == 7 + 2 * 12
     host = 2 * HOST_MATRIX.value + (step.kernels + 4) * LAUNCH.value + step.operations * 5e-6
     assert step.host == pytest.approx(host + 9.5e-6)
+
+
+def test_the_slower_of_host_and_device_sets_the_pace() -> None:
+    assert times.Times(bound=1.0, likely=2.0, host=3.0).estimate == 3.0
+    assert times.Times(bound=1.0, likely=2.0, host=0.5).estimate == 2.0
 
 
 def test_bounds_and_estimates_are_ordered() -> None:
