@@ -1,159 +1,254 @@
-"""Bytes, flops and launches of a step, counted, and the times that a GPU's peaks allow.
+"""Launches, bytes, flops and memory of a step on paper, and the times that they allow on a GPU.
 
-    python -m bench.cuda_bounds
+    python -m bench.cuda_bounds                        # tables for the screen
+    python -m bench.cuda_bounds --markdown             # the same for a document
     python -m bench.cuda_bounds --write docs/cuda.md   # between the markers of that file
+    python -m bench.cuda_bounds --measure-host         # the host's time per parameter, here
 
-Nothing here is measured. A time is the larger of bytes over the published memory bandwidth and
-flops over the published peak; no kernel reaches either. What is counted: bench/cuda_costs.py.
+Nothing of this package was measured on a GPU. Launches, bytes, flops, operations and memory are
+counted (bench/cuda_costs.py, cuda_refresh.py, cuda_others.py). Times are bounds and estimates
+(bench/cuda_times.py); every rate stands with its source in bench/cuda_rates.py.
 """
 
+from __future__ import annotations
+
 import argparse
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench import cuda_costs as costs
-from bench.cuda_costs import Matrix, vector
+import torch
+
+import dykaf
+from bench import cuda_others as others
+from bench.cuda_costs import passes_of
+from bench.cuda_models import PRICED, shape_set
+from bench.cuda_rates import (
+    DEVICES,
+    LARGE,
+    MEDIUM,
+    PRECISIONS,
+    TALL,
+    WIDE,
+    Device,
+    figure_rows,
+)
+from bench.cuda_refresh import first_step_of
+from bench.cuda_times import Step, Times, refreshes, rows_of, step_of
 from bench.sass.report import put_between_markers
+from bench.shapes import SHAPE_SETS
 
 BEGIN, END = "<!-- bounds: begin -->", "<!-- bounds: end -->"
-PERIOD = 10  # precondition_frequency
-PASS_BYTES = 1 << 29  # kMaxWorkspaceBytes of csrc/bindings/on_cuda.cpp
-
-# NVIDIA H100 and A100 data sheets, SXM, dense: memory in TB/s; TFLOP/s of float32 without tensor
-# cores, in which refreshes run; TFLOP/s by matmul_precision, "highest" being three TF32 products.
-PEAKS = {
-    "H100": (3.35, 66.9, {"highest": 494.7 / 3, "high": 494.7, "medium": 989.0}),
-    "A100": (2.039, 19.5, {"highest": 156.0 / 3, "high": 156.0, "medium": 312.0}),
-}
-
-# torch.nn.Linear's (out, in).
-MODELS = {
-    "GPT-2 small, float32: all parameters": [
-        Matrix(2304, 768, 12, 4),  # attention in
-        Matrix(768, 768, 12, 4),  # attention out
-        Matrix(3072, 768, 12, 4),
-        Matrix(768, 3072, 12, 4),
-        Matrix(1024, 768, 1, 4),  # positions
-        Matrix(50257, 768, 1, 4),  # tokens, tied to the output: a factor of the 768 side alone
-        vector(768, 12 * 6 + 2, 4),
-        vector(2304, 12, 4),
-        vector(3072, 12, 4),
-    ],
-    "Llama-3-8B, bfloat16, without the embeddings at input and output": [
-        Matrix(4096, 4096, 64, 2),  # q, o
-        Matrix(1024, 4096, 64, 2),  # k, v
-        Matrix(14336, 4096, 64, 2),  # gate, up: no factor of the 14336 side
-        Matrix(4096, 14336, 32, 2),  # down
-        vector(4096, 65, 2),
-    ],
-    "Llama-3-8B LoRA of rank 8 on q, k, v, o, bfloat16": [
-        Matrix(8, 4096, 128, 2),  # A
-        Matrix(4096, 8, 64, 2),  # B of q, o
-        Matrix(1024, 8, 64, 2),  # B of k, v
-    ],
-}
-
-SEQUENCES = {
-    "this, a plain step": (costs.ours, None),
-    f"this, a refresh every {PERIOD}": (costs.ours, costs.our_refresh),
-    "this, skinny_rank=0, a plain step": (costs.ours_dense, None),
-    f"this, skinny_rank=0, a refresh every {PERIOD}": (costs.ours_dense, costs.our_dense_refresh),
-    'this, integrator="ksl", a plain step': (costs.ours_ksl, None),
-    f'this, integrator="ksl", a refresh every {PERIOD}': (costs.ours_ksl, costs.our_dense_refresh),
-    "floor of a plain step, all factors in full": (costs.floor, None),
-    f"research code, a refresh every {PERIOD}": (costs.research, costs.research_refresh),
-    f"SOAP, a refresh every {PERIOD}": (costs.soap, costs.soap_refresh),
-}
-
-
-def totals(model: list[Matrix], step, refresh) -> tuple[float, float, float]:
-    """Returns flops of a step, flops of refreshes and bytes, the refreshes spread over PERIOD."""
-    flops = {1.0: 0.0, 1 / PERIOD: 0.0}
-    data = 0.0
-    for p in model:
-        for share, sequence in ((1.0, step), (1 / PERIOD, refresh)):
-            for cost in sequence(p) if sequence else ():
-                flops[share] += share * p.count * cost.flops
-                data += share * p.count * (4 * cost.floats + p.param_bytes * cost.params)
-    return flops[1.0], flops[1 / PERIOD], data
 
 
 def number(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def bound_ms(totals: tuple[float, float, float], device: str, precision: str) -> str:
-    bandwidth, float32, peaks = PEAKS[device]
-    flops, refresh_flops, data = totals
-    memory = data / bandwidth / 1e9
-    compute = (flops / peaks[precision] + refresh_flops / float32) / 1e9
-    return f"{number(max(memory, compute))} {'F' if compute > memory else 'B'}"
+Table = list[list[str]]
 
 
-def model_table(name: str, model: list[Matrix]) -> str:
-    size = sum(p.count * p.m * p.n for p in model)
-    text = f"\n**{name}** ({size / 1e6:.1f} M parameters)\n\n"
-    text += "| sequence | TFLOP | of refreshes | GB |"
-    columns = [(d, q) for d in PEAKS for q in PEAKS[d][2]]
-    text += "".join(f" {d} {q} |" for d, q in columns)
-    text += "\n|---|" + "---:|" * (3 + len(columns)) + "\n"
-    for label, (step, refresh) in SEQUENCES.items():
-        if "skinny" in label and not any(costs.is_skinny(p) for p in model):
+def times_table(step: Step) -> Table:
+    columns = [(device, q) for device in DEVICES.values() for q in PRECISIONS]
+    head = ["ms: bound / estimate", "host"] + [f"{d.name} {q}" for d, q in columns]
+    by_column = [list(rows_of(step, device, precision)) for device, precision in columns]
+    rows = [head]
+    for cells in zip(*by_column, strict=True):
+        name, first = cells[0]
+        row = [name, number(1e3 * first.host)]
+        for (device, _), (_, times) in zip(columns, cells, strict=True):
+            row.append(cell_of(name, times, device))
+        rows.append(row)
+    return rows
+
+
+def cell_of(name: str, times: Times, device: Device) -> str:
+    if name.startswith("plain, "):  # bounds of these are the plain step's
+        return number(1e3 * times.estimate) if device.wgmma else "-"
+    return f"{number(1e3 * times.bound)} / {number(1e3 * times.estimate)}"
+
+
+def launch_table(steps: Sequence[Step]) -> Table:
+    device = DEVICES["H100"]
+    head = ["", "matrices", "vectors", "passes", "kernels", "copies", "torch operations"]
+    head += ["of refreshes, mean", "in the slowest step", "of the first step", "TFLOP", "GB"]
+    rows = [head]
+    for step in steps:
+        found = refreshes(step, device)
+        vectors = sum(p.is_adamw for p in step.matrices)
+        first = first_step_of(step.matrices, device)
+        counts = [len(step.matrices) - vectors, vectors, step.num_passes, step.kernels]
+        counts += [step.copies, step.operations]
+        cells = [f"{count:,}" for count in counts]
+        cells.append(number(sum(r.mean.operations for r in found)))
+        cells.append(f"{sum(r.most.operations for r in found):,.0f}")
+        cells.append(f"{first.operations:,.0f}")
+        cells += [number(step.flops / 1e12), number(step.bytes / 1e9)]
+        rows.append([step.model.name, *cells])
+    return rows
+
+
+def memory_table(steps: Sequence[Step]) -> Table:
+    rows = [["GB", "weights", "gradients", "state", "workspace", "together", "of 80 GB"]]
+    for step in steps:
+        weights = sum(p.param_bytes * p.size for p in step.matrices)
+        state = sum(p.state_bytes for p in step.matrices)
+        workspace = max(
+            (sum(p.workspace for p in part) for g in step.groups for part in passes_of(g)),
+            default=0,
+        )
+        parts = [weights + step.model.frozen_bytes, weights, state, workspace]
+        verdict = "fits" if sum(parts) < DEVICES["H100"].memory else "does not fit"
+        cells = [f"{x / 1e9:.2f}" for x in (*parts, sum(parts))]
+        rows.append([step.model.name, *cells, verdict])
+    return rows
+
+
+def first_step_table(steps: Sequence[Step]) -> Table:
+    head = ["seconds at least"]
+    for device in DEVICES.values():
+        head += [f"{device.name}: this", f"{device.name}: SOAP, research code"]
+    rows = [head]
+    for step in steps:
+        row = [step.model.name]
+        for device in DEVICES.values():
+            first = first_step_of(step.matrices, device)
+            row.append(number(max(first.bound, first.host)))
+            matrices = [p for p in step.matrices if not p.is_adamw]
+            row.append(number(sum(others.eager_first_step(p, device) for p in matrices)))
+        rows.append(row)
+    return rows
+
+
+def kernel_table(step: Step) -> Table:
+    """The launches of the largest pass that move anything, and what bounds each."""
+    device, precision = DEVICES["H100"], "high"
+    plan = max(step.passes, key=lambda launches: sum(launch.bytes for launch in launches))
+    rows = [["launch", "blocks", "GFLOP", "MB", "bound us", "of it"]]
+    for launch in plan:
+        is_later_step = launch.site[0].isdigit() and not launch.site.startswith("1")
+        if is_later_step or not launch.bytes:
             continue
-        counted = totals(model, step, refresh)
-        cells = [label, *(number(x / 1e12) for x in counted[:2]), number(counted[2] / 1e9)]
-        cells += [bound_ms(counted, d, q) for d, q in columns]
-        text += "| " + " | ".join(cells) + " |\n"
-    launches = len({cost.launch for p in model for cost in costs.ours(p)})
-    # grad_max in two stages, prepare, the sums of update^2, two scalar launches; see launch_table
-    launches += 1 + 1 + 1 + 2
-    passes = num_passes(model)
-    return text + f"\nLaunches of a plain step: at most {launches} a pass, {passes} pass(es).\n"
+        seconds = launch.seconds(device, precision, reached=False)
+        limit = "memory"
+        if launch.tile and seconds > launch.bytes / device.dram.value:
+            ceilings = device.ceilings(launch.precision(precision), launch.tile)
+            limit = min(ceilings, key=ceilings.__getitem__)
+        name = f"{launch.site} {launch.tile.name}" if launch.tile else launch.site
+        cells = [number(launch.flops / 1e9), number(launch.bytes / 1e6), number(1e6 * seconds)]
+        rows.append([name, str(launch.blocks or ""), *cells, limit])
+    return rows
 
 
-def num_passes(model: list[Matrix]) -> int:
-    """Passes that the workspace's limit makes of a step, if parameters come sorted as listed."""
-    passes = used = 0
-    for p in model:
-        squares = sum(size * size for size in costs.our_sides(p))
-        need = 4 * (3 * p.m * p.n + squares) if squares else 0
-        for _ in range(p.count):
-            if passes == 0 or (used > 0 and used + need > PASS_BYTES):
-                passes, used = passes + 1, 0
-            used += need
-    return passes
+def set_table() -> Table:
+    device = DEVICES["H100"]
+    head = ["set", "matrices", "kernels", "GB", "TFLOP"]
+    rows = [[*head, "plain ms: bound / estimate", "mean with refreshes", "cuBLAS", "Muon"]]
+    for name in SHAPE_SETS:
+        step = step_of(shape_set(name))
+        named = dict(rows_of(step, device, "high"))
+        row = [name, f"{len(step.matrices):,}", str(step.kernels)]
+        row += [number(step.bytes / 1e9), number(step.flops / 1e12)]
+        for key in ("a plain step", "mean with refreshes"):
+            row.append(cell_of(key, named[key], device))
+        row.append(number(1e3 * named["plain, large plain products by cuBLAS"].estimate))
+        row.append(number(1e3 * named["Muon (torch.optim)"].estimate))
+        rows.append(row)
+    return rows
 
 
-def launch_table() -> str:
-    text = (
-        "| integrator | second moment | one block shape | all block shapes |\n|---|---|---:|---:|\n"
-    )
-    for integrator, (general, symmetric, single) in costs.SITES.items():
-        for moment, extra in costs.SECOND_MOMENTS.items():
-            fixed = costs.ALWAYS + single + extra
-            least = fixed + costs.ROTATIONS + general + symmetric
-            most = fixed + 4 * (costs.ROTATIONS + general) + 2 * symmetric
-            text += f"| {integrator} | {moment} | {least} | {most} |\n"
-    least, most = costs.SKINNY
-    text += f"\nWith skinny matrices {least} to {most} more."
-    once, least, most = costs.ORTHOGONALIZE
-    text += f" With `orthogonalize` {once} more, and {least} to {most} for each of its steps."
-    return text + f' With `sides="none"` for some matrices at most {costs.UNSIDED} more.\n'
+def rate_table() -> Table:
+    rows = [["TFLOP/s, at most", *(f"{d.name} {q}" for d in DEVICES.values() for q in PRECISIONS)]]
+    for tile in (LARGE, MEDIUM, WIDE):
+        row = [tile.name if tile is not WIDE else f"{WIDE.name}, {TALL.name}"]
+        for device in DEVICES.values():
+            for precision in PRECISIONS:
+                ceilings = device.ceilings(precision, tile)
+                limit = min(ceilings, key=ceilings.__getitem__)
+                row.append(f"{ceilings[limit] / 1e12:.0f} ({limit})")
+        rows.append(row)
+    return rows
 
 
-def main() -> None:
+def lines(table: Table, with_padding: bool) -> Iterator[str]:
+    widths = [max(map(len, column)) * with_padding for column in zip(*table, strict=True)]
+    for idx, (first, *rest) in enumerate(table):
+        cells = [text.rjust(width) for text, width in zip(rest, widths[1:], strict=True)]
+        yield "| " + " | ".join([first.ljust(widths[0]), *cells]) + " |"
+        if idx == 0:
+            yield "|---" + "|---:" * len(rest) + "|"
+
+
+def sections(in_document: bool) -> Iterator[tuple[str, str, Table]]:
+    """Title, what to know, table."""
+    steps = [step_of(make()) for make in PRICED]
+    yield "Counted: launches and operations", COUNTED, launch_table(steps)
+    yield "Counted: memory", "Without what a refresh takes for a moment.", memory_table(steps)
+    yield "What a product of csrc/cuda can reach at most", CEILINGS, rate_table()
+    for idx, step in enumerate(steps):
+        note = "" if idx else MILLISECONDS
+        yield f"Milliseconds per step: {step.model.name}", note, times_table(step)
+    yield "The first step", FIRST_STEP, first_step_table(steps)
+    if not in_document:
+        title = 'GPT-2 small\'s largest pass on an H100 at "high", kernel by kernel'
+        yield title, "Bounds. Of three Newton-Schulz steps the first.", kernel_table(steps[0])
+        yield "Other sets of shapes, H100, high", OTHER_SETS, set_table()
+    yield "Every number that is not counted", "", figure_rows()
+
+
+COUNTED = (
+    "Kernels: the plan's, and two per parameter group for max|G|. Operations of torch: for what is "
+    "not finite; those of refreshes and of the first step come on top. TFLOP and GB of a plain "
+    "step: whole blocks; each kernel reads and writes its arrays once."
+)
+CEILINGS = (
+    "The least of three: the instruction, L2 and shared memory by the block's flops per byte."
+)
+MILLISECONDS = "Bound / estimate; of the rows with other products the estimate, on an H100 alone."
+FIRST_STEP = "Eigenvectors and decompositions, one matrix after the other."
+OTHER_SETS = (
+    "The sets of bench/shapes.py in their own sizes, float32; milliseconds. cuBLAS: the estimate "
+    "of a plain step with its large plain products there."
+)
+
+
+def measured_host() -> Iterator[str]:
+    """The fastest of 50 steps of the CPU backend over 500 parameters of 4 x 4, and of 4 numbers:
+    nearly all is the host's work, which a step on a GPU has as well."""
+    torch.set_num_threads(1)
+    for name, shape in (("matrix", (4, 4)), ("vector", (4,))):
+        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(500)]
+        optimizer = dykaf.DyKAF(params, refresh_schedule="fixed", precondition_frequency=10**6)
+        for param in params:
+            param.grad = torch.randn(shape)
+        seconds = []
+        for _ in range(50):
+            start = time.perf_counter()
+            optimizer.step()
+            seconds.append(time.perf_counter() - start)
+        yield f"{name}: {1e6 * min(seconds) / len(params):.1f} us"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cuda_bounds",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--markdown", action="store_true", help="cells without padding")
     parser.add_argument("--write", type=Path, help="put the tables between the file's markers")
-    arguments = parser.parse_args()
-    text = "\n### Launches of a step, at most\n\n" + launch_table()
-    text += "\n### Milliseconds per step that the peaks allow\n"
-    text += "\nF: flops bind; B: bytes bind.\n"
-    text += "".join(model_table(name, model) for name, model in MODELS.items())
-    if arguments.write:
-        put_between_markers(arguments.write, BEGIN, END, text)
+    parser.add_argument("--measure-host", action="store_true", help="the host's time here alone")
+    options = parser.parse_args(arguments)
+    if options.measure_host:
+        print("\n".join(measured_host()))
+        return
+    text = ""
+    for title, note, table in sections(in_document=bool(options.write)):
+        text += f"\n### {title}\n\n" + (f"{note}\n\n" if note else "")
+        padded = not (options.markdown or options.write)
+        text += "\n".join(lines(table, padded)) + "\n"
+    if options.write:
+        put_between_markers(options.write, BEGIN, END, text)
     else:
         print(text)
 
