@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from ranks import Ranks, started
 from runs import assert_equal, weights
 from tiny import blobs, classifier
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dykaf
@@ -78,3 +82,37 @@ def test_equals_a_loop_by_hand_and_goes_on(precision: str, tmp_path: Path) -> No
     assert_equal(weights(accelerated(precision, slice(None))), expected)
     accelerated(precision, slice(6), save=tmp_path)
     assert_equal(weights(accelerated(precision, slice(6, None), load=tmp_path)), expected)
+
+
+def in_parallel() -> dict[str, Tensor]:
+    """Half of each batch on a rank of DistributedDataParallel."""
+    rank = str(dist.get_rank())
+    # What a launcher would set; the group is there already, and no address is looked up.
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, _ = make()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert type(model) is nn.parallel.DistributedDataParallel
+    for points, label in BATCHES:
+        half = slice(4 * accelerator.process_index, 4 * accelerator.process_index + 4)
+        accelerator.backward(nn.functional.cross_entropy(model(points[half]), label[half]))
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(accelerator.unwrap_model(model))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    yield from started()
+
+
+def test_two_processes_equal_one(ranks: Ranks) -> None:
+    """Which adds the halves' gradients; to halve is exact."""
+    model, optimizer, _ = make()
+    for points, label in BATCHES:
+        for half in (slice(4), slice(4, 8)):
+            (nn.functional.cross_entropy(model(points[half]), label[half]) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in ranks.run(in_parallel, world=2):
+        assert_equal(found, weights(model))
