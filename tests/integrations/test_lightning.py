@@ -251,10 +251,7 @@ class Backbone(LightningModule):
         return dykaf.DyKAF(groups, lr=LR)
 
 
-MIX = pytest.mark.xfail(strict=False, reason="add_param_group does not take a mix yet")
-
-
-@pytest.mark.parametrize("is_named", [False, pytest.param(True, marks=MIX)])
+@pytest.mark.parametrize("is_named", [False, True])
 def test_backbone_finetuning(is_named: bool, tmp_path: Path) -> None:
     """It adds the backbone, without names, to an optimizer of the head after an epoch."""
     before = weights(Backbone(is_named))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
@@ -52,10 +51,10 @@ def model_groups(
     layer_decay_no_opt_scale: float | None = None,
     **groups: Any,
 ) -> list[dict[str, Any]]:
-    """``dykaf.param_groups`` of a model of timm, which may say what takes no weight decay.
+    """``dykaf.param_groups`` of a model of timm, split by layers if wanted.
 
     Args:
-        model: whose ``no_weight_decay()``, if it has one, adds to ``no_decay``.
+        model: one of timm's.
         layer_decay: each group is split by layers, and has the entry ``lr_scale`` that timm's
             schedulers read: ``layer_decay`` to the power of the layers above; None: no split.
         layer_decay_min_scale: the least of them.
@@ -71,11 +70,6 @@ def model_groups(
             no_opt_scale=layer_decay_no_opt_scale,
         )
         scales = {param: layer["lr_scale"] for layer in layers for param in layer["params"]}
-    names = [name for name, _ in model.named_parameters()]
-    said: Iterable[str] = getattr(model, "no_weight_decay", set)()
-    no_decay = [pattern for pattern in said if any(fnmatch(name, pattern) for name in names)]
-    groups["no_decay"] = [*groups.get("no_decay", ()), *no_decay]
-
     split = []
     for group in param_groups(model, **groups):
         by_scale: dict[float | None, list[tuple[str, nn.Parameter]]] = {}
