@@ -60,11 +60,14 @@ def moves(model: nn.ModuleList, begin: list[Tensor], live: Tensor) -> list[tuple
 
 
 EMBEDDINGS: dict[str, tuple[int, dict[str, Any]]] = {
-    **{f"skinny {name}": (1024, {**FORMS[name]}) for name in ("default", "bfloat16")},
+    **{
+        f"skinny {name}": (1024, {**FORMS[name], "skinny_rank": 64})
+        for name in ("default", "bfloat16")
+    },
     **{f"dense {name}": (150, {"skinny_rank": 0, **form}) for name, form in FORMS.items()},
     "one-sided": (400, {"max_precond_dim": 64}),
     "one-sided ksl": (400, {"max_precond_dim": 64, "integrator": "ksl"}),
-    "skinny medium": (1024, MEDIUM),
+    "skinny medium": (1024, {**MEDIUM, "skinny_rank": 64}),
     "dense medium": (150, {"skinny_rank": 0, **MEDIUM}),
     "paper medium": (150, {**FORMS["paper"], **MEDIUM}),
 }

@@ -1,5 +1,6 @@
 #include "aten/decompositions.h"
 
+#include "aten/no_denormals.h"
 #include "aten/products.h"
 
 namespace dykaf::aten {
@@ -7,6 +8,7 @@ namespace dykaf::aten {
 at::Tensor decomposable(const at::Tensor& a) { return a.is_mps() ? a.to(at::kCPU) : a; }
 
 QR signed_qr(const at::Tensor& a) {
+  const NoDenormals no_denormals;
   auto [Q, R] = at::linalg_qr(decomposable(a));
   const at::Tensor diagonal = R.diagonal(0, -2, -1);
   const at::Tensor signs =

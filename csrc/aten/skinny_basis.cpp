@@ -8,6 +8,7 @@
 
 #include "aten/bounds.h"
 #include "aten/decompositions.h"
+#include "aten/no_denormals.h"
 #include "aten/products.h"
 #include "aten/refresh_basis.h"
 #include "aten/skinny.h"
@@ -148,6 +149,7 @@ at::Tensor bounded_second_moment(const at::Tensor& exp_avg_sq, const Options& op
 }
 
 void refresh_long_(Batch& batch, const Options& options) {
+  const NoDenormals no_denormals;
   const Matrix& first = batch.first();
   const int64_t rank = first.skinny_rank;
   const int64_t inner = first.rows[0];
