@@ -21,7 +21,6 @@ from bench.distributed_models import Param
 from dykaf.state import Layout
 
 PASS_BYTES = 1 << 29  # kMaxWorkspaceBytes of csrc/bindings/on_cuda.cpp
-MOMENT_BYTES = 8 * FLOAT  # reads of H, W and both moments, writes of W and both moments, the update
 
 
 class Matrix(NamedTuple):
@@ -192,7 +191,7 @@ def parts_of(p: Matrix) -> Iterator[Part]:
     form = "sym NT" if p.left else "sym TN"
     increment = array + 1.5 * square
     other = p.size // p.side
-    yield Part(f"{name} increment", increment, form, p.side, p.side, other, square / 2)
+    yield Part(f"{name} increment", increment, form, p.side, p.side, other)
     yield Part(f"{name} scalars", 0)
     yield Part(f"{name} blend", 3 * square)
 

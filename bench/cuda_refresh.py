@@ -110,7 +110,6 @@ class Refreshes:
 
     mean: Work
     most: Work
-    share: float  # of the steps that have any
 
 
 def refreshes_of(
@@ -131,7 +130,7 @@ def refreshes_of(
             if not p.is_adamw:
                 due[(offsets[0 if p.left else 1] + turn) % period].append(p)
     skinny = [p for p in matrices if p.skinny_rank]
-    mean, most, steps = Work(), Work(), 0
+    mean, most = Work(), Work()
     num_steps = math.lcm(period, *(long_period(p) for p in set(skinny))) if skinny else period
     for step in range(num_steps):
         now = Work()
@@ -141,11 +140,10 @@ def refreshes_of(
         for p, sizes in batches(q for q in skinny if step % long_period(q) == 0).items():
             for num in sizes:
                 now.add(long_refresh_of(p, num, device))
-        steps += now.operations > 0
         mean.add(now, 1 / num_steps)
         if now.likely + now.host > most.likely + most.host:
             most = now
-    return Refreshes(mean, most, steps / num_steps)
+    return Refreshes(mean, most)
 
 
 def first_step_of(matrices: Iterable[Matrix], device: Device) -> Work:

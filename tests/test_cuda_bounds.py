@@ -359,7 +359,6 @@ def test_refreshes_come_once_in_a_period_each() -> None:
     found = refresh.refreshes_of(layouts, matrices, H100)
     assert found.mean.operations == pytest.approx(9 * refresh.DENSE_OPS / 50)
     assert found.most.operations == refresh.DENSE_OPS  # in a step of its own
-    assert found.share == 9 / 50
 
 
 def test_adapters_refresh_together() -> None:
@@ -369,7 +368,6 @@ def test_adapters_refresh_together() -> None:
     found = refresh.refreshes_of(layouts, matrices, H100)
     # Sides of 16 by their places; four shapes' long sides, 64 or fewer at a time, in every other
     # step. A QR of 64 columns for each adapter.
-    assert found.share >= 0.5
     assert found.most.bound > 128 * 64 * 3.75e-6
     assert found.mean.bound > found.most.bound / 2.1
 
