@@ -47,7 +47,12 @@ RUN_BY = {
     "test_train_gpt_parallel.py::test_a_run_goes_on_in_another_mode_on_other_ranks": [
         "torchrun*--parallel fsdp-tp --resume"
     ],
+    "integrations/test_experts.py::test_a_run": ["python -m bench.experts"],
+    "test_cuda_bounds.py::test_the_document_has_the_tables_as_printed": [
+        "python -m bench.cuda_bounds"
+    ],
     "make mutate": ["python tests/simt/mutate.py*"],
+    "make test-integrations": ["make test-integrations"],
     "make test": ["make test", "python -m pytest tests/test_ops.py*"],
     "make test-simt": ["g++*test_executor"],
 }

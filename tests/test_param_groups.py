@@ -102,14 +102,16 @@ def test_what_is_no_head() -> None:
         {
             "head": nn.Conv1d(3, 3, 2),
             "headline": nn.Linear(3, 3),
-            "my_head": nn.Linear(3, 3),
+            "overhead": nn.Linear(3, 3),
+            "conv_head": nn.Linear(3, 3),
             "head_list": nn.ModuleList([nn.Linear(3, 3)]),
         }
     )
     assert names(param_groups(model))[0] == [
         "head.weight",
         "headline.weight",
-        "my_head.weight",
+        "overhead.weight",
+        "conv_head.weight",
         "head_list.0.weight",
     ]
 
@@ -162,9 +164,9 @@ def test_vectors_with_dimensions_of_size_one_are_vectors() -> None:
             "attention.in_proj_weight",
             "attention.out_proj.weight",
             "normed.parametrizations.weight.original1",
-            "to_one.weight",
             "grouped.weight",
         ],
+        ["to_one.weight"],
         [
             "scale.gain",
             "attention.bias_k",

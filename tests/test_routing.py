@@ -110,6 +110,46 @@ def test_the_last_layer_of_a_head() -> None:
     }
 
 
+def test_boxes_and_classes_of_each_layer() -> None:
+    """As detectors have them: a small network for each layer of the decoder."""
+
+    def mlp() -> nn.Module:
+        layers = [nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False)]
+        return nn.ModuleDict({"layers": nn.ModuleList(layers)})
+
+    model = nn.ModuleDict(
+        {
+            "bbox_embed": nn.ModuleList([mlp(), mlp()]),
+            "span_logits": mlp(),
+            "task_head": nn.ModuleDict(
+                {"a": nn.Linear(4, 2, bias=False), "b": nn.Linear(4, 3, bias=False)}
+            ),
+            "mlm_head": nn.ModuleDict({"transform": mlp(), "decoder": nn.Linear(4, 9, bias=False)}),
+        }
+    )
+    assert [name for name, role in roles(model).items() if role is Role.ADAM] == [
+        "bbox_embed.0.layers.1.weight",
+        "bbox_embed.1.layers.1.weight",
+        "span_logits.layers.1.weight",
+        "task_head.a.weight",
+        "task_head.b.weight",
+        "mlm_head.decoder.weight",
+    ]
+
+
+def test_what_comes_before_a_head() -> None:
+    pool = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc2": nn.Linear(6, 4)})
+    model = nn.ModuleDict(
+        {
+            "head": nn.ModuleDict({"dense": nn.Linear(4, 4, bias=False), "act": nn.GELU()}),
+            "pre_logits": nn.ModuleDict({"fc": nn.Linear(4, 6, bias=False)}),
+            "pool": nn.ModuleDict({"head": pool}),
+        }
+    )
+    matrices = {name for name, role in roles(model).items() if role is Role.MATRIX}
+    assert {"head.dense.weight", "pre_logits.fc.weight", "pool.head.fc2.weight"} <= matrices
+
+
 def test_no_head_is_within_a_numbered_block() -> None:
     block = {"fc": nn.Linear(4, 4, bias=False), "output": nn.Linear(4, 4, bias=False)}
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)])})
@@ -164,6 +204,23 @@ def test_depthwise_convolutions_are_no_matrices() -> None:
     assert list(roles(model).values()) == [Role.ADAM, Role.MATRIX, Role.MATRIX]
 
 
+def test_maps_of_a_single_feature_have_no_basis() -> None:
+    model = nn.ModuleDict(
+        {
+            "gate": nn.Linear(4, 1, bias=False),
+            "first": nn.Conv1d(1, 6, 1, bias=False),
+            "wide": nn.Conv1d(1, 6, 2, bias=False),
+        }
+    )
+    assert list(roles(model).values()) == [Role.ADAM, Role.ADAM, Role.MATRIX]
+
+
+def test_gains_of_convolutions_are_vectors() -> None:
+    conv = nn.Conv2d(3, 4, 2, bias=False)
+    conv.register_parameter("gain", nn.Parameter(torch.ones(4, 1, 1, 1)))
+    assert roles(conv) == {"weight": Role.MATRIX, "gain": Role.NO_DECAY}
+
+
 # ---- Without decay -------------------------------------------------------------------------------
 
 
@@ -181,6 +238,8 @@ def test_depthwise_convolutions_are_no_matrices() -> None:
         ("A_log", (8, 4)),
         ("D", (8, 2)),
         ("down_proj_bias", (3, 4)),
+        ("attention_biases", (3, 4)),
+        ("latents", (3, 4)),
     ],
 )
 def test_parameters_without_decay(name: str, shape: tuple[int, ...]) -> None:
@@ -192,7 +251,14 @@ def test_parameters_without_decay(name: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["wpe", "position_embeddings", "embed_positions", "relative_attention_bias", "rel_embeddings"],
+    [
+        "wpe",
+        "position_embeddings",
+        "embed_positions",
+        "relative_attention_bias",
+        "rel_attn_embed",
+        "mask_tokens",
+    ],
 )
 def test_tables_of_positions(name: str) -> None:
     model = nn.ModuleDict({name: nn.Embedding(5, 4), "embed_tokens": nn.Embedding(9, 4)})
@@ -284,15 +350,18 @@ def test_convolutions_are_no_stacks() -> None:
         {
             "long": nn.Conv1d(3, 3, 5, bias=False),  # by its shape a stack
             "conv": nn.Conv2d(3, 4, 2, bias=False),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 6, bias=False)),
             "mlp": nn.Linear(7, 6, bias=False),
         }
     )
     groups = param_groups(model)
     assert [[name for name, _ in group["params"]] for group in groups] == [
         ["conv.weight", "mlp.weight"],
-        ["long.weight"],
+        ["long.weight", "normed.parametrizations.weight.original1"],
+        ["normed.parametrizations.weight.original0"],
     ]
-    assert seen_as(groups) == {(3, 3, 5): (), (4, 3, 2, 2): (), (6, 7): ()}
+    found = seen_as(groups)
+    assert [found[shape] for shape in ((3, 3, 5), (4, 3, 2, 2), (6, 7), (4, 4, 6))] == [()] * 4
 
 
 def test_experts_are_stacks() -> None:

@@ -82,9 +82,11 @@ def test_frozen_parameters_and_those_without_a_shape() -> None:
         {"lazy": nn.LazyLinear(4, bias=False), "ice": nn.Linear(2, 3, bias=False)}
     )
     model["ice"].requires_grad_(False)
+    model.register_parameter("none", nn.Parameter(torch.ones(1, 0, 4)))
     rows = summary(DyKAF(model.named_parameters())).rows
     assert [(row.name, row.treatment, row.state_bytes) for row in rows] == [
-        ("lazy.weight", "AdamW", 0),
+        ("none", "no elements", 0),
+        ("lazy.weight", "no shape yet", 0),
         ("ice.weight", "frozen", 0),
     ]
 

@@ -29,10 +29,10 @@ def param_groups(
       decays of state-space models (``A_log``, ``D``); what ``no_weight_decay()`` of a module names,
       and what has ``_no_weight_decay``.
     - AdamW (``max_precond_dim=0``), with weight decay: embeddings and output heads, what is tied to
-      them, and depthwise convolutions, which mix no inputs. Heads are what
-      ``get_output_embeddings()`` or ``get_classifier()`` of a module returns, and layers outside of
-      numbered blocks that are named as heads are, such as ``lm_head``, ``classifier``, ``head``,
-      ``fc`` and ``output``, or are the last of such a container.
+      them, depthwise convolutions, which mix no inputs, and maps to or from a single feature. Heads
+      are what ``get_output_embeddings()`` or ``get_classifier()`` of a module returns, and layers
+      outside of numbered blocks that are named as heads are, such as ``lm_head``, ``classifier``,
+      ``score``, ``fc``, ``output`` and what ends in ``_head``, or are the last of such a container.
     - DyKAF: all other weights. Kernels of convolutions are matrices, output channels by the rest;
       other tensors with more than two dimensions are stacks of matrices as ``batch_dims=None`` of
       :class:`dykaf.DyKAF` has it, and three-dimensional ones of ``experts`` always.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +15,15 @@ from torch.nn.utils import parametrize
 
 from dykaf.state import num_batch_dims, shape_of
 
-# Names of layers that map to classes or a vocabulary, or of containers whose last layer does.
+# Names of layers that map to classes, a vocabulary or boxes, or of containers whose last layer
+# does; and the last words of such names.
 HEAD_NAMES = frozenset(
     {
+        "bbox_embed",
+        "bbox_predictor",
+        "class_embed",
         "classifier",
+        "classifier_distill",
         "fc",
         "head",
         "heads",
@@ -25,13 +31,15 @@ HEAD_NAMES = frozenset(
         "lm_heads",
     }
 )
+_HEAD_WORDS = frozenset({"classifier", "head", "logits"})
 # Names of such layers alone: containers of these names are parts of blocks, too.
 HEAD_LAYER_NAMES = HEAD_NAMES | {
     "bbox_pred",
     "cls_score",
+    "dense_prediction",
     "embed_out",
-    "generator_lm_head",
     "head_dist",
+    "logits_proj",
     "output",
     "output_layer",
     "output_projection",
@@ -45,15 +53,19 @@ HEAD_LAYER_NAMES = HEAD_NAMES | {
 }
 # By their last two names.
 HEAD_TAILS = frozenset({"predictions.decoder"})
+# Not heads, whatever their words are: timm's last convolution before the pooling, and what comes
+# before the last layer.
+_NO_HEADS = frozenset({"conv_head", "pre_logits"})
 
 # Methods by which models name their heads (transformers, timm).
 _HEAD_METHODS = ("get_output_embeddings", "get_classifier")
 
 # Words in the names of tables that are added by position, and of inputs that are learned.
-_POSITION_WORDS = frozenset({"pos", "position", "positions", "positional", "relative", "wpe"})
-_POSITION_NAMES = frozenset({"rel_embeddings"})
+_POSITION_WORDS = frozenset(
+    {"pos", "position", "positions", "positional", "rel", "relative", "wpe"}
+)
 _TOKEN_WORDS = frozenset({"token", "tokens"})
-_TOKEN_NAMES = frozenset({"class_embedding"})
+_TOKEN_NAMES = frozenset({"class_embedding", "latents"})
 
 # State-space models' decays and skips; what PEFT's orthogonal adapters rotate by.
 _DECAY_NAMES = frozenset({"A_log", "D"})
@@ -133,12 +145,15 @@ def weights_of(model: nn.Module) -> list[Weight]:
             if (
                 param in undecayed
                 or isinstance(owner, _NORMS)
-                or _is_vector(module, param)
+                or _is_vector(module, local_name, param)
                 or _is_undecayed(owner, weight.names[-1])
             ):
                 weight.role = Role.NO_DECAY
             elif weight.role is Role.MATRIX and (
-                param in heads or _is_embedding(owner, weight.names[-1]) or _is_depthwise(owner)
+                param in heads
+                or _is_embedding(owner, weight.names[-1])
+                or _is_depthwise(owner)
+                or _has_one_row_or_column(param)
             ):
                 weight.role = Role.ADAM
             batch_dims = _batch_dims(owner, weight.names[-1], param)
@@ -152,13 +167,19 @@ def _heads(model: nn.Module) -> Iterator[Tensor]:
         for method in _HEAD_METHODS:
             yield from _weights_said(module, method)
         parts = plain_name(name).split(".")
-        if any(part.isdigit() for part in parts):
-            continue  # of a block
+        if any(part.isdigit() for part in parts) or not _NO_HEADS.isdisjoint(parts):
+            continue  # of a block, or before a head
+        is_named = parts[-1] in HEAD_NAMES or (
+            "_" in parts[-1] and parts[-1].split("_")[-1] in _HEAD_WORDS
+        )
         if _is_map(module):
-            if parts[-1] in HEAD_LAYER_NAMES or ".".join(parts[-2:]) in HEAD_TAILS:
+            if is_named or parts[-1] in HEAD_LAYER_NAMES or ".".join(parts[-2:]) in HEAD_TAILS:
                 yield from _own_weights(module)
-        elif parts[-1] in HEAD_NAMES:
-            yield from _last_weights(module)
+        elif is_named and not any(
+            isinstance(child, nn.MultiheadAttention) for child in module.modules()
+        ):  # else it pools
+            for part in module if isinstance(module, nn.ModuleList) else [module]:
+                yield from (w for w in _last_weights(part) if not _is_square(w))
 
 
 def _weights_said(module: nn.Module, method: str) -> Iterator[Tensor]:
@@ -195,12 +216,17 @@ def _own_weights(module: nn.Module) -> list[Tensor]:
     return [] if weight is None else [weight]
 
 
+def _is_square(weight: Tensor) -> bool:
+    """Whether it maps features to as many: what comes before a head does."""
+    return not is_lazy(weight) and weight.ndim >= 2 and weight.shape[0] == weight.shape[1]
+
+
 def _last_weights(module: nn.Module) -> list[Tensor]:
-    """Of the last map in a container; in a list of modules, of each."""
+    """Of the last map in a container; of a dictionary of maps, of each."""
     if _is_map(module):
         return _own_weights(module)
     of_children = [_last_weights(child) for child in module.children()]
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+    if isinstance(module, nn.ModuleDict) and all(map(_is_map, module.values())):
         return [weight for weights in of_children for weight in weights]
     return next((weights for weights in reversed(of_children) if weights), [])
 
@@ -225,9 +251,9 @@ def _undecayed(model: nn.Module) -> Iterator[Tensor]:
 def _is_undecayed(module: nn.Module, name: str) -> bool:
     parts = name.split(".")
     if isinstance(module, _EMBEDDINGS):
-        return _is_position(parts[-3:-1])
+        return _is_position(parts[-3:-1]) or parts[-2:-1] in (["mask_tokens"], ["iou_token"])
     words = parts[-1].split("_")
-    if words[-1] == "bias":  # of experts, a stack of vectors
+    if words[-1] in ("bias", "biases"):  # of experts, a stack of vectors; by position
         return True
     if isinstance(module, _MAPS):
         return False
@@ -239,16 +265,21 @@ def _is_undecayed(module: nn.Module, name: str) -> bool:
 
 
 def _is_position(parts: Iterable[str]) -> bool:
-    return any(
-        part in _POSITION_NAMES or not _POSITION_WORDS.isdisjoint(part.split("_")) for part in parts
-    )
+    return any(not _POSITION_WORDS.isdisjoint(part.split("_")) for part in parts)
 
 
-def _is_vector(module: nn.Module, param: Tensor) -> bool:
+def _is_vector(module: nn.Module, local_name: str, param: Tensor) -> bool:
     """Whether all entries lie along one dimension, and not for lack of inputs or outputs."""
-    if isinstance(module, _MAPS) and (is_lazy(param) or param.ndim >= 2):
-        return False
+    is_map = isinstance(module, _MAPS) and local_name in ("weight", "weight_v")
+    if is_lazy(param) or (is_map and param.ndim >= 2):
+        return not is_map
     return param.numel() == max(param.shape, default=1)
+
+
+def _has_one_row_or_column(param: Tensor) -> bool:
+    """Whether it maps to or from a single feature, so that there is no basis to turn."""
+    shape = shape_of(param)
+    return len(shape) >= 2 and math.prod(shape) == max(shape)
 
 
 def _is_embedding(module: nn.Module, name: str) -> bool:

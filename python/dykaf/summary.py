@@ -91,7 +91,8 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
 
     A treatment is "one-sided", "both sides" or "no basis" (which factors a matrix keeps), "rank-32"
     (``skinny_rank`` applies), each with "stack of 8" before it where the matrices of a tensor are
-    apart; "AdamW" for all else, with "no decay" where there is none; or "frozen".
+    apart; "AdamW" for all else, with "no decay" where there is none; or "frozen",
+    "no elements" or "no shape yet" (of a lazy module).
 
     .. code-block:: python
 
@@ -123,20 +124,24 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
 
 def _row(name: str, param: Tensor, group: Mapping[str, Any]) -> Row:
     layout = Layout.of(param, group)
-    has_state = param.requires_grad and not is_lazy(param)
+    has_state = param.requires_grad and not is_lazy(param) and param.numel() > 0
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layout.shapes().values()]
     return Row(
         _NUMBERS.sub(lambda found: f"{found[1] or ''}*", name),
         layout.shape,
         1,
-        _treatment(layout, group) if param.requires_grad else "frozen",
+        _treatment(param, layout, group),
         float(group["lr"]),
         float(group["weight_decay"]),
         sum(sizes) if has_state else 0,
     )
 
 
-def _treatment(layout: Layout, group: Mapping[str, Any]) -> str:
+def _treatment(param: Tensor, layout: Layout, group: Mapping[str, Any]) -> str:
+    if not param.requires_grad:
+        return "frozen"
+    if is_lazy(param) or param.numel() == 0:
+        return "no shape yet" if is_lazy(param) else "no elements"
     if not layout.is_matrix:
         treatment = "AdamW"
     elif layout.skinny_rank:
