@@ -84,8 +84,11 @@ def test_a_step_on_fake_tensors_makes_the_state_of_a_real_one() -> None:
         fake = model_of()
         of_fake = DyKAF(param_groups(fake))
         fake(torch.ones(2, 5)).sum().backward()
+    of_fake.step()  # outside of the mode
+    before = of_fake.state_bytes()
+    with fake[0].weight.fake_mode:
         of_fake.step()
-    of_fake.step()  # outside of the mode, too
+    assert of_fake.state_bytes() == before
     assert of_fake.state_bytes() == optimizer.state_bytes()
     for param, other in zip(real.parameters(), fake.parameters(), strict=True):
         state, fake_state = optimizer.state[param], of_fake.state[other]
