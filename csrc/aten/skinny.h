@@ -25,9 +25,12 @@ at::Tensor bounded_second_moment(const at::Tensor& exp_avg_sq, const Options& op
                                  const at::Tensor& exp_avg, const at::Tensor& V,
                                  const at::Tensor& steps);
 
+// Whether a refresh looks at what it finds on its way, to do less: not where the host would wait.
+enum class Looks : int32_t { kNever, kOnHost };
+
 // One power iteration of the bases of the long sides, of which the gradients become part; commits.
 // Also in a step that is skipped, for the host counts the rows of a basis.
-void refresh_long_(Batch& batch, const Options& options);
+void refresh_long_(Batch& batch, const Options& options, Looks looks = Looks::kNever);
 
 // What is left to a refresh of the long side that cannot be done: the old basis, without the
 // gradients since, so that there is room for others.

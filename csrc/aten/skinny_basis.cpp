@@ -54,11 +54,11 @@ at::Tensor live_columns(const at::Tensor& x) {
 }
 
 // Q R of the transposed rows [b, used, l], the first `inner` of which are orthonormal as a refresh
-// left them. On the CPU only what the others have outside of these is decomposed, a quarter of the
+// left them. With a look only what the others have outside of these is decomposed, a quarter of the
 // work, as long as all of Q comes out orthonormal: not where rows are zero, or were rounded.
-JudgedQR judged_qr_of_rows(const at::Tensor& rows, int64_t inner) {
+JudgedQR judged_qr_of_rows(const at::Tensor& rows, int64_t inner, Looks looks) {
   const int64_t added = rows.size(1) - inner;
-  if (rows.is_cpu() && added > 0) {
+  if (looks == Looks::kOnHost && added > 0) {
     const at::Tensor V = rows.narrow(1, 0, inner);
     at::Tensor rest = rows.narrow(1, inner, added).mT();
     at::Tensor within = at::zeros({rows.size(0), inner, added}, rows.options());
@@ -148,7 +148,7 @@ at::Tensor bounded_second_moment(const at::Tensor& exp_avg_sq, const Options& op
   return bounded;
 }
 
-void refresh_long_(Batch& batch, const Options& options) {
+void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   const NoDenormals no_denormals;
   const Matrix& first = batch.first();
   const int64_t rank = first.skinny_rank;
@@ -163,7 +163,7 @@ void refresh_long_(Batch& batch, const Options& options) {
   // The factor is flat I + Z (F - flat I) Z^T, Z's first columns being the old basis.
   const at::Tensor flat = batch.get(&Matrix::flat);
   const at::Tensor rows = batch.get_part(rows_in(used));
-  const auto [Z, T, is_basis] = judged_qr_of_rows(rows, inner);
+  const auto [Z, T, is_basis] = judged_qr_of_rows(rows, inner, looks);
   const at::Tensor core = batch.get(&Matrix::core);
   const at::Tensor used_core = core.narrow(1, 0, used).narrow(2, 0, used);
   const at::Tensor old_F = symmetric(full_product(full_product(T, used_core), T.mT()));
@@ -209,7 +209,7 @@ void refresh_long_(Batch& batch, const Options& options) {
 
   // Where a decomposition failed the old basis stays, and the gradients since are forgotten.
   const at::Tensor sound = is_basis.logical_and(is_turn);
-  const bool moves_all = sound.is_cpu() && sound.all().item<bool>();
+  const bool moves_all = looks == Looks::kOnHost && sound.all().item<bool>();
   const auto where_moved = [&](const at::Tensor& moved, const auto& old) {
     return moves_all ? moved : at::where(per_matrix(sound), moved, old());
   };

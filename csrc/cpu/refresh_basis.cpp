@@ -68,7 +68,7 @@ void refresh_basis_(std::span<const Problem<T>> problems, const Options& options
         const aten::Matrix w(p);
         aten::Batch batch({&w});
         if (w.is_long(side)) {
-          aten::refresh_long_(batch, options);
+          aten::refresh_long_(batch, options, aten::Looks::kOnHost);
         } else {
           aten::refresh_basis_(batch, {.options = options}, side, aten::householder_orthonormalize);
         }
