@@ -133,6 +133,21 @@ def test_a_named_group_joins_those_without_names() -> None:
     copy.deepcopy(optimizer).load_state_dict(optimizer.state_dict())
 
 
+def test_an_empty_group_joins_named_ones() -> None:
+    optimizer = DyKAF(model_of().named_parameters())
+    optimizer.add_param_group({"params": []})
+    assert optimizer.param_groups[1]["param_names"] == []
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+def test_a_group_with_other_names_than_parameters_is_refused(names: list[str]) -> None:
+    optimizer = DyKAF(model_of().named_parameters())
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=f"param_names: expected 2 of them, got {len(names)}"):
+        optimizer.add_param_group({"params": params, "param_names": names})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("is_named", [False, True])
 def test_a_group_half_named_is_refused_as_by_torch(is_named: bool) -> None:
     params = model_of().named_parameters() if is_named else model_of().parameters()
@@ -159,6 +174,8 @@ def test_a_step_that_finds_no_gradient_says_so() -> None:
     with pytest.warns(UserWarning, match="4 parameters, 2 of which require one") as caught:
         optimizer.step()
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="4 parameters"):
+        exec("optimizer.step()", {"optimizer": optimizer})  # globals without a name
     model(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()

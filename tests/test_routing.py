@@ -17,7 +17,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
     return {weight.name: weight.role for weight in weights_of(model)}
 
 
-def bare(*shape: int, **named: tuple[int, ...]) -> nn.Module:
+def bare(**named: tuple[int, ...]) -> nn.Module:
     """A module of another kind with parameters of its own."""
     module = nn.Module()
     for name, size in named.items():
@@ -89,6 +89,25 @@ def test_a_model_that_cannot_name_its_head() -> None:
     assert set(roles(Says(nn.Linear(4, 9, bias=False))).values()) == {Role.MATRIX}
 
 
+def test_methods_of_a_models_own_meaning() -> None:
+    class Own(nn.Module):
+        no_weight_decay = ("body",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 5, bias=False)
+            self.last = nn.Linear(5, 3, bias=False)
+
+        def get_classifier(self, name: str) -> nn.Module:
+            raise AssertionError("is not to be called")
+
+        @property
+        def get_output_embeddings(self) -> Any:
+            raise RuntimeError("not built yet")
+
+    assert roles(Own()) == {"body.weight": Role.NO_DECAY, "last.weight": Role.MATRIX}
+
+
 def test_the_last_layer_of_a_head() -> None:
     model = nn.ModuleDict(
         {
@@ -152,8 +171,20 @@ def test_what_comes_before_a_head() -> None:
 
 def test_no_head_is_within_a_numbered_block() -> None:
     block = {"fc": nn.Linear(4, 4, bias=False), "output": nn.Linear(4, 4, bias=False)}
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)])})
+    model = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList([nn.ModuleDict(block)]),
+            "layer_0": nn.ModuleDict({"fc": nn.Linear(4, 4, bias=False)}),
+            "block1": nn.ModuleDict({"head": nn.Linear(4, 4, bias=False)}),
+        }
+    )
     assert set(roles(model).values()) == {Role.MATRIX}
+
+
+def test_a_model_behind_a_normalization_keeps_its_head() -> None:
+    net = nn.ModuleDict({"body": nn.Linear(4, 5), "fc": nn.Linear(5, 3)})
+    assert roles(nn.Sequential(nn.Flatten(), net))["1.fc.weight"] is Role.ADAM
+    assert roles(nn.Sequential(net, net))["0.fc.weight"] is Role.MATRIX
 
 
 def test_a_container_of_a_layer_name_is_no_head() -> None:
@@ -179,6 +210,11 @@ def test_heads_within_wrappers() -> None:
     compiled = torch.compile(model)
     assert isinstance(compiled, nn.Module)
     assert roles(compiled) == {f"_orig_mod.{name}": role for name, role in expected.items()}
+    old = nn.ModuleDict({"lm_head": nn.utils.weight_norm(nn.Linear(4, 9, bias=False))})
+    assert roles(old) == {
+        "lm_head.weight_g": Role.NO_DECAY,
+        "lm_head.weight_v": Role.ADAM,
+    }
     assert roles(normed) == {
         "lm_head.parametrizations.weight.original0": Role.NO_DECAY,
         "lm_head.parametrizations.weight.original1": Role.ADAM,
@@ -236,7 +272,6 @@ def test_gains_of_convolutions_are_vectors() -> None:
         ("mask_token", (2, 4)),
         ("class_embedding", (2, 4)),
         ("A_log", (8, 4)),
-        ("D", (8, 2)),
         ("down_proj_bias", (3, 4)),
         ("attention_biases", (3, 4)),
         ("latents", (3, 4)),
@@ -263,6 +298,23 @@ def test_parameters_without_decay(name: str, shape: tuple[int, ...]) -> None:
 def test_tables_of_positions(name: str) -> None:
     model = nn.ModuleDict({name: nn.Embedding(5, 4), "embed_tokens": nn.Embedding(9, 4)})
     assert roles(model) == {f"{name}.weight": Role.NO_DECAY, "embed_tokens.weight": Role.ADAM}
+
+
+def test_tables_within_what_is_named_for_positions() -> None:
+    tables = {"row_embeddings": nn.Embedding(5, 4), "relative_position": bare(table=(7, 4))}
+    model = nn.ModuleDict({"position_embedding": nn.ModuleDict(tables)})
+    assert set(roles(model).values()) == {Role.NO_DECAY}
+
+
+def test_attention_named_for_positions_is_no_table() -> None:
+    model = nn.ModuleDict({"pos_attn": nn.MultiheadAttention(4, 2, bias=False)})
+    assert set(roles(model).values()) == {Role.MATRIX}
+
+
+def test_names_that_mean_something_else() -> None:
+    """A dictionary D, and a map between tokens."""
+    assert set(roles(bare(D=(8, 4), token_mixing=(8, 4))).values()) == {Role.MATRIX}
+    assert roles(bare(D=(8, 4), A_log=(8, 4)))["D"] is Role.NO_DECAY
 
 
 @pytest.mark.parametrize("name", ["pos_proj", "linear_pos", "tokens_to_heads", "pos_conv_embed"])
@@ -342,6 +394,8 @@ def test_batch_dims_apply_to_what_has_them() -> None:
     optimizer.step()
     batches = [tuple(optimizer.state[param]["step"].shape) for param in params]
     assert batches == [(4,), (), (), (2,)]
+    found = seen_as([{"params": [params[0], params[3]], "batch_dims": 10}])
+    assert found == {(4, 3, 9): (4,), (2, 6, 4, 5): (2, 6)}
     assert ["rho" in optimizer.state[param] for param in params] == [True, True, False, True]
 
 
@@ -362,6 +416,13 @@ def test_convolutions_are_no_stacks() -> None:
     ]
     found = seen_as(groups)
     assert [found[shape] for shape in ((3, 3, 5), (4, 3, 2, 2), (6, 7), (4, 4, 6))] == [()] * 4
+
+
+def test_lazy_convolutions_are_no_stacks() -> None:
+    model = nn.Sequential(nn.LazyConv1d(3, 5, bias=False))
+    groups = param_groups(model)
+    model(torch.ones(1, 3, 6))
+    assert seen_as(groups) == {(3, 3, 5): ()}
 
 
 def test_experts_are_stacks() -> None:

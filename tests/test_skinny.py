@@ -441,3 +441,35 @@ def test_counts_that_do_not_fit_are_refused_before_anything_changes(rows: tuple[
 def test_a_refresh_of_both_sides_takes_a_place_in_the_period() -> None:
     layout = Layout.of(param_of(make(initial())), make(initial()).param_groups[0])
     assert layout.refresh_costs == (SHORT**3, RANK**2 * LONG)
+
+
+def test_a_factor_that_would_vanish_stays() -> None:
+    """A zero gradient where nothing of the past counts."""
+    optimizer = make(
+        initial(), factor_beta=0.0, refresh_schedule="fixed", precondition_frequency=1000
+    )
+    step(optimizer, gradients(1)[0])
+    step(optimizer, gradients(2)[1])
+    before = optimizer.state[param_of(optimizer)]["L"].clone()
+    assert float(before.norm()) > 0.9
+    step(optimizer, torch.zeros(SHORT, LONG))
+    assert torch.equal(optimizer.state[param_of(optimizer)]["L"], before)
+
+
+def test_the_long_basis_stays_orthonormal() -> None:
+    """Where refreshes decompose new rows alone: between two corrections rounding adds up."""
+    rank = 16
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 1}
+    optimizer = make(torch.zeros(4, 256), skinny_rank=rank, refresh_stagger=False, **schedule)
+    generator = torch.Generator().manual_seed(2)
+    space = torch.linalg.qr(torch.randn(256, rank, generator=generator))[0].T
+    worst = 0.0
+    for idx in range(20 if backends.is_gpu() else 1000):
+        step(optimizer, torch.randn(4, rank, generator=generator) @ space)
+        state = optimizer.state[param_of(optimizer)]
+        V = state["basis"][: int(state["rows"][0])].double()
+        if idx > rank:
+            worst = max(worst, float((V @ V.T - torch.eye(rank).to(V)).abs().max()))
+    # A decomposition leaves some 16 units of rounding, each of 32 refreshes until a correction one.
+    # Without corrections it is 70 by then, and grows.
+    assert 0 < worst < (16 + 32) * torch.finfo(torch.float32).eps / 2

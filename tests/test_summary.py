@@ -109,6 +109,10 @@ def test_names_come_from_the_model() -> None:
     optimizer = DyKAF(model.parameters())
     assert [row.name for row in summary(optimizer).rows] == ["param_groups[0]"] * 2
     assert [row.name for row in summary(optimizer, model).rows] == ["*.weight"] * 2
+    named = DyKAF(model.named_parameters())
+    named.add_param_group({"params": [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]})
+    last = summary(named).rows[-1]
+    assert (last.name, last.count) == ("param_groups[1]", 2)
 
 
 def test_the_table() -> None:

@@ -53,9 +53,10 @@ at::Tensor live_columns(const at::Tensor& x) {
   return x.abs().amax(-2, /*keepdim=*/true).gt(0).to(x.scalar_type());
 }
 
-// Q R of the transposed rows [b, used, l], the first `inner` of which are orthonormal as a refresh
-// left them. With a look only what the others have outside of these is decomposed, a quarter of the
-// work, as long as all of Q comes out orthonormal: not where rows are zero, or were rounded.
+// Q R of the transposed rows [b, used, l], the first `inner` of which a refresh has left
+// orthonormal but for rounding. With a look only what the others have outside of these is
+// decomposed, a quarter of the work, as long as all of Q comes out orthonormal: not where rows are
+// zero, or were rounded.
 JudgedQR judged_qr_of_rows(const at::Tensor& rows, int64_t inner, Looks looks) {
   const int64_t added = rows.size(1) - inner;
   if (looks == Looks::kOnHost && added > 0) {
@@ -163,7 +164,10 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   // The factor is flat I + Z (F - flat I) Z^T, Z's first columns being the old basis.
   const at::Tensor flat = batch.get(&Matrix::flat);
   const at::Tensor rows = batch.get_part(rows_in(used));
-  const auto [Z, T, is_basis] = judged_qr_of_rows(rows, inner, looks);
+  // Rounding of the old basis would add up.
+  const bool corrects =
+      (first.refreshes[first.is_wide() ? 1 : 0] + 1) % kRefreshesPerCorrection == 0;
+  const auto [Z, T, is_basis] = judged_qr_of_rows(rows, inner, corrects ? Looks::kNever : looks);
   const at::Tensor core = batch.get(&Matrix::core);
   const at::Tensor used_core = core.narrow(1, 0, used).narrow(2, 0, used);
   const at::Tensor old_F = symmetric(full_product(full_product(T, used_core), T.mT()));

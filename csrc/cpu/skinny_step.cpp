@@ -114,20 +114,22 @@ class SkinnyStep {
     const size_t long_idx = 1 - short_idx;
     const double gain = 1 - options_.factor_beta;
 
+    double trace = 0;
+    for (int64_t i = 0; i < s_; ++i) trace += static_cast<double>(gram_[i * (s_ + 1)]);
+
+    // A factor whose new norm would be zero stays.
     T* factor = p_.is_wide() ? p_.L : p_.R;
-    combine_range_(factor, gram_, static_cast<T>(kept(short_idx)),
-                   static_cast<T>(gain / static_cast<double>(l_)), s_ * s_);
-    const double norm = std::sqrt(dot(factor, factor, s_ * s_));
+    combine_range_(gram_, factor, static_cast<T>(gain / static_cast<double>(l_)),
+                   static_cast<T>(kept(short_idx)), s_ * s_);
+    const double norm = std::sqrt(dot(gram_, gram_, s_ * s_));
     if (norm > 0) {
       for (int64_t i = 0; i < s_ * s_; ++i) {
-        factor[i] = static_cast<T>(static_cast<double>(factor[i]) / norm);
+        factor[i] = static_cast<T>(static_cast<double>(gram_[i]) / norm);
       }
     }
 
     const double row_gain = gain / static_cast<double>(s_);
     const double kept_long = kept(long_idx);
-    double trace = 0;
-    for (int64_t i = 0; i < s_; ++i) trace += static_cast<double>(gram_[i * (s_ + 1)]);
     trace = trace * row_gain + kept_long;
     if (trace > 0) {
       const T decay = static_cast<T>(kept_long / trace);
@@ -145,7 +147,7 @@ class SkinnyStep {
   }
 
  private:
-  // In place of XV's row what the momentum's coordinates are multiplied by.
+  // XV's row becomes the inverse roots of its second moments.
   void advance_moments_(int64_t i) {
     const T* x = X_ + i * l_;
     T* within = XV_ + i * inner_;

@@ -38,6 +38,11 @@ def named_alike_(param_group: dict[str, Any], group_idx: int, has_names: bool) -
         return  # torch refuses it
     params = [params] if isinstance(params, Tensor) else list(params)
     param_group["params"] = params
+    names = param_group.get("param_names")
+    if names is not None and len(names) != len(params):
+        raise ValueError(f"param_names: expected {len(params)} of them, got {len(names)}")
+    if has_names and not params:
+        param_group["param_names"] = []
     is_named = [isinstance(param, tuple) for param in params]
     if has_names and "param_names" not in param_group and not any(is_named):
         param_group["params"] = [
@@ -58,7 +63,7 @@ def is_fake(param_groups: Sequence[Mapping[str, Any]]) -> bool:
 def warn(message: str) -> None:
     """Warns at the line of the user's that led here."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_within(frame.f_globals["__name__"]):
+    while frame.f_back is not None and _is_within(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 
@@ -73,12 +78,11 @@ def is_capturing() -> bool:
 
 
 def check_has_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that a first step without a gradient is not that of parameters that no model has.
-
-    What shards a model replaces its parameters. Warns otherwise.
+    """Warns of a first step without a gradient.
 
     Raises:
-        RuntimeError: with several processes, where a parameter could have a gradient.
+        RuntimeError: under torch.distributed, where what shards a model has probably replaced the
+            parameters.
     """
     params = [param for group in param_groups for param in group["params"]]
     num_trainable = sum(param.requires_grad for param in params)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -68,7 +70,7 @@ _TOKEN_WORDS = frozenset({"token", "tokens"})
 _TOKEN_NAMES = frozenset({"class_embedding", "latents"})
 
 # State-space models' decays and skips; what PEFT's orthogonal adapters rotate by.
-_DECAY_NAMES = frozenset({"A_log", "D"})
+_DECAY_NAMES = frozenset({"A_log"})
 _ROTATION_NAMES = frozenset({"boft_R", "oft_R", "oft_r"})
 
 # Tables of an embedding that an adapter adds: columns belong to tokens.
@@ -86,6 +88,8 @@ _NORMS = (
     nn.modules.batchnorm._NormBase,
 )
 
+# Names of numbered blocks.
+_BLOCK = re.compile(r"(^|_)\d+$|^(block|layer|stage)\d+$")
 _PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original\d*$")
 _WRAPPERS = re.compile(
     r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|base_layer"
@@ -157,17 +161,21 @@ def weights_of(model: nn.Module) -> list[Weight]:
             ):
                 weight.role = Role.ADAM
             batch_dims = _batch_dims(owner, weight.names[-1], param)
-            if batch_dims != num_batch_dims(shape_of(param), None):
+            is_unknown = is_lazy(param) and isinstance(owner, _CONVS)
+            if is_unknown or batch_dims != num_batch_dims(shape_of(param), None):
                 weight.batch_dims = batch_dims
     return list(found.values())
 
 
 def _heads(model: nn.Module) -> Iterator[Tensor]:
+    # What comes before a model, such as a normalization, and the model are no blocks.
+    is_pipeline = isinstance(model, nn.Sequential) and len({*map(type, model)}) == len(model)
     for name, module in model.named_modules(remove_duplicate=False):
         for method in _HEAD_METHODS:
             yield from _weights_said(module, method)
         parts = plain_name(name).split(".")
-        if any(part.isdigit() for part in parts) or not _NO_HEADS.isdisjoint(parts):
+        is_in_block = any(_BLOCK.search(part) for part in parts[is_pipeline:-1])
+        if is_in_block or parts[-1].isdigit() or not _NO_HEADS.isdisjoint(parts):
             continue  # of a block, or before a head
         is_named = parts[-1] in HEAD_NAMES or (
             "_" in parts[-1] and parts[-1].split("_")[-1] in _HEAD_WORDS
@@ -183,19 +191,22 @@ def _heads(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _weights_said(module: nn.Module, method: str) -> Iterator[Tensor]:
-    get = getattr(module, method, None)
-    if not callable(get):
-        return
-    try:
-        said = get()
-    except (NotImplementedError, AttributeError):  # the way of base classes to say none
-        return
+    said = _said(module, method)
     for head in said if isinstance(said, (tuple, list)) else [said]:
         if isinstance(head, nn.Module):
             yield from _last_weights(head)
-            # A wrapper, such as PEFT's, shows the weight of what it wraps.
-            shown = getattr(head, "weight", None)
-            yield from [shown] if isinstance(shown, Tensor) else []
+
+
+def _said(module: nn.Module, name: str) -> Any:
+    """What a method without arguments, or an attribute, says; None where it is of another kind."""
+    try:
+        said = getattr(module, name, None)
+        if callable(said) and not isinstance(said, nn.Module):
+            inspect.signature(said).bind()
+            return said()
+    except Exception:  # whatever the model raises: base classes say so that there is none
+        return None
+    return said
 
 
 def _is_map(module: nn.Module) -> bool:
@@ -212,8 +223,10 @@ def _own_weights(module: nn.Module) -> list[Tensor]:
     if parametrize.is_parametrized(module, "weight"):
         originals = module.get_submodule("parametrizations.weight")
         return list(originals.parameters(recurse=False))
-    weight = module._parameters.get("weight")
-    return [] if weight is None else [weight]
+    own = dict(module.named_parameters(recurse=False))
+    # Older hooks rename it: weight_norm, spectral_norm, pruning.
+    names = ("weight", "weight_orig", "weight_v")
+    return next(([own[name]] for name in names if name in own), [])
 
 
 def _is_square(weight: Tensor) -> bool:
@@ -236,9 +249,10 @@ def _undecayed(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if getattr(module, "_no_weight_decay", False):
             yield from module.parameters(recurse=False)
-        get = getattr(module, "no_weight_decay", None)
-        if callable(get):
-            said = [plain_name(name) for name in get()]
+        names = _said(module, "no_weight_decay")
+        if isinstance(names, (str, set, frozenset, list, tuple, dict)):
+            names = [names] if isinstance(names, str) else names
+            said = [plain_name(name) for name in names if isinstance(name, str)]
             for full, param in module.named_parameters():
                 name = plain_name(full)
                 if any(name == entry or name.startswith(f"{entry}.") for entry in said):
@@ -258,10 +272,16 @@ def _is_undecayed(module: nn.Module, name: str) -> bool:
     if isinstance(module, _MAPS):
         return False
     return (
-        _is_position(parts[-2:])
-        or not _TOKEN_WORDS.isdisjoint(words)
+        _is_position(parts[-1:] if _is_larger(module) else parts[-2:])
+        or words[-1] in _TOKEN_WORDS
         or parts[-1] in _TOKEN_NAMES | _DECAY_NAMES
+        or (parts[-1] == "D" and hasattr(module, "A_log"))
     )
+
+
+def _is_larger(module: nn.Module) -> bool:
+    """Whether it is more than one table: attention, say, whose weights are maps."""
+    return isinstance(module, nn.Bilinear) or len(list(module.parameters())) > 1
 
 
 def _is_position(parts: Iterable[str]) -> bool:
@@ -270,7 +290,7 @@ def _is_position(parts: Iterable[str]) -> bool:
 
 def _is_vector(module: nn.Module, local_name: str, param: Tensor) -> bool:
     """Whether all entries lie along one dimension, and not for lack of inputs or outputs."""
-    is_map = isinstance(module, _MAPS) and local_name in ("weight", "weight_v")
+    is_map = isinstance(module, _MAPS) and local_name in ("weight", "weight_orig", "weight_v")
     if is_lazy(param) or (is_map and param.ndim >= 2):
         return not is_map
     return param.numel() == max(param.shape, default=1)

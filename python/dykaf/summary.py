@@ -16,6 +16,7 @@ from dykaf.optimizer import DyKAF
 from dykaf.state import Layout
 
 _HEADINGS = ("parameter", "shape", "count", "treatment", "lr", "weight decay", "state")
+_PLACE = re.compile(r"(param_groups\[\d+\])\['params'\]\[\d+\]")
 # Of blocks: parts of a name (`layers.3.`) and ends of a module's (`encoder_layer_3.`).
 _NUMBERS = re.compile(r"(^|\.)\d+(?=\.|$)|(?<=_)\d+(?=\.)")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -107,7 +108,9 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
     """
     if not isinstance(optimizer, DyKAF):
         raise TypeError(f"optimizer: expected a DyKAF, got {type(optimizer).__name__}")
-    model_names = {param: name for name, param in model.named_parameters()} if model else {}
+    model_names = (
+        {param: name for name, param in model.named_parameters()} if model is not None else {}
+    )
     counts: Counter[Row] = Counter()
     for group_idx, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [
@@ -124,6 +127,7 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
 
 def _row(name: str, param: Tensor, group: Mapping[str, Any]) -> Row:
     layout = Layout.of(param, group)
+    name = _PLACE.sub(r"\1", name)
     has_state = param.requires_grad and not is_lazy(param) and param.numel() > 0
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layout.shapes().values()]
     return Row(

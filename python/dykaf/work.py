@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dykaf import ops
 from dykaf.checks import check_usable, warn
+from dykaf.options import check_options
 from dykaf.state import Layout, State, changed_options, check_state, new_state
 
 
@@ -170,8 +171,10 @@ def make_fake_states(
 ) -> None:
     """Makes the state that a step on fake tensors leaves."""
     for group in param_groups:
+        check_options(group)
         for param in group["params"]:
-            if isinstance(param, FakeTensor) and param.grad is not None and not states.get(param):
+            has_gradient = param.grad is not None and param.numel() > 0
+            if isinstance(param, FakeTensor) and has_gradient and not states.get(param):
                 with param.fake_mode:
                     states[param] = new_state(param, Layout.of(param, group))
 
