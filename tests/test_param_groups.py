@@ -10,7 +10,7 @@ from optim_helpers import run
 from torch import Tensor, nn
 
 from dykaf import DyKAF, param_groups
-from dykaf.routing import HEAD_LAYER_NAMES
+from dykaf.routing import HEAD_LAYER_NAMES, HEAD_WORDS
 
 
 class Model(nn.Module):
@@ -89,7 +89,7 @@ def test_order_is_that_of_the_model() -> None:
         assert group == [name for name in order if name in group]
 
 
-@pytest.mark.parametrize("head", sorted(HEAD_LAYER_NAMES))
+@pytest.mark.parametrize("head", sorted({*HEAD_LAYER_NAMES, *HEAD_WORDS, "lm_head"}))
 def test_heads_are_known_by_name(head: str) -> None:
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "out": nn.ModuleDict({head: nn.Linear(3, 2)})})
     groups = names(param_groups(model))

@@ -24,16 +24,13 @@ HEAD_NAMES = frozenset(
         "bbox_embed",
         "bbox_predictor",
         "class_embed",
-        "classifier",
         "classifier_distill",
         "fc",
-        "head",
         "heads",
-        "lm_head",
         "lm_heads",
     }
 )
-_HEAD_WORDS = frozenset({"classifier", "head", "logits"})
+HEAD_WORDS = frozenset({"classifier", "head", "logits"})
 # Names of such layers alone: containers of these names are parts of blocks, too.
 HEAD_LAYER_NAMES = HEAD_NAMES | {
     "bbox_pred",
@@ -69,12 +66,10 @@ _POSITION_WORDS = frozenset(
 _TOKEN_WORDS = frozenset({"token", "tokens"})
 _TOKEN_NAMES = frozenset({"class_embedding", "latents"})
 
-# State-space models' decays and skips; what PEFT's orthogonal adapters rotate by.
-_DECAY_NAMES = frozenset({"A_log"})
-_ROTATION_NAMES = frozenset({"boft_R", "oft_R", "oft_r"})
-
-# Tables of an embedding that an adapter adds: columns belong to tokens.
-_EMBEDDING_NAMES = frozenset({"lora_embedding_A", "lora_embedding_B"})
+_DECAY_NAMES = frozenset({"A_log"})  # of state-space models
+# Of PEFT's adapters: what rotations are made of, and tables of an embedding, whose columns belong
+# to tokens.
+_ADAPTER_NAMES = frozenset({"boft_R", "lora_embedding_A", "lora_embedding_B", "oft_R", "oft_r"})
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONVS = (nn.modules.conv._ConvNd,)
@@ -111,9 +106,8 @@ class Weight:
 
     name: str  # the first
     param: Tensor
-    names: list[str] = field(
-        default_factory=list
-    )  # without wrappers' parts; tied ones have several
+    # Without what wrappers put into them; a tied parameter has several.
+    names: list[str] = field(default_factory=list)
     role: Role = Role.MATRIX
     batch_dims: int | None = None  # other than what the shape says
 
@@ -155,7 +149,7 @@ def weights_of(model: nn.Module) -> list[Weight]:
                 weight.role = Role.NO_DECAY
             elif weight.role is Role.MATRIX and (
                 param in heads
-                or _is_embedding(owner, weight.names[-1])
+                or _is_table(owner, weight.names[-1])
                 or _is_depthwise(owner)
                 or _has_one_row_or_column(param)
             ):
@@ -177,9 +171,7 @@ def _heads(model: nn.Module) -> Iterator[Tensor]:
         is_in_block = any(_BLOCK.search(part) for part in parts[is_pipeline:-1])
         if is_in_block or parts[-1].isdigit() or not _NO_HEADS.isdisjoint(parts):
             continue  # of a block, or before a head
-        is_named = parts[-1] in HEAD_NAMES or (
-            "_" in parts[-1] and parts[-1].split("_")[-1] in _HEAD_WORDS
-        )
+        is_named = parts[-1] in HEAD_NAMES or parts[-1].split("_")[-1] in HEAD_WORDS
         if _is_map(module):
             if is_named or parts[-1] in HEAD_LAYER_NAMES or ".".join(parts[-2:]) in HEAD_TAILS:
                 yield from _own_weights(module)
@@ -302,12 +294,9 @@ def _has_one_row_or_column(param: Tensor) -> bool:
     return len(shape) >= 2 and math.prod(shape) == max(shape)
 
 
-def _is_embedding(module: nn.Module, name: str) -> bool:
-    parts = name.split(".")
-    own_names = {*parts[-2:]}  # an adapter's has its own name behind
-    return isinstance(module, _EMBEDDINGS) or not own_names.isdisjoint(
-        _EMBEDDING_NAMES | _ROTATION_NAMES
-    )
+def _is_table(module: nn.Module, name: str) -> bool:
+    own_names = name.split(".")[-2:]  # an adapter's has the adapter's name behind
+    return isinstance(module, _EMBEDDINGS) or not _ADAPTER_NAMES.isdisjoint(own_names)
 
 
 def _is_depthwise(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dykaf.checks import param_name
 from dykaf.optimizer import DyKAF
 from dykaf.state import Layout
 
@@ -113,10 +114,10 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
     )
     counts: Counter[Row] = Counter()
     for group_idx, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names") or [
-            model_names.get(param, f"param_groups[{group_idx}]") for param in group["params"]
-        ]
-        for name, param in zip(names, group["params"], strict=True):
+        for idx, param in enumerate(group["params"]):
+            name = param_name(group, group_idx, idx)
+            if "param_names" not in group:
+                name = model_names.get(param, name)
             counts[_row(name, param, group)] += 1
     rows = [
         Row(**{**vars(row), "count": count, "state_bytes": count * row.state_bytes})

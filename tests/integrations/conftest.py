@@ -8,7 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be downloaded
 
 import pytest
-import torchvision_stub  # noqa: F401
+import torchvision_stub  # noqa: F401  # before torchvision, which timm and transformers import
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 sys.path.insert(0, str(RECIPES))

@@ -8,7 +8,7 @@ from dykaf.integrations import require
 from dykaf.integrations.metrics import Monitor
 from dykaf.optimizer import DyKAF
 
-require("lightning")
+require("lightning")  # before the imports of it, which would not say what to install
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 

@@ -14,7 +14,7 @@ from dykaf.integrations import require
 from dykaf.optimizer import DyKAF
 from dykaf.param_groups import param_groups
 
-require("timm")
+require("timm")  # before the imports of it, which would not say what to install
 
 import timm.optim  # noqa: E402
 from timm.optim._optim_factory import default_registry  # noqa: E402

@@ -11,7 +11,7 @@ from dykaf.integrations import require
 from dykaf.optimizer import DyKAF
 from dykaf.param_groups import param_groups
 
-require("torchtitan")
+require("torchtitan")  # before the imports of it, which would not say what to install
 
 from torchtitan.components.checkpointer.utils import canonical_fqn  # noqa: E402
 from torchtitan.components.optimizer import OptimizersContainer  # noqa: E402

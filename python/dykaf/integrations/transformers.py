@@ -12,7 +12,7 @@ from dykaf.integrations.metrics import Monitor
 from dykaf.optimizer import DyKAF
 from dykaf.param_groups import param_groups
 
-require("transformers")
+require("transformers")  # before the imports of it, which would not say what to install
 
 from transformers import (  # noqa: E402
     Trainer,
