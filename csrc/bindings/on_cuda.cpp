@@ -159,21 +159,38 @@ std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
   return failures;
 }
 
-CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
-    : group_(group), refreshes_(refreshes), places_(group.problems) {
+CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& passes)
+    : group_(group), refreshes_(refreshes), places_(group.problems), kept_(passes) {
   const c10::DeviceGuard guard(group.device);
-  for (const std::vector<size_t>& indices : passes_of(group, places_.running)) {
-    Pass& pass = passes_.emplace_back();
-    subgroup(group, indices, pass.problems);
-    pass.grad_max = entries(*group.grad_max, indices);
+  if (!kept_serves()) {
+    kept_ = {};
+    for (std::vector<size_t>& indices : passes_of(group, places_.running)) {
+      kept_.passes.emplace_back().indices = std::move(indices);
+    }
+  }
+  for (CudaPasses::Pass& pass : kept_.passes) {
+    pass.problems = chosen(group.problems, pass.indices);
+    pass.grad_max = entries(*group.grad_max, pass.indices);
+    if (kept_.workspace != nullptr) continue;
     const CudaGroup part = group_of(pass);
     const cuda::Plan plan =
         cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
-    workspace_bytes_ = std::max(workspace_bytes_, plan.workspace_bytes);
+    kept_.workspace_bytes = std::max(kept_.workspace_bytes, plan.workspace_bytes);
   }
 }
 
-CudaGroup CudaStep::group_of(Pass& pass) const {
+bool CudaStep::kept_serves() const {
+  if (kept_.workspace == nullptr) return false;
+  size_t num_matrices = 0;
+  for (const CudaPasses::Pass& pass : kept_.passes) {
+    num_matrices += pass.indices.size();
+    if (!cuda::serves(pass.plan, group_.options)) return false;
+  }
+  // Of all matrices, then and now.
+  return num_matrices == group_.problems.size() && places_.running.size() == num_matrices;
+}
+
+CudaGroup CudaStep::group_of(const CudaPasses::Pass& pass) const {
   CudaGroup part = group_;
   part.problems = pass.problems;
   part.grad_max = pass.grad_max;
@@ -182,12 +199,18 @@ CudaGroup CudaStep::group_of(Pass& pass) const {
 
 void CudaStep::plan(void* workspace) {
   const c10::DeviceGuard guard(group_.device);
-  for (Pass& pass : passes_) {
+  const bool is_there = kept_.workspace == workspace;
+  for (CudaPasses::Pass& pass : kept_.passes) {
     const CudaGroup part = group_of(pass);
-    pass.plan =
-        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, workspace);
+    const cuda::DeviceInputs inputs = inputs_of(part);
+    if (is_there) {
+      cuda::renew_step(pass.plan, part.problems, part.options, inputs);
+    } else {
+      pass.plan = cuda::plan_step(part.problems, part.options, inputs, part.precision, workspace);
+    }
     pass.image = copy_to_device(pass.plan.image, group_.device);
   }
+  kept_.workspace = workspace;
 }
 
 void CudaStep::initialize_() {
@@ -205,7 +228,11 @@ void CudaStep::reset_() {
 
 StepReport CudaStep::run_() {
   const c10::DeviceGuard guard(group_.device);
-  for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
+  for (CudaPasses::Pass& pass : kept_.passes) {
+    launch_plan(pass.plan, pass.image);
+    pass.grad_max.reset();
+    pass.image.reset();
+  }
   StepReport report;
   report.waiting = places_.still_waiting(group_.problems);
   if (refreshes_ == Refreshes::kApart) return report;

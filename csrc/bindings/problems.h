@@ -38,8 +38,9 @@ struct Inputs {
 template <typename Matrix>
 struct MatrixList {
   std::vector<Matrix> matrices;
-  std::vector<size_t> sources;  // the index of the state that each matrix belongs to
-  std::vector<size_t> places;   // of each matrix among those of all states
+  std::vector<size_t> sources;   // the index of the state that each matrix belongs to
+  std::vector<int64_t> members;  // of each matrix: its place in that stack
+  std::vector<size_t> places;    // of each matrix among those of all states
 };
 template <typename T>
 using ProblemList = MatrixList<Problem<T>>;
@@ -61,6 +62,16 @@ class Problems {
   // max|G| of the matrices at `places` of all; nothing where none came in.
   std::optional<at::Tensor> maxima_of(const std::vector<size_t>& places) const;
 
+  // Lets go of every tensor that came in. What is left serves renew(), if true; the tensors of all
+  // states, and the parameters' memory, must be where they were then.
+  bool keep();
+  // The next step's tensors, which are like those that came in before.
+  void renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max);
+  // max|G| of each matrix, with gradients like those that came in.
+  at::Tensor grad_max_of(const TensorList& grads) const;
+  // Whether the host is to look at gradients on a device before it knows what a step does.
+  bool has_waiting() const;
+
   // Copies parameters that are not contiguous back to where they came from, and tells autograd that
   // all of them were changed in place.
   void write_back();
@@ -70,6 +81,9 @@ class Problems {
   void append(MatrixList<Matrix>& list, size_t index, const py::dict& state, const Inputs& inputs,
               SecondMoment second_moment);
   const at::Tensor& contiguous_param(const at::Tensor& param);
+
+  template <typename T>
+  void renew(ProblemList<T>& list, const TensorList& grads);
 
   at::Device device_;
   TensorList params_;

@@ -144,6 +144,22 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
   return StepPlan(problems, options, inputs, precision, workspace).build();
 }
 
+bool serves(const Plan& plan, const Options& options) {
+  Options before = plan.inputs->options;
+  before.lr = options.lr;
+  before.weight_decay = options.weight_decay;
+  before.grad_scale = options.grad_scale;
+  return before == options;
+}
+
+void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Options& options,
+                const DeviceInputs& inputs) {
+  *plan.inputs = {options, inputs};
+  // The matrices are what the plan of a group puts into its image first.
+  const std::vector<MatrixOnDevice> matrices = matrices_on_device(problems);
+  std::memcpy(plan.image.data(), matrices.data(), matrices.size() * sizeof(MatrixOnDevice));
+}
+
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {
   return StepArrays(p, options).total() * static_cast<int64_t>(sizeof(float));
 }

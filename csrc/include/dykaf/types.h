@@ -122,6 +122,8 @@ struct Options {
   double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
   bool nesterov;          // of matrices
   int64_t orthogonalize;  // Newton-Schulz steps on the update of a matrix; 0: none
+
+  bool operator==(const Options&) const = default;
 };
 
 }  // namespace dykaf
