@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <tuple>
 
 #include "aten/ops.h"
 #include "bindings/on_cuda.h"
@@ -42,6 +43,22 @@ Value read(const py::object& job, const char* name) {
   return py::cast<Value>(job.attr(name));
 }
 
+// One for each parameter: dykaf.ops.StepInputs has those of runs of them, or the options' for all.
+std::vector<Rate> rates_of(const py::object& job, size_t num_params) {
+  const auto runs = read<std::vector<std::tuple<size_t, double, double>>>(job, "rates");
+  if (runs.empty()) {
+    return std::vector<Rate>(num_params, parse_rate(read<py::dict>(job, "options")));
+  }
+  std::vector<Rate> rates;
+  for (const auto& [count, lr, weight_decay] : runs) {
+    rates.insert(rates.end(), count, {.lr = lr, .weight_decay = weight_decay});
+  }
+  if (rates.size() != num_params) {
+    fail("rates", std::to_string(num_params) + " parameters", std::to_string(rates.size()));
+  }
+  return rates;
+}
+
 std::vector<py::dict> states_of(const py::object& job) {
   return read<std::vector<py::dict>>(job, "states");
 }
@@ -64,6 +81,7 @@ Job::Job(const py::object& job)
                  .grads = read<TensorList>(job, "grads"),
                  .grad_max = read<at::Tensor>(job, "grad_max"),
                  .streams = read<std::vector<uint64_t>>(job, "streams"),
+                 .rates = rates_of(job, states_of(job).size()),
                  .places = read<std::vector<std::array<uint64_t, 3>>>(job, "places"),
                  .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
                 options_.second_moment) {
@@ -77,11 +95,11 @@ bool Job::keep() {
 }
 
 void Job::renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
-                const py::dict& options, const StepInputs& inputs) {
+                const py::object& inputs) {
   parts_.clear();
-  options_ = parse_options(options, device());
-  inputs_ = inputs;
-  problems_.renew(params, grads, grad_max);
+  options_ = parse_options(read<py::dict>(inputs, "options"), device());
+  inputs_ = StepInputs(inputs);
+  problems_.renew(params, grads, grad_max, rates_of(inputs, params.size()));
   check_inputs();
 }
 

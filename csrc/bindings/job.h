@@ -50,7 +50,7 @@ class Job {
   // that Seen finds as they were; false where that takes more.
   bool keep();
   void renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
-             const py::dict& options, const StepInputs& inputs);
+             const py::object& inputs);
   const Problems& problems() const { return problems_; }
 
   // Allocates; changes nothing.

@@ -21,7 +21,7 @@ struct CudaGroup {
   std::optional<at::Tensor> grad_max = {};   // float64 [num_matrices]
   std::optional<at::Tensor> skip = {};       // int32 [1], not 0: change nothing
   std::optional<at::Tensor> amp_scale = {};  // float32 [1], GradScaler's
-  std::optional<at::Tensor> lr = {};         // float32 [1], in place of options.lr
+  std::optional<at::Tensor> lr = {};         // float32 [1], in place of every rate's
 };
 
 at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Device& device);

@@ -135,6 +135,7 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
                     {.params = params,
                      .updates = updates,
                      .streams = streams,
+                     .rates = std::vector<Rate>(states.size(), parse_rate(options)),
                      .places = places,
                      .needs_moments = false},
                     parsed.second_moment);

@@ -218,21 +218,23 @@ bool Problems::keep() {
 }
 
 template <typename T>
-void Problems::renew(ProblemList<T>& list, const TensorList& grads) {
+void Problems::renew(ProblemList<T>& list, const TensorList& grads,
+                     const std::vector<Rate>& rates) {
   for (size_t k = 0; k < list.matrices.size(); ++k) {
     Problem<T>& p = list.matrices[k];
     const MatrixInputs given{.grad = &grads[list.sources[k]], .grad_max = &*grad_max_};
     set_inputs(p, given, list.members[k], list.places[k], p.dtype);
+    p.rate = rates[list.sources[k]];
   }
 }
 
-void Problems::renew(const TensorList& params, const TensorList& grads,
-                     const at::Tensor& grad_max) {
+void Problems::renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
+                     const std::vector<Rate>& rates) {
   params_ = params;
   grad_max_ = grad_max;
-  renew(single, grads);
-  renew(wide, grads);
-  renew(cuda, grads);
+  renew(single, grads, rates);
+  renew(wide, grads, rates);
+  renew(cuda, grads, rates);
 }
 
 at::Tensor Problems::grad_max_of(const TensorList& grads) const {
@@ -342,6 +344,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   if (inputs.grad_max) given.grad_max = &*inputs.grad_max;
   if (inputs.streams) p.stream = (*inputs.streams)[index];
+  if (!inputs.rates.empty()) p.rate = inputs.rates[index];
   if (!inputs.places.empty()) {
     const auto [first, run, stride] = inputs.places[index];
     p.place = {first, run, stride};

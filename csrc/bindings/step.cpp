@@ -104,7 +104,7 @@ class Jobs {
     size_t i = 0;
     for (Job& job : jobs_) {
       job.renew(entries_of(params_, places_[i]), entries_of(grads_, places_[i]), maxima_[i],
-                py::cast<py::dict>(inputs[i].attr("options")), StepInputs(inputs[i]));
+                inputs[i]);
       ++i;
     }
     let_go();

@@ -41,6 +41,7 @@ from dykaf.work import (
     GroupWork,
     Layouts,
     NewStates,
+    Runs,
     Waiting,
     check_capture,
     found_at,
@@ -289,8 +290,8 @@ class KroneckerOptimizer(Reported, Saved):
     def _run_kept(self, kept: Kept, skip: Tensor | None) -> tuple[list[str], list[str]]:
         """As :meth:`_run`."""
         inputs = [
-            self._step_inputs(item, skip, refresh=True, options=kept.options_of(item))
-            for item in kept.work
+            self._step_inputs(item, runs, kept.options_of(item), skip)
+            for item, runs in zip(kept.work, kept.runs, strict=True)
         ]
         report = kept.run(inputs)
         if not any(report.failed):
@@ -306,11 +307,12 @@ class KroneckerOptimizer(Reported, Saved):
         jobs: list[ops.StepJob] = []
         found: list[list[Entry]] = []
         for item, grad_max in zip(part.work, part.maxima, strict=True):
-            inputs = self._step_inputs(item, skip, refresh, step_options(item.group, lr=0.0))
+            options = step_options(item.group, lr=0.0)
             num_done = 0
             for some in passes([entry.state(self.state) for entry in item.entries]):
                 entries = item.entries[some.part]
                 num_matrices = sum(entry.layout.count for entry in entries)
+                inputs = self._step_inputs(item, item.runs(some.part), options, skip, refresh)
                 jobs.append(
                     ops.StepJob(
                         [entry.tensor for entry in entries],
@@ -370,7 +372,7 @@ class KroneckerOptimizer(Reported, Saved):
         num_params = 0
         for group_idx, group in enumerate(self.param_groups):
             check_options(group)
-            by_device: dict[torch.device, GroupWork] = {}
+            by_device = {item.device: item for item in work if item.takes(group)}
             structure = tuple(group[name] for name in STRUCTURAL_OPTIONS)
             for idx, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -384,29 +386,39 @@ class KroneckerOptimizer(Reported, Saved):
                     if device not in by_device:
                         on_gpu = ops.backend_of(param) != "cpu"
                         by_device[device] = GroupWork(group, device, on_gpu, [])
+                        work.append(by_device[device])
                     grad = param.grad.resolve_neg().contiguous()
                     by_device[device].entries.append(
-                        Entry(param, param, grad, layout, num_params + idx, name)
+                        Entry(param, param, grad, layout, num_params + idx, name, group=group)
                     )
             num_params += len(group["params"])
-            work.extend(by_device.values())
         return work
 
     # GradScaler leaves its scale and its verdict on the gradients on the optimizer.
     def _step_inputs(
-        self, item: GroupWork, skip: Tensor | None, refresh: bool, options: StepOptions
+        self,
+        item: GroupWork,
+        runs: Runs,
+        options: StepOptions,
+        skip: Tensor | None,
+        refresh: bool = True,
     ) -> ops.StepInputs:
         scale = getattr(self, "grad_scale", None)
         gpu_inputs = item.gpu_inputs(skip, scale) if item.on_gpu else {}
         options = options.copy()
-        # What the GPU reads is not for the host to wait for.
-        if "lr" not in gpu_inputs:
-            options["lr"] = float(item.group["lr"])
-        if scale is not None and "amp_scale" not in gpu_inputs:
-            options["grad_scale"] /= float(scale)
+        rates: list[ops.Rates] = []
         if item.stands_in:
             options.update({"lr": -1.0, "weight_decay": 0.0})
-        return ops.StepInputs(options, refresh=refresh, **gpu_inputs)
+        else:
+            # What the GPU reads is not for the host to wait for.
+            on_gpu = "lr" in gpu_inputs
+            rates = [
+                (count, 0.0 if on_gpu else float(group["lr"]), float(group["weight_decay"]))
+                for group, count in runs
+            ]
+        if scale is not None and "amp_scale" not in gpu_inputs:
+            options["grad_scale"] /= float(scale)
+        return ops.StepInputs(options, refresh=refresh, rates=rates, **gpu_inputs)
 
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]

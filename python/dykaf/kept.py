@@ -10,13 +10,12 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dykaf import ops
 from dykaf.options import RULES, StepOptions, check_options, step_options
 from dykaf.state import STRUCTURAL_OPTIONS, State
-from dykaf.work import Entry, GroupWork
+from dykaf.work import GroupWork
 
 # What a job's layouts and places in the refresh period hang on.
 PLANNED_OPTIONS = ("precondition_frequency", *STRUCTURAL_OPTIONS)
@@ -37,16 +36,8 @@ class Kept:
         work: Sequence[GroupWork],
         param_groups: Sequence[Mapping[str, Any]],
     ) -> None:
-        nothing = torch.empty(0)
-        self.work = [
-            item._replace(
-                entries=[
-                    Entry(nothing, nothing, nothing, entry.layout, entry.index, entry.name)
-                    for entry in item.entries
-                ]
-            )
-            for item in work
-        ]
+        self.work = [item.without_tensors() for item in work]
+        self.runs = [item.runs() for item in work]
         self._jobs = jobs
         self._groups = list(param_groups)
         self._values = [_values(group) for group in param_groups]
@@ -87,8 +78,15 @@ class Kept:
             if _planned(group) != self._planned[idx]:
                 return None
             self._values[idx] = values
-            self._options.pop(id(group), None)
+            self._options.clear()
+        if not self._options and not self._are_together():
+            return None
         return self._jobs.grad_max(_params(param_groups), states)
+
+    def _are_together(self) -> bool:
+        """Whether the groups of each item still differ in rates alone."""
+        pairs = zip(self.work, self.runs, strict=True)
+        return all(item.takes(group) for item, runs in pairs for group, _ in runs)
 
     def options_of(self, item: GroupWork) -> StepOptions:
         """The options of an item, but for the learning rate and the gradients' scale."""

@@ -24,6 +24,7 @@ from dykaf.state import State
 # Where the elements of a shard are in the whole matrix, whose random bits they take for stochastic
 # rounding: runs of ``run`` elements that start ``stride`` apart, from ``first`` on; run 0: all.
 Place = tuple[int, int, int]  # first, run, stride
+Rates = tuple[int, float, float]  # number of parameters, their lr and weight_decay
 
 _C.use_aten_alone(os.environ.get("DYKAF_BACKEND") == "aten")
 
@@ -191,6 +192,7 @@ class StepJob(NamedTuple):
             step and back after it.
         full: tensors of ``states``, without values, which other jobs may use too.
         places: see :func:`apply_update_`.
+        rates: of runs of parameters, in place of the options'; () for these.
     """
 
     params: Sequence[Tensor]
@@ -207,6 +209,7 @@ class StepJob(NamedTuple):
     kept: Sequence[Tensor] = ()
     full: Sequence[Tensor] = ()
     places: Sequence[Place] = ()
+    rates: Sequence[Rates] = ()
 
 
 class StepInputs(NamedTuple):
@@ -217,6 +220,7 @@ class StepInputs(NamedTuple):
     amp_scale: Tensor | None = None
     lr: Tensor | None = None
     refresh: bool = True
+    rates: Sequence[Rates] = ()
 
 
 class StepReport(NamedTuple):

@@ -146,8 +146,6 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
 
 bool serves(const Plan& plan, const Options& options) {
   Options before = plan.inputs->options;
-  before.lr = options.lr;
-  before.weight_decay = options.weight_decay;
   before.grad_scale = options.grad_scale;
   return before == options;
 }

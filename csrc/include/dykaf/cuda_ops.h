@@ -27,7 +27,7 @@ struct DeviceInputs {
   const double* grad_max;  // [num_matrices], max|grad|
   const int32_t* skip;     // [1], not 0: the step changes nothing; null: never
   const float* amp_scale;  // [1], GradScaler's; gradients are divided by it; null: 1
-  const float* lr;         // [1], in place of Options::lr; null: none
+  const float* lr;         // [1], in place of every Rate::lr; null: none
 };
 
 struct PlanInputs {
@@ -78,11 +78,11 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
 
-// Whether a plan of plan_step serves a step of the same problems with these options: lr,
-// weight_decay and grad_scale alone may differ.
+// Whether a plan of plan_step serves a step of the same problems with these options: grad_scale
+// alone may differ.
 bool serves(const Plan& plan, const Options& options);
 
-// Makes such a plan the next step's, with other gradients.
+// Makes such a plan the next step's, with other gradients and rates.
 void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Options& options,
                 const DeviceInputs& inputs);
 
