@@ -169,7 +169,11 @@ CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& pass
     }
   }
   for (CudaPasses::Pass& pass : kept_.passes) {
-    pass.problems = chosen(group.problems, pass.indices);
+    if (pass.problems.empty()) pass.problems = chosen(group.problems, pass.indices);
+    for (size_t k = 0; k < pass.indices.size(); ++k) {
+      pass.problems[k].grad = group.problems[pass.indices[k]].grad;
+      pass.problems[k].rate = group.problems[pass.indices[k]].rate;
+    }
     pass.grad_max = entries(*group.grad_max, pass.indices);
     if (kept_.workspace != nullptr) continue;
     const CudaGroup part = group_of(pass);
@@ -238,7 +242,9 @@ StepReport CudaStep::run_() {
   if (refreshes_ == Refreshes::kApart) return report;
   count_rows(group_, places_.running);
   std::vector<Problem<float>> problems;
-  for (size_t i : refresh_due_on_cuda_(subgroup(group_, places_.running, problems))) {
+  const bool all_run = places_.running.size() == group_.problems.size();
+  const CudaGroup running = all_run ? group_ : subgroup(group_, places_.running, problems);
+  for (size_t i : refresh_due_on_cuda_(running)) {
     report.stayed.push_back(places_.running[i]);
   }
   return report;

@@ -109,6 +109,7 @@ class GroupWork(NamedTuple):
     device: torch.device
     on_gpu: bool  # or any device, and what the backend "aten" serves: the host waits for nothing
     entries: list[Entry]
+    has_tensors: bool = True
     stands_in: bool = False  # updates are left in zero tensors, for shards that are elsewhere
 
     def takes(self, group: Mapping[str, Any]) -> bool:
@@ -128,12 +129,14 @@ class GroupWork(NamedTuple):
 
     def without_tensors(self) -> GroupWork:
         """What of it may be kept after the step: gradients and parameters are for users to free."""
+        if not self.has_tensors:
+            return self
         nothing = torch.empty(0, device="cpu")
         entries = [
             Entry(nothing, nothing, nothing, e.layout, e.index, e.name, group=e.group)
             for e in self.entries
         ]
-        return self._replace(entries=entries)
+        return self._replace(entries=entries, has_tensors=False)
 
     def owner(self, matrix_idx: int) -> Entry:
         """The entry that a matrix is, or is part of."""

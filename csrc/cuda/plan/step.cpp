@@ -154,8 +154,8 @@ void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Opti
                 const DeviceInputs& inputs) {
   *plan.inputs = {options, inputs};
   // The matrices are what the plan of a group puts into its image first.
-  const std::vector<MatrixOnDevice> matrices = matrices_on_device(problems);
-  std::memcpy(plan.image.data(), matrices.data(), matrices.size() * sizeof(MatrixOnDevice));
+  auto* matrices = reinterpret_cast<MatrixOnDevice*>(plan.image.data());
+  std::transform(problems.begin(), problems.end(), matrices, matrix_on_device);
 }
 
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {
