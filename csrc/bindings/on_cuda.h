@@ -75,6 +75,7 @@ class CudaStep {
 
   CudaGroup group_;
   Refreshes refreshes_;
+  cuda::Products products_;
   StepPlaces places_;
   std::list<Pass> passes_;
   int64_t workspace_bytes_ = 0;
