@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "aten/ops.h"
+#include "bindings/cuda_products.h"
 
 #if defined(DYKAF_WITH_CUDA)
 
@@ -30,6 +31,10 @@ cuda::DeviceInputs inputs_of(const CudaGroup& group) {
           .skip = pointer<int32_t>(group.skip),
           .amp_scale = pointer<float>(group.amp_scale),
           .lr = pointer<float>(group.lr)};
+}
+
+cuda::Products products_of(const CudaGroup& group) {
+  return products_on(group.device, group.precision);
 }
 
 // The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
@@ -82,8 +87,9 @@ at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Devic
 
 void rotate_on_cuda(const CudaGroup& group, Rotation rotation, const float* const* inputs,
                     float* const* outputs) {
+  const cuda::Products products = products_of(group);
   run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_rotate(group.problems, rotation, inputs, outputs, group.precision, workspace);
+    return cuda::plan_rotate(group.problems, rotation, inputs, outputs, products, workspace);
   });
 }
 
@@ -95,9 +101,10 @@ void adam_update_on_cuda_(const CudaGroup& group, float* const* updates) {
 }
 
 void orthogonalize_on_cuda_(const CudaGroup& group, float* const* updates) {
+  const cuda::Products products = products_of(group);
   run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_orthogonalize(group.problems, group.options, inputs_of(group),
-                                    group.precision, updates, workspace);
+    return cuda::plan_orthogonalize(group.problems, group.options, inputs_of(group), products,
+                                    updates, workspace);
   });
 }
 
@@ -109,9 +116,10 @@ void apply_update_on_cuda_(const CudaGroup& group, const float* const* updates) 
 }
 
 void factor_update_on_cuda_(const CudaGroup& group) {
+  const cuda::Products products = products_of(group);
   run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_factor_update(group.problems, group.options, inputs_of(group),
-                                    group.precision, workspace);
+    return cuda::plan_factor_update(group.problems, group.options, inputs_of(group), products,
+                                    workspace);
   });
 }
 
@@ -160,10 +168,15 @@ std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
 }
 
 CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& passes)
-    : group_(group), refreshes_(refreshes), places_(group.problems), kept_(passes) {
+    : group_(group),
+      refreshes_(refreshes),
+      products_(products_of(group)),
+      places_(group.problems),
+      kept_(passes) {
   const c10::DeviceGuard guard(group.device);
   if (!kept_serves()) {
     kept_ = {};
+    kept_.products = products_;
     for (std::vector<size_t>& indices : passes_of(group, places_.running)) {
       kept_.passes.emplace_back().indices = std::move(indices);
     }
@@ -178,13 +191,13 @@ CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& pass
     if (kept_.workspace != nullptr) continue;
     const CudaGroup part = group_of(pass);
     const cuda::Plan plan =
-        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
+        cuda::plan_step(part.problems, part.options, inputs_of(part), products_, nullptr);
     kept_.workspace_bytes = std::max(kept_.workspace_bytes, plan.workspace_bytes);
   }
 }
 
 bool CudaStep::kept_serves() const {
-  if (kept_.workspace == nullptr) return false;
+  if (kept_.workspace == nullptr || !(kept_.products == products_)) return false;
   size_t num_matrices = 0;
   for (const CudaPasses::Pass& pass : kept_.passes) {
     num_matrices += pass.indices.size();
@@ -210,7 +223,7 @@ void CudaStep::plan(void* workspace) {
     if (is_there) {
       cuda::renew_step(pass.plan, part.problems, part.options, inputs);
     } else {
-      pass.plan = cuda::plan_step(part.problems, part.options, inputs, part.precision, workspace);
+      pass.plan = cuda::plan_step(part.problems, part.options, inputs, products_, workspace);
     }
     pass.image = copy_to_device(pass.plan.image, group_.device);
   }

@@ -58,6 +58,7 @@ struct CudaPasses {
     at::Tensor image;
   };
   std::list<Pass> passes;
+  cuda::Products products;
   int64_t workspace_bytes = 0;
   void* workspace = nullptr;  // where the plans have it; null: they have none
 };
@@ -87,6 +88,7 @@ class CudaStep {
 
   CudaGroup group_;
   Refreshes refreshes_;
+  cuda::Products products_;
   StepPlaces places_;
   CudaPasses& kept_;
 };

@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dykaf import _C
+from dykaf import _C, products
 from dykaf.options import StepOptions
+from dykaf.products import ProductRule
 from dykaf.state import State
 
 # Where the elements of a shard are in the whole matrix, whose random bits they take for stochastic
@@ -53,6 +55,34 @@ def aten_alone() -> Iterator[None]:
         yield
     finally:
         _C.use_aten_alone(before)
+
+
+def set_product_rules(rules: Sequence[ProductRule]) -> None:
+    """From now on these say which products cuBLAS computes on a GPU; the first that fits decides.
+
+    A step keeps the rules that it was planned with. The same rules give the same bits.
+    """
+    _C.use_products(rules)
+
+
+def use_products(path: str | Path | None = None) -> None:
+    """:func:`set_product_rules` with those of a file as :mod:`dykaf.products` describes it.
+
+    Args:
+        path: the file; None: the package's own.
+
+    Raises:
+        ValueError: naming the line that is no rule.
+    """
+    set_product_rules(products.read(path or products.DEFAULT_FILE))
+
+
+use_products(os.environ.get("DYKAF_PRODUCTS"))
+
+
+def has_cublas() -> bool:
+    """Whether torch has loaded a cuBLAS that can be called; else the kernels compute all."""
+    return _C.has_library()
 
 
 def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

@@ -55,7 +55,7 @@ void check_rotations(Rotation rotation, const std::string& name) {
           std::vector<float*> outputs;
           for (const MatrixCase& c : b.cases) outputs.push_back(c.param.floats.get());
           return plan_rotate(b.problems, rotation, b.update_pointers.data(), outputs.data(),
-                             s.precision, workspace);
+                             s.products(), workspace);
         },
         [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
           p.param = reference::rotate(p, rotation, inputs[i], s.precision);
@@ -255,7 +255,7 @@ std::vector<std::byte> moment_sums(SecondMoment second_moment) {
 }
 
 Plan orthogonalize_plan(Batch& b, const Scenario& s, void* workspace) {
-  return plan_orthogonalize(b.problems, s.options, b.inputs, s.precision, b.update_pointers.data(),
+  return plan_orthogonalize(b.problems, s.options, b.inputs, s.products(), b.update_pointers.data(),
                             workspace);
 }
 

@@ -13,11 +13,10 @@
 #include <span>
 #include <vector>
 
+#include "dykaf/cuda_library.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cuda {
-
-using Stream = void*;  // a cudaStream_t
 
 // On the tensor cores: three TF32 products (close to float32), one TF32 product, bfloat16 inputs.
 using dykaf::MatmulPrecision;
@@ -58,25 +57,26 @@ class Plan {
 Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace);
 
 Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
-                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
+                 const float* const* inputs, float* const* outputs, const Products& products,
                  void* workspace);
 
 Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& options,
                       const DeviceInputs& inputs, float* const* updates, void* workspace);
 
+// Where the step is skipped the updates are undefined if a library has products of them.
 Plan plan_orthogonalize(std::span<const Problem<float>> problems, const Options& options,
-                        const DeviceInputs& inputs, MatmulPrecision precision,
-                        float* const* updates, void* workspace);
+                        const DeviceInputs& inputs, const Products& products, float* const* updates,
+                        void* workspace);
 
 Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& options,
                        const DeviceInputs& inputs, const float* const* updates, void* workspace);
 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
-                        const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
+                        const DeviceInputs& inputs, const Products& products, void* workspace);
 
 // The step without initialisation and refreshes: what has factors has its bases already.
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
-               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
+               const DeviceInputs& inputs, const Products& products, void* workspace);
 
 // Whether a plan of plan_step serves a step of the same problems with these options: grad_scale
 // alone may differ.
@@ -87,7 +87,7 @@ void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Opti
                 const DeviceInputs& inputs);
 
 // What plan_step takes of the workspace for a matrix, but for sums and vectors, which are small
-// beside it.
+// beside it, and the library's part, which all share.
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options);
 
 }  // namespace dykaf::cuda

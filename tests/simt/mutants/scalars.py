@@ -235,7 +235,7 @@ PLANS = (
         ("step ksl", "step rank_one"),
         ("gradient overwritten, two bases", "both ? update : scratch", "scratch"),
         ("gradient overwritten, one basis", "both ? update : scratch", "update"),
-        ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
+        ("sums of another stride", "sums.num, sums.stride, i}", "sums.num, 1, i}"),
     )
     + faults(
         "plan/factor_update.cpp",
@@ -283,7 +283,7 @@ PLANS = (
             "is_tall ? tall_grams : wide_grams;",
             "is_tall ? wide_grams : tall_grams;",
         ),
-        ("bound from the sums of C", "gram.partials + kNumSums - 1", "gram.partials"),
+        ("bound from the sums of C", "sums.partials + kNumSums - 1", "sums.partials"),
         ("a bound for momentum", "starts_from_gram(options) ?", "true ?"),
         ("a bound in every step", "bound = nullptr;  // of the first step", ""),
         ("A without its bound", "    square.bound = bound;\n", ""),
@@ -301,7 +301,7 @@ PLANS = (
             "std::swap(X, next);",
             "std::swap(X, next);\n      if (!is_last) std::swap(X, next);",
         ),
-        ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
+        ("sums of another stride", "last.num, last.stride, i}", "last.num, 1, i}"),
         ("update_rms of the update before", "  plan.update_rms(sums);\n}\n\nPlan", "}\n\nPlan"),
     )
     + faults(
