@@ -68,6 +68,7 @@ void initialize_dense_(const Matrix& w, const Inputs& inputs, const ScaledGradie
 void initialize_(const Matrix& w, const Inputs& inputs) {
   Options options = inputs.options;
   options.precision = MatmulPrecision::kHighest;
+  options.roots = Roots::kExact;  // there is no basis yet
   const Inputs full{.options = options, .amp_scale = inputs.amp_scale};
   const ScaledGradients gradients = scaled_gradients(Batch({&w}), full);
   if (w.is_skinny()) {

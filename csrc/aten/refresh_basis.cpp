@@ -169,7 +169,7 @@ void refresh_basis_(Batch& batch, const Inputs& inputs, Side side,
     move_skinny_moment_(batch, options, turned, exp_avg);
   } else if (batch.first().exp_avg_sq.defined()) {
     move_full_moment_(batch, options, turned, exp_avg);
-  } else {
+  } else if (batch.first().exp_avg_sq_row.defined()) {
     move_compact_moment_(batch, options, turned);
   }
   batch.set(

@@ -81,7 +81,7 @@ class Job {
                    .streams = read<std::vector<uint64_t>>(job, "streams"),
                    .places = read<std::vector<std::array<uint64_t, 3>>>(job, "places"),
                    .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
-                  options_.second_moment) {
+                  options_) {
     check_scalar("skip", skip_, at::kInt);
     check_scalar("amp_scale", amp_scale_, at::kFloat);
     check_scalar("lr", lr_, at::kFloat);
