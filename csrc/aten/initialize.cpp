@@ -68,6 +68,7 @@ void initialize_dense_(Batch& batch, const Inputs& inputs, const ScaledGradients
 void initialize_(Batch batch, const Inputs& inputs) {
   Options options = inputs.options;
   options.precision = MatmulPrecision::kHighest;
+  options.roots = Roots::kExact;  // there is no basis yet
   const Inputs full{.options = options, .amp_scale = inputs.amp_scale};
   const ScaledGradients gradients = scaled_gradients(batch, full);
   if (batch.first().is_skinny()) {

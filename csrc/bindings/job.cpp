@@ -84,7 +84,7 @@ Job::Job(const py::object& job)
                  .rates = rates_of(job, states_of(job).size()),
                  .places = read<std::vector<std::array<uint64_t, 3>>>(job, "places"),
                  .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
-                options_.second_moment) {
+                options_) {
   check_inputs();
 }
 

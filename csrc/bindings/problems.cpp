@@ -270,7 +270,7 @@ at::Tensor own_tensor(const StateReader& state, size_t index, const Inputs& inpu
 
 template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,
-                      const Inputs& inputs, SecondMoment second_moment) {
+                      const Inputs& inputs, const Options& options) {
   const StateReader state(index, state_dict, device_);
   const bool is_matrix = state.has("rho");
   const bool needs_matrix = inputs.needs_matrices || inputs.needs_factors;
@@ -289,7 +289,8 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
     p.m = 1;
     p.n = (*inputs.updates)[index].numel() / std::max<int64_t>(count, 1);
   } else {
-    p = is_matrix ? read_matrix<Matrix>(state, second_moment, batch) : read_adamw<Matrix>(state);
+    p = is_matrix ? read_matrix<Matrix>(state, options.second_moment, batch)
+                  : read_adamw<Matrix>(state);
     state.read(p.update_rms, "update_rms", batch, at::kFloat);
   }
   state.read(p.step, "step", batch, at::kFloat);
@@ -365,7 +366,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
 }
 
 Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
-                   SecondMoment second_moment)
+                   const Options& options)
     : device_(device_of(states)), grad_max_(inputs.grad_max) {
   const Apart apart;
   check_length("params", inputs.params, states.size());
@@ -395,19 +396,23 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
     const at::Tensor own = own_tensor(state, i, inputs);
     const std::string name =
         inputs.needs_moments ? state.name("exp_avg") : "updates[" + std::to_string(i) + "]";
-    switch (backend_of(name, own)) {
+    Backend backend = backend_of(name, own);
+    // The kernels have Adam's updates alone.
+    const bool is_whitened = options.is_whitened() && state.has("rho");
+    if (backend == Backend::kCuda && is_whitened) backend = Backend::kAten;
+    switch (backend) {
       case Backend::kCpu:
         if (own.scalar_type() == at::kDouble) {
-          append(wide, i, states[i], inputs, second_moment);
+          append(wide, i, states[i], inputs, options);
         } else {
-          append(single, i, states[i], inputs, second_moment);
+          append(single, i, states[i], inputs, options);
         }
         break;
       case Backend::kCuda:
-        append(cuda, i, states[i], inputs, second_moment);
+        append(cuda, i, states[i], inputs, options);
         break;
       case Backend::kAten:
-        append(aten, i, states[i], inputs, second_moment);
+        append(aten, i, states[i], inputs, options);
         break;
     }
   }

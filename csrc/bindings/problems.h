@@ -49,7 +49,7 @@ using ProblemList = MatrixList<Problem<T>>;
 class Problems {
  public:
   // Raises ValueError naming the tensor, what was expected and what came.
-  Problems(const std::vector<py::dict>& states, const Inputs& inputs, SecondMoment second_moment);
+  Problems(const std::vector<py::dict>& states, const Inputs& inputs, const Options& options);
 
   // By the backend that serves them.
   ProblemList<float> single;  // cpu
@@ -81,7 +81,7 @@ class Problems {
  private:
   template <typename Matrix>
   void append(MatrixList<Matrix>& list, size_t index, const py::dict& state, const Inputs& inputs,
-              SecondMoment second_moment);
+              const Options& options);
   const at::Tensor& contiguous_param(const at::Tensor& param);
 
   template <typename T>

@@ -27,6 +27,7 @@ from dykaf.narrow import passes
 from dykaf.nonfinite import REFUSED, Skips, must_skip
 from dykaf.options import (
     StepOptions,
+    check_alike,
     check_new_options,
     check_options,
     plain_options,
@@ -108,7 +109,9 @@ class KroneckerOptimizer(Reported, Saved):
             ValueError: as the constructor; the optimizer is as it was.
         """
         param_group = with_rate(param_group, self.defaults["lr"])
-        check_new_options({**self.defaults, **param_group})
+        options = {**self.defaults, **param_group}
+        check_alike(self.defaults, options)
+        check_new_options(options)
         num_groups = len(self.param_groups)
         if num_groups:
             named_alike_(param_group, num_groups, "param_names" in self.param_groups[0])

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dykaf import ops
-from dykaf.options import RULES, StepOptions, check_options, step_options
+from dykaf.options import StepOptions, check_options, rules_of, step_options
 from dykaf.state import STRUCTURAL_OPTIONS, State
 from dykaf.work import GroupWork
 
@@ -105,7 +105,7 @@ class Kept:
 
 
 def _values(group: Mapping[str, Any]) -> list[Any]:
-    return [group[name] for name in RULES]
+    return [group[name] for name in rules_of(group)]
 
 
 def _planned(group: Mapping[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from dykaf.engine import KroneckerOptimizer
-from dykaf.options import RULES
+from dykaf.options import DYKAF_RULES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,5 +138,5 @@ class DyKAF(KroneckerOptimizer):
         nonfinite: str = "skip",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        defaults = {name: value for name, value in locals().items() if name in RULES}
+        defaults = {name: value for name, value in locals().items() if name in DYKAF_RULES}
         super().__init__(params, defaults, process_group)

@@ -13,11 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dykaf import ops
 from dykaf.checks import check_usable, warn
-from dykaf.options import RULES, check_options
+from dykaf.options import check_options, rules_of
 from dykaf.state import Layout, State, changed_options, check_state, new_state
-
-# The options in which groups whose matrices share launches are alike.
-SHARED = tuple(name for name in RULES if name not in ("lr", "weight_decay"))
 
 
 class Layouts:
@@ -120,7 +117,8 @@ class GroupWork(NamedTuple):
             isinstance(one["lr"], Tensor) and ops.backend_of(one["lr"]) != "cpu"
             for one in (group, self.group)
         ]
-        return not any(is_on_gpu) and all(group[name] == self.group[name] for name in SHARED)
+        shared = rules_of(self.group).keys() - {"lr", "weight_decay"}
+        return not any(is_on_gpu) and all(group[name] == self.group[name] for name in shared)
 
     def runs(self, part: slice = _ALL) -> Runs:
         """The groups of a part of its entries, each with how many follow each other."""

@@ -9,10 +9,16 @@
 namespace dykaf {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
-enum class Integrator : int32_t { kKsl, kBug, kDiagonal };
+// kCoupled: the averages of kDiagonal, each with the inverse of the other factor as its metric.
+enum class Integrator : int32_t { kKsl, kBug, kDiagonal, kCoupled };
 enum class Init : int32_t { kIdentity, kRankOne };
 // kNone: the update is the momentum, as it is.
 enum class SecondMoment : int32_t { kFull, kRankOne, kFactored, kNone };
+// Of the factors, for whitened updates: from their diagonals in the basis, or from an
+// eigendecomposition in each step.
+enum class Roots : int32_t { kTracked, kExact };
+// What whitened updates average: whitened gradients, or gradients.
+enum class Momentum : int32_t { kWhitened, kPlain };
 enum class RefreshSchedule : int32_t { kGeometric, kFixed };
 enum class Side : int32_t { kLeft = 0, kRight = 1 };
 enum class Rotation : int32_t { kIntoBasis, kOutOfBasis };
@@ -108,7 +114,7 @@ struct Problem {
   bool is_full() const { return is_skinny() && rows[1] + short_side() > 2 * skinny_rank; }
 };
 
-// The other options of parameter groups, as in dykaf.DyKAF.
+// The other options of parameter groups, as in dykaf.DyKAF and dykaf.FISMO.
 struct Options {
   double beta1;
   double beta2;
@@ -127,6 +133,15 @@ struct Options {
   double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
   bool nesterov;          // of matrices
   int64_t orthogonalize;  // Newton-Schulz steps on the update of a matrix; 0: none
+
+  // Of whitened updates (dykaf/whitening.h); exponent 0: Adam's instead.
+  double exponent = 0;
+  double damping = 0;  // of the factors' averages, relative
+  Roots roots = Roots::kTracked;
+  Momentum momentum = Momentum::kWhitened;
+  bool graft = false;  // the update has the norm that it has when it is orthogonalised
+
+  bool is_whitened() const { return exponent > 0; }
 
   bool operator==(const Options&) const = default;
 };
