@@ -254,9 +254,15 @@ at::Tensor Problems::grad_max_of(const TensorList& grads) const {
   return largest_of(parts, device_, cuda.matrices.empty() ? Backend::kCpu : Backend::kCuda);
 }
 
-bool Problems::has_waiting() const {
-  return std::any_of(cuda.matrices.begin(), cuda.matrices.end(),
-                     [](const auto& p) { return dykaf::awaits_first_gradient(p); });
+bool Problems::needs_a_look() const {
+  const auto any_of = [](const auto& list, const auto& condition) {
+    return std::any_of(list.matrices.begin(), list.matrices.end(), condition);
+  };
+  const auto is_unfit = [](const auto& p) {
+    return p.is_skinny() && !rows_fit(p, p.rows[0], p.rows[1]);
+  };
+  return any_of(single, is_unfit) || any_of(wide, is_unfit) || any_of(cuda, is_unfit) ||
+         any_of(cuda, [](const auto& p) { return dykaf::awaits_first_gradient(p); });
 }
 
 namespace {

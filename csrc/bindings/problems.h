@@ -46,6 +46,14 @@ struct MatrixList {
 template <typename T>
 using ProblemList = MatrixList<Problem<T>>;
 
+// Whether a skinny matrix may have so many orthonormal rows, and rows in use: one gradient at least
+// has room beside them.
+template <typename Matrix>
+bool rows_fit(const Matrix& p, int64_t inner, int64_t used) {
+  return 0 <= inner && inner <= p.skinny_rank && inner <= used &&
+         used <= 2 * p.skinny_rank - p.short_side();
+}
+
 class Problems {
  public:
   // Raises ValueError naming the tensor, what was expected and what came.
@@ -71,8 +79,9 @@ class Problems {
              const std::vector<Rate>& rates);
   // max|G| of each matrix, with gradients like those that came in.
   at::Tensor grad_max_of(const TensorList& grads) const;
-  // Whether the host is to look at gradients on a device before it knows what a step does.
-  bool has_waiting() const;
+  // Whether the values of state say more than its addresses: that the host is to look at gradients
+  // on a device before it knows what a step does, or that counts of rows do not fit.
+  bool needs_a_look() const;
 
   // Copies parameters that are not contiguous back to where they came from, and tells autograd that
   // all of them were changed in place.

@@ -108,8 +108,7 @@ void read_skinny(const StateReader& state, const StateDtypes& dtypes, at::IntArr
   for (int64_t i = 0; i < rows.numel(); i += 2) {
     const int64_t inner = p.rows[i];
     const int64_t used = p.rows[i + 1];
-    if (inner < 0 || inner > p.skinny_rank || used < inner ||
-        used > 2 * p.skinny_rank - p.short_side()) {
+    if (!rows_fit(p, inner, used)) {
       fail(state.name("rows"),
            "counts of rows with room for another gradient in " + std::to_string(num_rows),
            std::to_string(inner) + " and " + std::to_string(used));

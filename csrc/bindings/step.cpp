@@ -87,9 +87,10 @@ class Jobs {
 
   std::optional<TensorList> grad_max(const py::list& groups, const py::dict& states) {
     let_go();
-    const bool is_waiting = std::any_of(
-        jobs_.begin(), jobs_.end(), [](const Job& job) { return job.problems().has_waiting(); });
-    if (is_waiting || !seen_->again(groups, states, params_, grads_)) {
+    // Addresses may be read once it is known that they hold.
+    const auto needs_a_look = [](const Job& job) { return job.problems().needs_a_look(); };
+    if (!seen_->again(groups, states, params_, grads_) ||
+        std::any_of(jobs_.begin(), jobs_.end(), needs_a_look)) {
       let_go();
       return std::nullopt;
     }
