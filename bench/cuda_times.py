@@ -182,6 +182,7 @@ def rows_of(step: Step, device: Device, precision: str) -> Iterator[tuple[str, T
         mean, most = mean.with_work(refresh.mean), most.with_work(refresh.most)
     yield "mean with refreshes", mean
     yield "slowest step", most
-    yield "plain, without cuBLAS", plain_times(step, device, precision, "kernels")
-    yield "plain, all large by wgmma", plain_times(step, device, precision, "wgmma")
+    if any(launch.tile is LARGE for plan in step.passes() for launch in plan):
+        yield "plain, without cuBLAS", plain_times(step, device, precision, "kernels")
+        yield "plain, all large by wgmma", plain_times(step, device, precision, "wgmma")
     yield from other_rows(step, device, precision)
