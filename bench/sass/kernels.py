@@ -20,7 +20,7 @@ GEMM_NAME = re.compile(
 )
 KERNEL_NAME = re.compile(r"\d([a-z][a-z_]*)_kernel")  # the digit ends its length
 ELEMENT_NAME = re.compile(r"elements_kernelINS\w*?_\d+([A-Z]\w*?)ProblemE")
-THREADS = {"factor_scalars": 128, "prepare": 128, "update_rms": 32}
+THREADS = {"factor_scalars": 128, "prepare": 128}
 DEFAULT_THREADS = 256
 
 

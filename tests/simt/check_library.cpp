@@ -26,6 +26,7 @@ std::vector<CaseSpec> group() {
       {20, 34, Sides::kLeft, DType::kBFloat16},
       {34, 21, Sides::kRight, DType::kBFloat16, Master::kYes},
       {34, 21, Sides::kRight},
+      {70, 60, Sides::kRight},  // more elements than a block of the kernels that follow has
       {70, 4, Sides::kRight, DType::kFloat16},
       {18, 40, Sides::kNone},
   };
