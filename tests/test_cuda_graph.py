@@ -48,7 +48,7 @@ def test_steps_without_refreshes_and_refreshes_are_steps(
     for step in range(2, 14):
         refreshes = [parts.state[p]["refreshes"].clone() for p in params_of(parts)[:2]]
         with monkeypatch.context() as context:
-            context.setattr("dykaf.optimizer.is_capturing", lambda: True)
+            context.setattr("dykaf.engine.is_capturing", lambda: True)
             run(parts, range(step, step + 1))
         for param, before in zip(params_of(parts), refreshes, strict=False):
             assert torch.equal(parts.state[param]["refreshes"], before)
@@ -82,7 +82,7 @@ def test_options_that_a_graph_cannot_hold(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer = capturable(**options)
-    monkeypatch.setattr("dykaf.optimizer.is_capturing", lambda: True)
+    monkeypatch.setattr("dykaf.engine.is_capturing", lambda: True)
     before = everything(optimizer)
     with pytest.raises(RuntimeError, match=f"step in a CUDA graph: {message}"):
         optimizer.step()
@@ -110,7 +110,7 @@ def test_a_graph_holds_no_first_gradient_and_no_skinny_matrix(
     def refused(param: Tensor, grad: Tensor, message: str) -> None:
         param.grad = grad
         with monkeypatch.context() as context, pytest.raises(RuntimeError) as caught:
-            context.setattr("dykaf.optimizer.is_capturing", lambda: True)
+            context.setattr("dykaf.engine.is_capturing", lambda: True)
             optimizer.step()
         param.grad = None
         assert str(caught.value) == f"step in a CUDA graph: expected {message}"

@@ -387,10 +387,10 @@ def test_a_step_without_refreshes_and_refresh_make_a_step(monkeypatch: pytest.Mo
     whole, parts = make(), make()
     run(whole, range(12))
     run(parts, range(2))
-    monkeypatch.setattr("dykaf.optimizer.check_capture", lambda *_: None)
+    monkeypatch.setattr("dykaf.engine.check_capture", lambda *_: None)
     for step in range(2, 12):
         with monkeypatch.context() as context:
-            context.setattr("dykaf.optimizer.is_capturing", lambda: True)
+            context.setattr("dykaf.engine.is_capturing", lambda: True)
             run(parts, range(step, step + 1))
         parts.refresh()
     assert trajectory(parts) == trajectory(whole)
@@ -400,7 +400,7 @@ def test_a_step_without_refreshes_and_refresh_make_a_step(monkeypatch: pytest.Mo
 def test_a_graph_holds_no_parameters_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = two_sided([parameter(3, 2)])
     run(optimizer, range(2))
-    monkeypatch.setattr("dykaf.optimizer.is_capturing", lambda: True)
+    monkeypatch.setattr("dykaf.engine.is_capturing", lambda: True)
     message = (
         "step in a CUDA graph: expected parameters on the GPU, "
         "got param_groups[0]['params'][0] on cpu"

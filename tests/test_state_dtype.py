@@ -76,7 +76,7 @@ def test_a_step_in_passes_is_the_same(
         return seen[-1]
 
     monkeypatch.setattr(narrow, "MAX_PASS_BYTES", limit)
-    monkeypatch.setattr("dykaf.optimizer.passes", spy)
+    monkeypatch.setattr("dykaf.engine.passes", spy)
     run(parts, range(10))
     assert len(seen[0]) == num_passes
     assert [bits(p) for p in params_of(parts)] == [bits(p) for p in params_of(whole)]

@@ -131,5 +131,5 @@ def test_the_table() -> None:
 
 def test_another_optimizer_is_refused() -> None:
     optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
-    with pytest.raises(TypeError, match="optimizer: expected a DyKAF, got AdamW"):
+    with pytest.raises(TypeError, match="optimizer: expected a DyKAF or FISMO, got AdamW"):
         summary(optimizer)  # type: ignore[arg-type]

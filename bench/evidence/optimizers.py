@@ -86,9 +86,9 @@ def make_optimizer(
     """The optimizer of a contender.
 
     Args:
-        options: `kind` ("adamw", "muon", "orthogonal", "kronecker", "dykaf"), that optimizer's own
-            options, and for the rest `rest_lr`, its peak learning rate, or `rest_ratio`, the same
-            over lr (default: 1).
+        options: `kind` ("adamw", "muon", "orthogonal", "kronecker", "dykaf", "fismo"), that
+            optimizer's own options, and for the rest `rest_lr`, its peak learning rate, or
+            `rest_ratio`, the same over lr (default: 1).
         model: its parameters that need a gradient are trained.
         hidden: names of the weights for the optimizer under test.
         lr: peak learning rate.
@@ -106,13 +106,14 @@ def make_optimizer(
     others = [make_adamw(rest, rest_lr, weight_decay, REST_BETAS)] if rest else []
     if kind == "adamw":
         return Parts([make_adamw(weights, lr, weight_decay, **options), *others])
-    if kind == "dykaf":
+    if kind in ("dykaf", "fismo"):
         try:
             import dykaf  # only here: the other optimizers run without it
         except ImportError as error:
-            raise EvidenceError(f"contenders of kind dykaf need the package: {error}") from error
-        options = {**DYKAF_BASE, **options}
-        return Parts([dykaf.DyKAF(weights, lr=lr, weight_decay=weight_decay, **options), *others])
+            raise EvidenceError(f"contenders of kind {kind} need the package: {error}") from error
+        options = {**DYKAF_BASE, **options} if kind == "dykaf" else options
+        matrix_class = dykaf.DyKAF if kind == "dykaf" else dykaf.FISMO
+        return Parts([matrix_class(weights, lr=lr, weight_decay=weight_decay, **options), *others])
     views = MatrixViews(weights)
     if kind == "orthogonal":
         matrix = OrthogonalOptimizer(views.views, lr=lr, weight_decay=weight_decay, **options)
@@ -126,6 +127,6 @@ def make_optimizer(
             views.views, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw", **options
         )
     else:
-        expected = "adamw, muon, orthogonal, kronecker or dykaf"
+        expected = "adamw, muon, orthogonal, kronecker, dykaf or fismo"
         raise EvidenceError(f"contender kind: expected {expected}, got {kind}")
     return Parts([matrix, *others], views)

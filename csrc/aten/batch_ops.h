@@ -36,6 +36,10 @@ RootFactors compact_second_moment_(Batch& batch, const Options& options, const a
 // The updates [b, m, n] after Newton-Schulz steps, times dykaf/newton_schulz.h's scale.
 at::Tensor orthogonalized_(Batch& batch, const Options& options, const at::Tensor& updates);
 
+// The factors' and the momentum's step with rotated gradients, where updates are whitened; returns
+// U [b, m, n].
+at::Tensor whitened_update_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients);
+
 // W <- W (1 - lr weight_decay) - lr update, with updates [b, m, n].
 void apply_update_(Batch& batch, const Inputs& inputs, const at::Tensor& updates);
 
@@ -45,6 +49,9 @@ void factor_update_(Batch& batch, const Inputs& inputs, const ScaledGradients& g
 // rho and factors of the prior (docs/algorithm.md, "The first gradient") for gradients tau H.
 void set_identity_prior_(Batch& batch, const Options& options, const ScaledGradients& gradients,
                          const at::Tensor& where);
+
+// The whole step of matrices that have had their first gradient, but for refreshes; commits.
+void step_(Batch& batch, const Inputs& inputs);
 
 // One power iteration of the bases of `side`, none of them a skinny matrix's long one; commits.
 void refresh_basis_(Batch& batch, const Inputs& inputs, Side side);

@@ -7,7 +7,9 @@
 
 #include "aten/batch_ops.h"
 #include "aten/products.h"
+#include "aten/whitening.h"
 #include "dykaf/prior.h"
+#include "dykaf/whitening.h"
 
 namespace dykaf::aten {
 namespace {
@@ -74,6 +76,20 @@ class FactorUpdate {
     set_rhos_(at::stack({rho_L, rho_R}, 1));
   }
 
+  // The same, each with the inverse of the other factor as its metric: the right one's is the new
+  // L.
+  void coupled_() {
+    const Matrix& first = batch_.first();
+    const MatmulPrecision precision = options_.precision;
+    const at::Tensor A = times_right(H_, metric(Side::kRight), precision);
+    const at::Tensor rho_L =
+        averaged_(&Matrix::L, symmetric(multiplied(A, A.mT())), 0, static_cast<double>(first.n));
+    const at::Tensor B = times_left(metric(Side::kLeft), H_, precision);
+    const at::Tensor rho_R =
+        averaged_(&Matrix::R, symmetric(multiplied(B.mT(), B)), 1, static_cast<double>(first.m));
+    set_rhos_(at::stack({rho_L, rho_R}, 1));
+  }
+
   // The other side is the scaled identity of unit norm, which is not stored.
   void one_sided_() {
     const Matrix& first = batch_.first();
@@ -119,9 +135,18 @@ class FactorUpdate {
     return x.div(per_matrix(norm.to(batch_.dtype())));
   }
 
-  // Returns rho of the average.
+  InversePower metric(Side side) { return inverse_power(batch_, options_, side, kMetricExponent); }
+
+  // Returns rho of the average. Damping adds that multiple of the average's mean eigenvalue.
   at::Tensor averaged_(Array factor, const at::Tensor& increment, int64_t side, double size) {
-    const at::Tensor F = blend(batch_.get(factor), decay(side), increment, gain() / size);
+    const at::Tensor old = batch_.get(factor);
+    at::Tensor F = blend(old, decay(side), increment, gain() / size);
+    if (options_.damping > 0) {
+      const at::Tensor mean =
+          old.diagonal(0, 1, 2).mean(at::IntArrayRef({1}), true, rho_.scalar_type());
+      const at::Tensor ridge = mean.mul(rho_.select(1, side).div(tau_).square_().unsqueeze(1));
+      F.diagonal(0, 1, 2).add_(ridge.to(batch_.dtype()), gain() * options_.damping);
+    }
     const at::Tensor norm = norms(F);
     const at::Tensor is_known = norm.gt(0);
     set_factor_(factor, is_known, over(F, norm));
@@ -183,6 +208,8 @@ void factor_update_(Batch& batch, const Inputs& inputs, const ScaledGradients& g
     update.ksl_();
   } else if (options.integrator == Integrator::kBug) {
     update.bug_();
+  } else if (options.integrator == Integrator::kCoupled) {
+    update.coupled_();
   } else {
     update.diagonal_();
   }

@@ -152,6 +152,17 @@ Step::Step(Matrices matrices, const Inputs& inputs, Refreshes refreshes)
 
 namespace {
 
+// The update in the basis, and the factors' step.
+at::Tensor in_basis_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients) {
+  if (inputs.options.is_whitened()) return whitened_update_(batch, inputs, gradients);
+  at::Tensor update = adam_update_(batch, inputs, gradients);
+  if (inputs.options.orthogonalize > 0) update = orthogonalized_(batch, inputs.options, update);
+  if (!batch.first().is_unsided()) factor_update_(batch, inputs, gradients);
+  return update;
+}
+
+}  // namespace
+
 void step_(Batch& batch, const Inputs& inputs) {
   const MatmulPrecision precision = inputs.options.precision;
   ScaledGradients gradients = scaled_gradients(batch, inputs);
@@ -162,17 +173,13 @@ void step_(Batch& batch, const Inputs& inputs) {
     update = skinny_step_(batch, inputs, gradients);
   } else {
     gradients.H = rotated(batch, gradients.H, Rotation::kIntoBasis, precision);
-    update = adam_update_(batch, inputs, gradients);
-    if (inputs.options.orthogonalize > 0) update = orthogonalized_(batch, inputs.options, update);
+    update = in_basis_(batch, inputs, gradients);
     update = rotated(batch, update, Rotation::kOutOfBasis, precision);
-    if (!batch.first().is_unsided()) factor_update_(batch, inputs, gradients);
   }
   apply_update_(batch, inputs, update);
   batch.commit(inputs.skip);
   if (batch.first().is_skinny()) count_rows_(batch);
 }
-
-}  // namespace
 
 void Step::initialize_() { aten::initialize_(chosen(matrices_, places_.fresh), inputs_); }
 

@@ -167,21 +167,47 @@ std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
   return failures;
 }
 
-CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
-    : group_(group), refreshes_(refreshes), products_(products_of(group)), places_(group.problems) {
+CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& passes)
+    : group_(group),
+      refreshes_(refreshes),
+      products_(products_of(group)),
+      places_(group.problems),
+      kept_(passes) {
   const c10::DeviceGuard guard(group.device);
-  for (const std::vector<size_t>& indices : passes_of(group, places_.running)) {
-    Pass& pass = passes_.emplace_back();
-    subgroup(group, indices, pass.problems);
-    pass.grad_max = entries(*group.grad_max, indices);
+  if (!kept_serves()) {
+    kept_ = {};
+    kept_.products = products_;
+    for (std::vector<size_t>& indices : passes_of(group, places_.running)) {
+      kept_.passes.emplace_back().indices = std::move(indices);
+    }
+  }
+  for (CudaPasses::Pass& pass : kept_.passes) {
+    if (pass.problems.empty()) pass.problems = chosen(group.problems, pass.indices);
+    for (size_t k = 0; k < pass.indices.size(); ++k) {
+      pass.problems[k].grad = group.problems[pass.indices[k]].grad;
+      pass.problems[k].rate = group.problems[pass.indices[k]].rate;
+    }
+    pass.grad_max = entries(*group.grad_max, pass.indices);
+    if (kept_.workspace != nullptr) continue;
     const CudaGroup part = group_of(pass);
     const cuda::Plan plan =
         cuda::plan_step(part.problems, part.options, inputs_of(part), products_, nullptr);
-    workspace_bytes_ = std::max(workspace_bytes_, plan.workspace_bytes);
+    kept_.workspace_bytes = std::max(kept_.workspace_bytes, plan.workspace_bytes);
   }
 }
 
-CudaGroup CudaStep::group_of(Pass& pass) const {
+bool CudaStep::kept_serves() const {
+  if (kept_.workspace == nullptr || !(kept_.products == products_)) return false;
+  size_t num_matrices = 0;
+  for (const CudaPasses::Pass& pass : kept_.passes) {
+    num_matrices += pass.indices.size();
+    if (!cuda::serves(pass.plan, group_.options)) return false;
+  }
+  // Of all matrices, then and now.
+  return num_matrices == group_.problems.size() && places_.running.size() == num_matrices;
+}
+
+CudaGroup CudaStep::group_of(const CudaPasses::Pass& pass) const {
   CudaGroup part = group_;
   part.problems = pass.problems;
   part.grad_max = pass.grad_max;
@@ -190,11 +216,18 @@ CudaGroup CudaStep::group_of(Pass& pass) const {
 
 void CudaStep::plan(void* workspace) {
   const c10::DeviceGuard guard(group_.device);
-  for (Pass& pass : passes_) {
+  const bool is_there = kept_.workspace == workspace;
+  for (CudaPasses::Pass& pass : kept_.passes) {
     const CudaGroup part = group_of(pass);
-    pass.plan = cuda::plan_step(part.problems, part.options, inputs_of(part), products_, workspace);
+    const cuda::DeviceInputs inputs = inputs_of(part);
+    if (is_there) {
+      cuda::renew_step(pass.plan, part.problems, part.options, inputs);
+    } else {
+      pass.plan = cuda::plan_step(part.problems, part.options, inputs, products_, workspace);
+    }
     pass.image = copy_to_device(pass.plan.image, group_.device);
   }
+  kept_.workspace = workspace;
 }
 
 void CudaStep::initialize_() {
@@ -212,13 +245,19 @@ void CudaStep::reset_() {
 
 StepReport CudaStep::run_() {
   const c10::DeviceGuard guard(group_.device);
-  for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
+  for (CudaPasses::Pass& pass : kept_.passes) {
+    launch_plan(pass.plan, pass.image);
+    pass.grad_max.reset();
+    pass.image.reset();
+  }
   StepReport report;
   report.waiting = places_.still_waiting(group_.problems);
   if (refreshes_ == Refreshes::kApart) return report;
   count_rows(group_, places_.running);
   std::vector<Problem<float>> problems;
-  for (size_t i : refresh_due_on_cuda_(subgroup(group_, places_.running, problems))) {
+  const bool all_run = places_.running.size() == group_.problems.size();
+  const CudaGroup running = all_run ? group_ : subgroup(group_, places_.running, problems);
+  for (size_t i : refresh_due_on_cuda_(running)) {
     report.stayed.push_back(places_.running[i]);
   }
   return report;

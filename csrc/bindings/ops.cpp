@@ -76,7 +76,7 @@ TensorList rotate_op(const TensorList& inputs, const States& states, bool into_b
                      .needs_factors = true,
                      .needs_dense = true,
                      .grads_name = "inputs"},
-                    parsed.second_moment);
+                    parsed);
   const Rotation rotation = into_basis ? Rotation::kIntoBasis : Rotation::kOutOfBasis;
   run(
       problems, parsed,
@@ -99,7 +99,7 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
   inputs.needs_dense = true;
   TensorList updates = allocate_like(grads);
   inputs.updates = updates;
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, inputs, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -115,7 +115,7 @@ TensorList adam_update_op(const TensorList& grads, const States& states, const p
 void orthogonalize_op(const TensorList& updates, const States& states, const py::dict& options) {
   const Options parsed = parse_options(options, device_of(states));
   Problems problems(states, {.updates = updates, .needs_matrices = true, .needs_dense = true},
-                    parsed.second_moment);
+                    parsed);
   if (parsed.orthogonalize == 0) return;
   run(
       problems, parsed,
@@ -136,9 +136,10 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
                     {.params = params,
                      .updates = updates,
                      .streams = streams,
+                     .rates = std::vector<Rate>(states.size(), parse_rate(options)),
                      .places = places,
                      .needs_moments = false},
-                    parsed.second_moment);
+                    parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -156,7 +157,7 @@ void factor_update_op(const TensorList& grads, const States& states, const py::d
   const Options parsed = parse_options(options, device_of(states));
   Inputs inputs = with_grads(grads, states);
   inputs.needs_factors = inputs.needs_dense = true;
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, inputs, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::factor_update_<T>(list.matrices, parsed); },
@@ -170,7 +171,7 @@ void initialize_op(const TensorList& grads, const States& states, const Offsets&
   Inputs inputs = with_grads(grads, states);
   inputs.offsets = offsets;
   inputs.needs_factors = true;
-  Problems problems(states, inputs, parsed.second_moment);
+  Problems problems(states, inputs, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) { cpu::initialize_<T>(list.matrices, parsed); },
@@ -182,7 +183,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
   const Options parsed = parse_options(options, device_of(states));
   if (side != "left" && side != "right") fail("side", "'left' or 'right'", "'" + side + "'");
   const Side which = side == "left" ? Side::kLeft : Side::kRight;
-  Problems problems(states, {.needs_matrices = true}, parsed.second_moment);
+  Problems problems(states, {.needs_matrices = true}, parsed);
   run(
       problems, parsed,
       [&]<typename T>(ProblemList<T>& list) {
@@ -197,7 +198,7 @@ void refresh_basis_op(const States& states, const std::string& side, const py::d
 void refresh_due_op(const States& states, const Offsets& offsets, const py::dict& options,
                     const TensorList& kept, const TensorList& full) {
   const Options parsed = parse_options(options, device_of(states));
-  Problems problems(states, {.offsets = offsets}, parsed.second_moment);
+  Problems problems(states, {.offsets = offsets}, parsed);
   {
     const py::gil_scoped_release no_gil;
     const Apart apart;

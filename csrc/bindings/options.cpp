@@ -21,6 +21,12 @@ Value read(const py::dict& options, const char* name) {
   }
 }
 
+// The value of an option that not every optimizer has.
+template <typename Value>
+Value read_or(const py::dict& options, const char* name, Value otherwise) {
+  return options.contains(name) ? read<Value>(options, name) : otherwise;
+}
+
 template <typename Enum, size_t kNum>
 Enum read_name(const py::dict& options, const char* name,
                const std::array<std::pair<const char*, Enum>, kNum>& values) {
@@ -53,14 +59,16 @@ MatmulPrecision read_precision(const py::dict& options, const at::Device& device
 
 }  // namespace
 
+Rate parse_rate(const py::dict& options) {
+  return {.lr = read<double>(options, "lr"), .weight_decay = read<double>(options, "weight_decay")};
+}
+
 Options parse_options(const py::dict& options, const at::Device& device) {
   const auto betas = read<std::pair<double, double>>(options, "betas");
   return {
-      .lr = read<double>(options, "lr"),
       .beta1 = betas.first,
       .beta2 = betas.second,
       .eps = read<double>(options, "eps"),
-      .weight_decay = read<double>(options, "weight_decay"),
       .factor_beta = read<double>(options, "factor_beta"),
       .grad_scale = read<double>(options, "grad_scale"),
       .precondition_frequency = read<int64_t>(options, "precondition_frequency"),
@@ -68,7 +76,8 @@ Options parse_options(const py::dict& options, const at::Device& device) {
       .integrator = read_name(
           options, "integrator",
           std::array{std::pair{"ksl", Integrator::kKsl}, std::pair{"bug", Integrator::kBug},
-                     std::pair{"diagonal", Integrator::kDiagonal}}),
+                     std::pair{"diagonal", Integrator::kDiagonal},
+                     std::pair{"coupled", Integrator::kCoupled}}),
       .init = read_name(options, "init",
                         std::array{std::pair{"identity", Init::kIdentity},
                                    std::pair{"rank_one", Init::kRankOne}}),
@@ -86,6 +95,14 @@ Options parse_options(const py::dict& options, const at::Device& device) {
       .basis_rounding = read<std::string>(options, "state_dtype") == "bfloat16" ? 0x1p-9 : 0.0,
       .nesterov = read<bool>(options, "nesterov"),
       .orthogonalize = read<int64_t>(options, "orthogonalize"),
+      .exponent = read_or(options, "exponent", 0.0),
+      .damping = read_or(options, "damping", 0.0),
+      .roots = read_or<std::string>(options, "roots", "tracked") == "exact" ? Roots::kExact
+                                                                            : Roots::kTracked,
+      .momentum = read_or<std::string>(options, "momentum", "whitened") == "plain"
+                      ? Momentum::kPlain
+                      : Momentum::kWhitened,
+      .graft = read_or(options, "graft", false),
   };
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <functional>
 #include <numeric>
 #include <sstream>
@@ -11,6 +12,7 @@
 #include "bindings/on_cuda.h"
 #include "bindings/state_reader.h"
 #include "dykaf/ops.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -131,6 +133,16 @@ std::vector<Gradient> gradients_of(const TensorList& grads, const std::vector<in
   return parts;
 }
 
+at::Tensor largest_of(const std::vector<Gradient>& parts, [[maybe_unused]] const at::Device& device,
+                      [[maybe_unused]] Backend backend) {
+#if defined(DYKAF_WITH_CUDA)
+  if (backend == Backend::kCuda) return grad_max_on_cuda(parts, device);
+#endif
+  at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
+  cpu::grad_max(parts, maxima.mutable_data_ptr<double>());
+  return maxima;
+}
+
 TensorList views_of(const TensorList& grads, const std::vector<int64_t>& counts) {
   TensorList parts;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -166,13 +178,7 @@ at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts)
   if (backend == Backend::kAten) {
     return aten::grad_max(views_of(grads, counts), grad_max_dtype(device));
   }
-  const std::vector<Gradient> parts = gradients_of(grads, counts);
-#if defined(DYKAF_WITH_CUDA)
-  if (backend == Backend::kCuda) return grad_max_on_cuda(parts, device);
-#endif
-  at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
-  cpu::grad_max(parts, maxima.mutable_data_ptr<double>());
-  return maxima;
+  return largest_of(gradients_of(grads, counts), device, backend);
 }
 
 at::Tensor entries(const at::Tensor& vector, const std::vector<size_t>& places) {
@@ -203,6 +209,56 @@ void Problems::write_back() {
   }
 }
 
+bool Problems::keep() {
+  const bool is_enough = copies_.empty() && aten.matrices.empty();
+  params_.clear();
+  copies_.clear();
+  grad_max_.reset();
+  return is_enough;
+}
+
+template <typename T>
+void Problems::renew(ProblemList<T>& list, const TensorList& grads,
+                     const std::vector<Rate>& rates) {
+  for (size_t k = 0; k < list.matrices.size(); ++k) {
+    Problem<T>& p = list.matrices[k];
+    const MatrixInputs given{.grad = &grads[list.sources[k]], .grad_max = &*grad_max_};
+    set_inputs(p, given, list.members[k], list.places[k], p.dtype);
+    p.rate = rates[list.sources[k]];
+  }
+}
+
+void Problems::renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
+                     const std::vector<Rate>& rates) {
+  params_ = params;
+  grad_max_ = grad_max;
+  renew(single, grads, rates);
+  renew(wide, grads, rates);
+  renew(cuda, grads, rates);
+}
+
+at::Tensor Problems::grad_max_of(const TensorList& grads) const {
+  std::vector<Gradient> parts(num_matrices_);
+  const auto add = [&](const auto& list) {
+    for (size_t k = 0; k < list.matrices.size(); ++k) {
+      const auto& p = list.matrices[k];
+      const at::Tensor& grad = grads[list.sources[k]];
+      const auto* data = static_cast<const char*>(grad.const_data_ptr());
+      const int64_t bytes = p.size() * static_cast<int64_t>(grad.element_size());
+      parts[list.places[k]] = {data + list.members[k] * bytes, p.size(), p.dtype};
+    }
+  };
+  add(single);
+  add(wide);
+  add(cuda);
+  return largest_of(parts, device_, cuda.matrices.empty() ? Backend::kCpu : Backend::kCuda);
+}
+
+bool Problems::has_waiting() const {
+  return std::any_of(cuda.matrices.begin(), cuda.matrices.end(),
+                     [](const auto& p) { return dykaf::awaits_first_gradient(p); });
+}
+
 namespace {
 
 // One in the state's dtype.
@@ -214,7 +270,7 @@ at::Tensor own_tensor(const StateReader& state, size_t index, const Inputs& inpu
 
 template <typename Matrix>
 void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& state_dict,
-                      const Inputs& inputs, SecondMoment second_moment) {
+                      const Inputs& inputs, const Options& options) {
   const StateReader state(index, state_dict, device_);
   const bool is_matrix = state.has("rho");
   const bool needs_matrix = inputs.needs_matrices || inputs.needs_factors;
@@ -233,7 +289,8 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
     p.m = 1;
     p.n = (*inputs.updates)[index].numel() / std::max<int64_t>(count, 1);
   } else {
-    p = is_matrix ? read_matrix<Matrix>(state, second_moment, batch) : read_adamw<Matrix>(state);
+    p = is_matrix ? read_matrix<Matrix>(state, options.second_moment, batch)
+                  : read_adamw<Matrix>(state);
     state.read(p.update_rms, "update_rms", batch, at::kFloat);
   }
   state.read(p.step, "step", batch, at::kFloat);
@@ -288,6 +345,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   if (inputs.grad_max) given.grad_max = &*inputs.grad_max;
   if (inputs.streams) p.stream = (*inputs.streams)[index];
+  if (!inputs.rates.empty()) p.rate = inputs.rates[index];
   if (!inputs.places.empty()) {
     const auto [first, run, stride] = inputs.places[index];
     p.place = {first, run, stride};
@@ -302,12 +360,13 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
     list.matrices.push_back(matrix_of_stack(p, i));
     set_inputs(list.matrices.back(), given, i, num_matrices_, dtype);
     list.sources.push_back(index);
+    list.members.push_back(i);
     list.places.push_back(num_matrices_++);
   }
 }
 
 Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
-                   SecondMoment second_moment)
+                   const Options& options)
     : device_(device_of(states)), grad_max_(inputs.grad_max) {
   const Apart apart;
   check_length("params", inputs.params, states.size());
@@ -337,19 +396,23 @@ Problems::Problems(const std::vector<py::dict>& states, const Inputs& inputs,
     const at::Tensor own = own_tensor(state, i, inputs);
     const std::string name =
         inputs.needs_moments ? state.name("exp_avg") : "updates[" + std::to_string(i) + "]";
-    switch (backend_of(name, own)) {
+    Backend backend = backend_of(name, own);
+    // The kernels have Adam's updates alone.
+    const bool is_whitened = options.is_whitened() && state.has("rho");
+    if (backend == Backend::kCuda && is_whitened) backend = Backend::kAten;
+    switch (backend) {
       case Backend::kCpu:
         if (own.scalar_type() == at::kDouble) {
-          append(wide, i, states[i], inputs, second_moment);
+          append(wide, i, states[i], inputs, options);
         } else {
-          append(single, i, states[i], inputs, second_moment);
+          append(single, i, states[i], inputs, options);
         }
         break;
       case Backend::kCuda:
-        append(cuda, i, states[i], inputs, second_moment);
+        append(cuda, i, states[i], inputs, options);
         break;
       case Backend::kAten:
-        append(aten, i, states[i], inputs, second_moment);
+        append(aten, i, states[i], inputs, options);
         break;
     }
   }

@@ -6,10 +6,12 @@
 #include <limits>
 #include <vector>
 
+#include "aten/ops.h"
 #include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/loops.h"
 #include "cpu/matrix.h"
+#include "cpu/whitening.h"
 #include "dykaf/ops.h"
 #include "dykaf/prior.h"
 
@@ -155,12 +157,18 @@ void bug_(const Problem<T>& p, double beta, double tau, GradientProducts<T> grad
   set_rho(p, tau * std::sqrt(s));
 }
 
-// F <- beta rho^2 F + b tau^2 increment / size, in unit norm with rho to match.
+// F <- beta rho^2 F + b tau^2 increment / size, in unit norm with rho to match. Damping adds that
+// multiple of the mean eigenvalue of rho^2 F to the increment / size.
 template <typename T>
-void average_(T* factor, const T* increment, int64_t n, double beta, double tau, double size,
+void average_(T* factor, T* increment, int64_t n, const Options& options, double tau, double size,
               double* rho) {
-  const double a = beta * (*rho / tau) * (*rho / tau);
-  const double b = (1 - beta) / size;
+  const double squared = (*rho / tau) * (*rho / tau);
+  const double a = options.factor_beta * squared;
+  const double b = (1 - options.factor_beta) / size;
+  if (options.damping > 0) {
+    const double ridge = options.damping * squared * mean_eigenvalue(factor, n) * size;
+    for (int64_t i = 0; i < n; ++i) increment[i * (n + 1)] += static_cast<T>(ridge);
+  }
   const double norm = products(factor, increment, n).norm(a, b);
   if (!(norm > 0)) return;
   blend_(factor, increment, a, b, norm, n);
@@ -168,25 +176,43 @@ void average_(T* factor, const T* increment, int64_t n, double beta, double tau,
 }
 
 template <typename T>
-void diagonal_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
-               const Workspace<T>& workspace) {
+void diagonal_(const Problem<T>& p, const Options& options, double tau,
+               GradientProducts<T> gradient, const Workspace<T>& workspace) {
   const at::Tensor& H = gradient.H;
   symmetric_product(view(workspace.left, p.m, p.m), H, H.t(), gradient.precision);
   symmetric_product(view(workspace.right, p.n, p.n), H.t(), H, gradient.precision);
-  average_(p.L, workspace.left, p.m, beta, tau, static_cast<double>(p.n), &p.rho[0]);
-  average_(p.R, workspace.right, p.n, beta, tau, static_cast<double>(p.m), &p.rho[1]);
+  average_(p.L, workspace.left, p.m, options, tau, static_cast<double>(p.n), &p.rho[0]);
+  average_(p.R, workspace.right, p.n, options, tau, static_cast<double>(p.m), &p.rho[1]);
+}
+
+// The same, each with the inverse of the other factor as its metric: the right one's is the new L.
+template <typename T>
+void coupled_(const Problem<T>& p, const Options& options, double tau, GradientProducts<T> gradient,
+              const Workspace<T>& workspace) {
+  const T* H = gradient.H.template const_data_ptr<T>();
+  const T* none = nullptr;
+  T* A = workspace.product;
+  const at::Tensor weighted = view(A, p.m, p.n);
+  const std::vector<T> of_columns = inverse_powers(p.R, p.n, kMetricExponent);
+  multiply_sides(H, none, of_columns.data(), p.m, p.n, A);
+  symmetric_product(view(workspace.left, p.m, p.m), weighted, weighted.t(), gradient.precision);
+  average_(p.L, workspace.left, p.m, options, tau, static_cast<double>(p.n), &p.rho[0]);
+  const std::vector<T> of_rows = inverse_powers(p.L, p.m, kMetricExponent);
+  multiply_sides(H, of_rows.data(), none, p.m, p.n, A);
+  symmetric_product(view(workspace.right, p.n, p.n), weighted.t(), weighted, gradient.precision);
+  average_(p.R, workspace.right, p.n, options, tau, static_cast<double>(p.m), &p.rho[1]);
 }
 
 // The other side is the scaled identity of unit norm, which is not stored.
 template <typename T>
-void one_sided_(const Problem<T>& p, double beta, double tau, GradientProducts<T> gradient,
-                const Workspace<T>& workspace) {
+void one_sided_(const Problem<T>& p, const Options& options, double tau,
+                GradientProducts<T> gradient, const Workspace<T>& workspace) {
   const bool left = p.L != nullptr;
   const int64_t n = left ? p.m : p.n;
   const at::Tensor& H = gradient.H;
   T* increment = left ? workspace.left : workspace.right;
   symmetric_product(view(increment, n, n), left ? H : H.t(), left ? H.t() : H, gradient.precision);
-  average_(left ? p.L : p.R, increment, n, beta, tau,
+  average_(left ? p.L : p.R, increment, n, options, tau,
            std::sqrt(static_cast<double>(left ? p.n : p.m)), &p.rho[0]);
   p.rho[1] = p.rho[0];
 }
@@ -224,18 +250,25 @@ void factor_update_(const Problem<T>& p, const Options& options, const T* H, T t
                                      view(workspace.product, p.m, p.n),
                                      view(workspace.turned, p.m, p.n)};
   if (p.L == nullptr || p.R == nullptr) {
-    one_sided_(p, beta, tau, gradient, workspace);
+    one_sided_(p, options, tau, gradient, workspace);
   } else if (options.integrator == Integrator::kKsl) {
     ksl_(p, beta, tau, gradient, workspace);
   } else if (options.integrator == Integrator::kBug) {
     bug_(p, beta, tau, gradient, workspace);
+  } else if (options.integrator == Integrator::kCoupled) {
+    coupled_(p, options, tau, gradient, workspace);
   } else {
-    diagonal_(p, beta, tau, gradient, workspace);
+    diagonal_(p, options, tau, gradient, workspace);
   }
 }
 
 template <typename T>
 void factor_update_(std::span<const Problem<T>> problems, const Options& options) {
+  if (options.roots == Roots::kExact) {
+    for (const Problem<T>& p : problems)
+      aten::factor_update_({aten::Matrix(p)}, {.options = options});
+    return;
+  }
   for_each_matrix(problems, Workspaces<T>(problems), [&](size_t i, const Workspace<T>& workspace) {
     const Problem<T>& p = problems[i];
     const T tau = gradient_scale(p, options);

@@ -192,7 +192,7 @@ void move_moments_(const Problem<T>& p, const Options& options, Side side, const
   if (p.exp_avg_sq != nullptr) {
     return move_full_(p, options, side, order, growth, turned, noise, scratch);
   }
-  move_compact_(p, options, side, order, growth);
+  if (p.exp_avg_sq_row != nullptr) move_compact_(p, options, side, order, growth);
   for (int64_t i = 0; i < p.size(); ++i) {
     p.exp_avg[i] = std::abs(turned[i]) < noise ? T(0) : turned[i];
   }

@@ -3,9 +3,11 @@
 #include <optional>
 #include <vector>
 
+#include "aten/batch_ops.h"
 #include "cpu/each_matrix.h"
 #include "cpu/linalg.h"
 #include "cpu/matrix.h"
+#include "cpu/whitening.h"
 #include "dykaf/ops.h"
 #include "dykaf/schedule.h"
 
@@ -13,8 +15,16 @@ namespace dykaf::cpu {
 namespace {
 
 template <typename T>
+void exact_step_(const Problem<T>& p, const Options& options) {
+  const aten::Matrix w(p);
+  aten::Batch batch({&w});
+  aten::step_(batch, {.options = options});
+}
+
+template <typename T>
 void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>& workspace) {
   if (p.is_adamw()) return adamw_(p, options);
+  if (options.roots == Roots::kExact) return exact_step_(p, options);
 
   T* H = workspace.gradient;
   T* update = workspace.update;
@@ -25,11 +35,15 @@ void plain_step_(const Problem<T>& p, const Options& options, const Workspace<T>
     return apply_update_(p, options, update);
   }
   rotate(p, Rotation::kIntoBasis, options.precision, H, H, workspace);
-  adam_update_(p, options, H, tau, update);
-  if (options.orthogonalize > 0) orthogonalize_(p, options, update, workspace);
+  if (options.is_whitened()) {
+    whitened_update_(p, options, H, tau, update, workspace);
+  } else {
+    adam_update_(p, options, H, tau, update);
+    if (options.orthogonalize > 0) orthogonalize_(p, options, update, workspace);
+  }
   rotate(p, Rotation::kOutOfBasis, options.precision, update, update, workspace);
   apply_update_(p, options, update);
-  if (!p.is_unsided()) factor_update_(p, options, H, tau, workspace);
+  if (!options.is_whitened() && !p.is_unsided()) factor_update_(p, options, H, tau, workspace);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dykaf.ops import Place, StepJob
+from dykaf.ops import Place, StepInputs, StepJob
 from dykaf.options import StepOptions
 from dykaf.products import ProductRule
 from dykaf.state import State
@@ -47,6 +47,22 @@ def refresh_due_(
     kept: Sequence[Tensor],
     full: Sequence[Tensor],
 ) -> None: ...
-def step_(
-    jobs: Sequence[StepJob], started: Tensor
-) -> tuple[list[list[int]], list[list[int]], list[list[int]]]: ...
+
+Places = list[list[int]]
+
+class Jobs:
+    def __init__(self, jobs: Sequence[StepJob]) -> None: ...
+    def run(self, started: Tensor) -> tuple[Places, Places, Places]: ...
+    def keep(
+        self,
+        groups: list[list[Tensor]],
+        states: Mapping[Tensor, State],
+        places: Sequence[Sequence[int]],
+    ) -> bool: ...
+    def grad_max(
+        self, groups: list[list[Tensor]], states: Mapping[Tensor, State]
+    ) -> list[Tensor] | None: ...
+    def let_go(self) -> None: ...
+    def run_again(
+        self, inputs: Sequence[StepInputs], started: Tensor
+    ) -> tuple[Places, Places, Places]: ...

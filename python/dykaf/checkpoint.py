@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from dykaf.checks import param_name
 from dykaf.distributed.alone import Alone
-from dykaf.options import RULES, check_options, plain_options
+from dykaf.options import check_alike, check_options, plain_options, rules_of
 from dykaf.state import HOST_KEYS, SCALE_KEYS, Layout, State, check_state
 
 # What options were that groups of older checkpoints lack. (Those of another optimizer have none.)
@@ -45,7 +45,9 @@ def checked_state_dict(
         if options.pop("metric_power", 0) != 0:  # an option once, and not of the skinny form
             options["skinny_rank"] = 0
         former = _FORMERLY if "integrator" in saved else {}
-        for name in RULES:
+        if "integrator" in saved:  # else they are another optimizer's, of AdamW's state
+            check_alike(group, saved)
+        for name in rules_of(group):
             options.setdefault(name, former.get(name, group[name]))
         check_options(options)
         options.update(plain_options(options))

@@ -14,7 +14,17 @@ import torch
 from dykaf import _C
 
 
-class StepOptions(TypedDict):
+class WhiteningOptions(TypedDict, total=False):
+    """What the operations read of a group of :class:`dykaf.FISMO` alone."""
+
+    exponent: float
+    damping: float
+    roots: str
+    momentum: str
+    graft: bool
+
+
+class StepOptions(WhiteningOptions):
     """What the operations read of a parameter group."""
 
     lr: float
@@ -109,7 +119,7 @@ _FLAG = _Rule(
     lambda value: isinstance(value, bool) or _is_numpy(value, "bool_"), "True or False", bool
 )
 
-RULES: dict[str, _Rule] = {
+_SHARED: dict[str, _Rule] = {
     "lr": _Rule(
         _is_lr,
         "a finite number or one-element tensor >= 0",
@@ -125,15 +135,8 @@ RULES: dict[str, _Rule] = {
         lambda value: 1 <= value < 2**62, "an integer in [1, 2**62)"
     ),
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
-    "sides": _one_of("one", "both", "none"),
-    "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
-    "integrator": _one_of("ksl", "bug", "diagonal"),
-    "init": _one_of("identity", "rank_one"),
-    "second_moment": _one_of("full", "rank_one", "factored", "none"),
     "refresh_schedule": _one_of("geometric", "fixed"),
     "nesterov": _FLAG,
-    "orthogonalize": _integer(lambda value: 0 <= value <= 20, "an integer in [0, 20]"),
-    "rescale_exp_avg_sq": _FLAG,
     "refresh_stagger": _FLAG,
     "matmul_precision": _one_of(None, "highest", "high", "medium"),
     "batch_dims": _optional(_integer(lambda value: value >= 0, "an integer >= 0")),
@@ -144,6 +147,45 @@ RULES: dict[str, _Rule] = {
     "nonfinite": _one_of("skip", "raise", "propagate"),
 }
 
+DYKAF_RULES: dict[str, _Rule] = {
+    **_SHARED,
+    "sides": _one_of("one", "both", "none"),
+    "skinny_rank": _integer(lambda value: 0 <= value < 2**30, "an integer in [0, 2**30)"),
+    "integrator": _one_of("ksl", "bug", "diagonal"),
+    "init": _one_of("identity", "rank_one"),
+    "second_moment": _one_of("full", "rank_one", "factored", "none"),
+    "orthogonalize": _integer(lambda value: 0 <= value <= 20, "an integer in [0, 20]"),
+    "rescale_exp_avg_sq": _FLAG,
+}
+
+# The last ones are not for users to choose: they say what a state has.
+FISMO_RULES: dict[str, _Rule] = {
+    **_SHARED,
+    "sides": _one_of("both", "one"),
+    "integrator": _one_of("coupled", "diagonal"),
+    "orthogonalize": _integer(lambda value: 1 <= value <= 20, "an integer in [1, 20]"),
+    "exponent": _number(lambda value: 0 < value <= 1, "a number in (0, 1]"),
+    "damping": _number(lambda value: 0 <= value < 1, "a number in [0, 1)"),
+    "roots": _one_of("tracked", "exact"),
+    "momentum": _one_of("whitened", "plain"),
+    "graft": _FLAG,
+    "skinny_rank": _integer(lambda value: value == 0, "0"),
+    "init": _one_of("identity"),
+    "second_moment": _one_of("none"),
+    "rescale_exp_avg_sq": _Rule(lambda value: value is False, "False", bool),
+}
+FISMO_FIXED: dict[str, Any] = {
+    "skinny_rank": 0,
+    "init": "identity",
+    "second_moment": "none",
+    "rescale_exp_avg_sq": False,
+}
+
+
+def rules_of(group: Mapping[str, Any]) -> dict[str, _Rule]:
+    """The rules of the optimizer that a parameter group belongs to."""
+    return FISMO_RULES if "exponent" in group else DYKAF_RULES
+
 
 def check_options(group: Mapping[str, Any]) -> None:
     """Checks every option of a parameter group.
@@ -153,14 +195,28 @@ def check_options(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the option, what was expected and what came.
     """
-    for name, rule in RULES.items():
+    rules = rules_of(group)
+    for name, rule in rules.items():
         if not rule.accepts(group[name]):
             raise ValueError(f"{name}: expected {rule.expected}, got {group[name]!r}")
-    is_momentum = group["second_moment"] == "none"
+    is_momentum = rules is DYKAF_RULES and group["second_moment"] == "none"
     if is_momentum and (group["sides"] != "none" or group["orthogonalize"] == 0):
         raise ValueError(
             "second_moment: expected 'none' with sides='none' and orthogonalize > 0 alone, got "
             f"it with sides={group['sides']!r}, orthogonalize={group['orthogonalize']}"
+        )
+
+
+def check_alike(group: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Checks that the group ``other`` belongs to the same optimizer as ``group``.
+
+    Raises:
+        ValueError: if only one of them has the options of FISMO.
+    """
+    if rules_of(group) is not rules_of(other):
+        names = ["FISMO" if rules_of(g) is FISMO_RULES else "DyKAF" for g in (group, other)]
+        raise ValueError(
+            f"param_groups: expected the options of {names[0]}, got those of {names[1]}"
         )
 
 
@@ -174,7 +230,7 @@ def check_new_options(group: Mapping[str, Any]) -> None:
     lr = group["lr"]
     is_readable = not isinstance(lr, torch.Tensor) or _C.backend_of(lr, "lr") == "cpu"
     if is_readable and float(lr) < 0:
-        raise ValueError(f"lr: expected {RULES['lr'].expected}, got {lr!r}")
+        raise ValueError(f"lr: expected {_SHARED['lr'].expected}, got {lr!r}")
 
 
 def with_rate(group: Mapping[str, Any], lr: Any) -> dict[str, Any]:
@@ -200,7 +256,7 @@ def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """
     return {
         name: rule.plain(group[name])
-        for name, rule in RULES.items()
+        for name, rule in rules_of(group).items()
         if name in group and rule.accepts(group[name])
     }
 
@@ -215,9 +271,9 @@ def step_options(
         grad_scale: GradScaler's scale, by which the gradients are divided.
         lr: in place of the group's.
     """
-    plain = {name: rule.plain(group[name]) for name, rule in RULES.items()}
+    plain = {name: rule.plain(group[name]) for name, rule in rules_of(group).items()}
     factor_beta = plain["betas"][1] if plain["factor_beta"] is None else plain["factor_beta"]
-    return {
+    options: StepOptions = {
         "lr": float(plain["lr"]) if lr is None else lr,
         "betas": plain["betas"],
         "eps": plain["eps"],
@@ -237,3 +293,10 @@ def step_options(
         "nesterov": plain["nesterov"],
         "orthogonalize": plain["orthogonalize"],
     }
+    if "exponent" in plain:
+        options["exponent"] = plain["exponent"]
+        options["damping"] = plain["damping"]
+        options["roots"] = plain["roots"]
+        options["momentum"] = plain["momentum"]
+        options["graft"] = plain["graft"]
+    return options

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from dykaf.checkpoint import checked_state_dict, exact_states
 from dykaf.distributed.alone import Alone
 from dykaf.nonfinite import Skips
-from dykaf.options import RULES, plain_options
+from dykaf.options import plain_options, rules_of
 from dykaf.state import State, host_entries_
 from dykaf.work import Waiting
 
@@ -154,7 +154,7 @@ class Saved(Optimizer):
         self._reset_caches()
         for group in self.param_groups:
             group.setdefault("skipped_steps", 0)
-            for name in RULES:
+            for name in rules_of(self.defaults):
                 group.setdefault(name, self.defaults[name])
         incoming = getattr(self, "_incoming", None)
         if incoming is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dykaf.checks import param_name
-from dykaf.optimizer import DyKAF
+from dykaf.engine import KroneckerOptimizer
 from dykaf.state import Layout
 
 _HEADINGS = ("parameter", "shape", "count", "treatment", "lr", "weight decay", "state")
@@ -88,7 +88,7 @@ class Summary:
         return f"{total:,} parameters: {shares}\nstate: {_in_bytes(self.state_bytes)}{each}"
 
 
-def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
+def summary(optimizer: KroneckerOptimizer, model: nn.Module | None = None) -> Summary:
     """How each parameter is treated, its shape, rate, weight decay and bytes of state.
 
     A treatment is "one-sided", "both sides" or "no basis" (which factors a matrix keeps), "rank-32"
@@ -107,8 +107,8 @@ def summary(optimizer: DyKAF, model: nn.Module | None = None) -> Summary:
     Raises:
         TypeError: for an optimizer of another class.
     """
-    if not isinstance(optimizer, DyKAF):
-        raise TypeError(f"optimizer: expected a DyKAF, got {type(optimizer).__name__}")
+    if not isinstance(optimizer, KroneckerOptimizer):
+        raise TypeError(f"optimizer: expected a DyKAF or FISMO, got {type(optimizer).__name__}")
     model_names = (
         {param: name for name, param in model.named_parameters()} if model is not None else {}
     )

@@ -31,9 +31,18 @@ struct Scenario {
     }
     return products;
   }
-  double lr_in_use() const { return lr != 0 ? double{lr} : options.lr; }
-  reference::Settings settings() const {
-    return {options, options.grad_scale / double{amp_scale}, lr_in_use(), precision};
+  // Each matrix has its own.
+  static dykaf::Rate given_rate(size_t i) {
+    const auto k = static_cast<double>(i % 4);
+    return {.lr = 0.03 * (1 + k), .weight_decay = 0.1 - 0.02 * k};
+  }
+  dykaf::Rate rate(size_t i) const {
+    dykaf::Rate used = given_rate(i);
+    if (lr != 0) used.lr = double{lr};
+    return used;
+  }
+  reference::Settings settings(size_t i) const {
+    return {options, options.grad_scale / double{amp_scale}, rate(i), precision};
   }
 };
 
@@ -48,6 +57,7 @@ class Batch {
       updates.push_back(randn(spec.m * spec.n, rng, cases.size() % 3 == 0 ? 1 : spec.offset));
       for (int64_t i = 0; i < updates.back().size(); ++i) updates.back()[i] *= scenario.update_size;
       problems.push_back(cases.back().problem(stream(problems.size())));
+      problems.back().rate = Scenario::given_rate(problems.size() - 1);
       update_pointers.push_back(updates.back().get());
     }
     skip = Array<int32_t>(std::vector<int32_t>{scenario.skip});
@@ -114,7 +124,8 @@ inline void check_against_reference(const std::string& name, const Scenario& sce
   g_errors = errors_at(scenario.precision);
   for (const MatrixCase& c : start().cases) {
     expected.push_back(c.reference());
-    updates.push_back(reference(expected.back(), scenario.settings(), updates.size()));
+    updates.push_back(
+        reference(expected.back(), scenario.settings(updates.size()), updates.size()));
   }
   check_schedules(name, [&] {
     Batch batch = start();

@@ -43,8 +43,10 @@ class GroupPlan {
     group_.scalars = builder_.take<MatrixScalars>(num());
     group_.adam = adam_options(options);
     group_.adam_place = builder_.add(std::vector{group_.adam});
+    auto given = std::make_shared<PlanInputs>(options, inputs);
+    builder_.set_inputs(given);
     builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
-      return launch_prepare(group.at(image), options, inputs, step_count, stream);
+      return launch_prepare(group.at(image), given->options, given->device, step_count, stream);
     });
   }
 

@@ -144,6 +144,20 @@ Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
   return StepPlan(problems, options, inputs, products, workspace).build();
 }
 
+bool serves(const Plan& plan, const Options& options) {
+  Options before = plan.inputs->options;
+  before.grad_scale = options.grad_scale;
+  return before == options;
+}
+
+void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Options& options,
+                const DeviceInputs& inputs) {
+  *plan.inputs = {options, inputs};
+  // The matrices are what the plan of a group puts into its image first.
+  auto* matrices = reinterpret_cast<MatrixOnDevice*>(plan.image.data());
+  std::transform(problems.begin(), problems.end(), matrices, matrix_on_device);
+}
+
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {
   return StepArrays(p, options).total() * static_cast<int64_t>(sizeof(float));
 }

@@ -71,6 +71,7 @@ struct SizeRange {
   int64_t least;
   int64_t most;
   bool has(int64_t size) const { return least <= size && size <= most; }
+  bool operator==(const SizeRange&) const = default;
 };
 
 // Says of the products that it fits whether the library computes them.
@@ -81,6 +82,7 @@ struct ProductRule {
   SizeRange n;
   SizeRange k;
   bool by_library;
+  bool operator==(const ProductRule&) const = default;
 };
 
 // How the products of a plan are computed.
@@ -92,6 +94,8 @@ struct Products {
   // Not at kHighest, where three TF32 products beat a library's float32 ones, and not of symmetric
   // results, of which the kernels compute half.
   bool are_by_library(GemmForm form, int64_t m, int64_t n, int64_t k) const;
+
+  bool operator==(const Products&) const = default;
 };
 
 // Finds a function of cuBLAS by its name in the C API; null: there is none.

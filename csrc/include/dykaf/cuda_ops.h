@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -25,7 +26,12 @@ struct DeviceInputs {
   const double* grad_max;  // [num_matrices], max|grad|
   const int32_t* skip;     // [1], not 0: the step changes nothing; null: never
   const float* amp_scale;  // [1], GradScaler's; gradients are divided by it; null: 1
-  const float* lr;         // [1], in place of Options::lr; null: none
+  const float* lr;         // [1], in place of every Rate::lr; null: none
+};
+
+struct PlanInputs {
+  Options options;
+  DeviceInputs device;
 };
 
 class Plan {
@@ -37,6 +43,8 @@ class Plan {
   // To be copied to the device, to an address that is a multiple of 256.
   std::vector<std::byte> image;
   std::vector<Launch> launches;
+  // What the first launch of an operation with options reads; null for one without.
+  std::shared_ptr<PlanInputs> inputs;
 
   // Launches everything on `stream` with the copy of `image` at `device_image`. Returns the first
   // cudaError_t that is not cudaSuccess, or 0.
@@ -69,6 +77,14 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
 // The step without initialisation and refreshes: what has factors has its bases already.
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
                const DeviceInputs& inputs, const Products& products, void* workspace);
+
+// Whether a plan of plan_step serves a step of the same problems with these options: grad_scale
+// alone may differ.
+bool serves(const Plan& plan, const Options& options);
+
+// Makes such a plan the next step's, with other gradients and rates.
+void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Options& options,
+                const DeviceInputs& inputs);
 
 // What plan_step takes of the workspace for a matrix, but for sums and vectors, which are small
 // beside it, and the library's part, which all share.

@@ -25,7 +25,7 @@ inline constexpr double kOrthogonalRms = 0.2;
 
 // Whether X_0 is Y / ||Y Y^T||^(1/2), and not Y.
 inline bool starts_from_gram(const Options& options) {
-  return options.second_moment != SecondMoment::kNone;
+  return options.second_moment != SecondMoment::kNone || options.is_whitened();
 }
 
 // What the last X is multiplied by.

@@ -22,7 +22,9 @@ inline std::array<double, 2> prior_rho(const Options& options, int64_t m, int64_
   const auto cols = static_cast<double>(n);
   const double beta = options.factor_beta;
   const double size = gradient_norm * std::sqrt(beta > kLeastBeta ? (1 - beta) / beta : 0);
-  if (two_sided && options.integrator == Integrator::kDiagonal) {
+  const bool has_averages =
+      options.integrator == Integrator::kDiagonal || options.integrator == Integrator::kCoupled;
+  if (two_sided && has_averages) {
     return {size / std::sqrt(cols * std::sqrt(rows)), size / std::sqrt(rows * std::sqrt(cols))};
   }
   const double rho = size / std::sqrt(std::sqrt(rows * cols));

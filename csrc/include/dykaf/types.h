@@ -9,10 +9,16 @@
 namespace dykaf {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
-enum class Integrator : int32_t { kKsl, kBug, kDiagonal };
+// kCoupled: the averages of kDiagonal, each with the inverse of the other factor as its metric.
+enum class Integrator : int32_t { kKsl, kBug, kDiagonal, kCoupled };
 enum class Init : int32_t { kIdentity, kRankOne };
 // kNone: the update is the momentum, as it is.
 enum class SecondMoment : int32_t { kFull, kRankOne, kFactored, kNone };
+// Of the factors, for whitened updates: from their diagonals in the basis, or from an
+// eigendecomposition in each step.
+enum class Roots : int32_t { kTracked, kExact };
+// What whitened updates average: whitened gradients, or gradients.
+enum class Momentum : int32_t { kWhitened, kPlain };
 enum class RefreshSchedule : int32_t { kGeometric, kFixed };
 enum class Side : int32_t { kLeft = 0, kRight = 1 };
 enum class Rotation : int32_t { kIntoBasis, kOutOfBasis };
@@ -27,6 +33,12 @@ struct Gradient {
   const void* data;  // [size] in dtype, contiguous
   int64_t size;
   DType dtype;
+};
+
+// What of the options of parameter groups may differ within one step's work.
+struct Rate {
+  double lr;
+  double weight_decay;
 };
 
 // One m x n matrix of the model and its state; T is double for float64 parameters, else float.
@@ -74,6 +86,7 @@ struct Problem {
   int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period
+  Rate rate;                   // of the parameter
   uint64_t stream;             // names the random numbers of this matrix
   Place place;                 // of a shard's elements in its matrix, for the same numbers
   double grad_max;             // max|grad|
@@ -101,13 +114,11 @@ struct Problem {
   bool is_full() const { return is_skinny() && rows[1] + short_side() > 2 * skinny_rank; }
 };
 
-// The options of a parameter group, as in dykaf.DyKAF.
+// The other options of parameter groups, as in dykaf.DyKAF and dykaf.FISMO.
 struct Options {
-  double lr;
   double beta1;
   double beta2;
   double eps;
-  double weight_decay;
   double factor_beta;
   double grad_scale;  // gradients are multiplied by it: +1 or -1 over GradScaler's scale
   int64_t precondition_frequency;
@@ -122,6 +133,17 @@ struct Options {
   double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
   bool nesterov;          // of matrices
   int64_t orthogonalize;  // Newton-Schulz steps on the update of a matrix; 0: none
+
+  // Of whitened updates (dykaf/whitening.h); exponent 0: Adam's instead.
+  double exponent = 0;
+  double damping = 0;  // of the factors' averages, relative
+  Roots roots = Roots::kTracked;
+  Momentum momentum = Momentum::kWhitened;
+  bool graft = false;  // the update has the norm that it has when it is orthogonalised
+
+  bool is_whitened() const { return exponent > 0; }
+
+  bool operator==(const Options&) const = default;
 };
 
 }  // namespace dykaf

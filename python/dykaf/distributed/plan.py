@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dykaf.distributed.balance import Task, assign, task_of
 from dykaf.distributed.cut import Box, Cut, place_of
 from dykaf.ops import Place
-from dykaf.options import RULES
+from dykaf.options import rules_of
 from dykaf.schedule import Offsets
 from dykaf.state import (
     HOST_KEYS,
@@ -391,7 +391,7 @@ def describe(
         )
         box = Box(tuple(start), tuple(size))
     # A tensor lr may be on a GPU, where reading it waits.
-    options = {name: group[name] for name in RULES if not isinstance(group[name], Tensor)}
+    options = {name: group[name] for name in rules_of(group) if not isinstance(group[name], Tensor)}
     what = f"parameter {index}, {name}: {param.dtype} {shape}, {placements}"
     return Description(what, options, box, before.owners if before is not None else None)
 

@@ -54,6 +54,7 @@ PREPARE = faults(
     ("adam", "apply", "factors", "skip", "step amp", "step many"),
     ("amp_scale ignored", "if (inputs.amp_scale != nullptr) scale", "if (false) scale"),
     ("lr on the device ignored", "inputs.lr == nullptr ?", "true ?"),
+    ("the rate of another matrix", "p.rate.lr", "group.matrices[0].rate.lr"),
     ("a skipped step counts", "if (s.active != 0 && step_count", "if (step_count"),
     ("every call counts", " && step_count == StepCount::kAdvance) *p.step", ") *p.step"),
     ("skip flag ignored", "*inputs.skip == 0 ? 1 : 0", "*inputs.skip == 0 ? 1 : 1"),
@@ -87,7 +88,7 @@ PREPARE = faults(
     ("the same random numbers each step", "static_cast<uint64_t>(*p.step))", "0)"),
     ("a matrix too many", "if (idx >= group.num) return;", "if (idx > group.num) return;"),
     ("gradient not over tau", "scale / static_cast<double>(s.tau)", "scale"),
-    ("no weight decay", "1 - lr * options.weight_decay", "1.0"),
+    ("no weight decay", "1 - lr * p.rate.weight_decay", "1.0"),
     ("Nesterov's momentum of AdamW", "options.nesterov && p.rho != nullptr", "options.nesterov"),
     (
         "Nesterov's momentum in full",
