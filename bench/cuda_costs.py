@@ -281,10 +281,17 @@ class Launch:
         memory = self.bytes / device.dram.value / (device.copied.value if reached else 1)
         return max(memory, count * 2.0 * part.m * part.n * part.k / rate)
 
-    def seconds(self, device: Device, precision: str, reached: bool) -> float:
-        """The bound, or with `reached` the estimate: what products and copies reach, and a launch.
+    @property
+    def is_symmetric(self) -> bool:
+        return self.tile is not None and any(part.is_symmetric for part in self.parts)
 
-        A block runs on one multiprocessor, which has its share of the rate.
+    def seconds(
+        self, device: Device, precision: str, reached: bool, is_split: bool = False
+    ) -> float:
+        """The bound, or with `reached` the estimate: what products and copies reach.
+
+        A block runs on one multiprocessor, which has its share of the rate, unless its part of k
+        `is_split` over all of them.
         """
         if self.by_library:
             return self.library_seconds(device, precision, reached)
@@ -293,7 +300,8 @@ class Launch:
         if self.tile is not None:
             rate = device.product_rate(self.precision(precision), self.tile)
             largest = max(part.block_flops for part in self.parts)
-            compute = max(self.flops, device.processors * largest) / rate
+            least = 0.0 if is_split else device.processors * largest
+            compute = max(self.flops, least) / rate
         if reached:
             memory /= device.copied.value
             compute /= device.reached.value

@@ -127,15 +127,18 @@ def wgmma_seconds(launch: Launch, device: Device, precision: str) -> float:
 
 
 def plain_times(step: Step, device: Device, precision: str, how: str = "default") -> Times:
-    """How: by "default", with the "kernels" alone, or with all large products by "wgmma"."""
-    arch = device.arch if how == "default" else 0
+    """How: by "default", with the "kernels" alone, with all large products by "wgmma", or with the
+    symmetric ones "split" along k at no cost."""
+    arch = device.arch if how in ("default", "split") else 0
     grads = sum(p.param_bytes * p.size for p in step.matrices) / device.dram.value
     bound, likely = grads, grads / device.copied.value
     likely += (GRAD_MAX_KERNELS * len(step.groups) + step.operations) * LAUNCH.value
     for plan in step.passes(arch, precision):
         for launch in plan:
             bound += launch.seconds(device, precision, reached=False)
-            ours = launch.seconds(device, precision, reached=True) + LAUNCH.value
+            is_split = how == "split" and launch.is_symmetric
+            ours = launch.seconds(device, precision, reached=True, is_split=is_split)
+            ours += LAUNCH.value
             # "highest": three TF32 products, for which the instruction takes copies of operands.
             is_large = launch.tile is LARGE and precision != "highest"
             if how == "wgmma" and is_large and device.wgmma is not None:
@@ -182,6 +185,7 @@ def rows_of(step: Step, device: Device, precision: str) -> Iterator[tuple[str, T
         mean, most = mean.with_work(refresh.mean), most.with_work(refresh.most)
     yield "mean with refreshes", mean
     yield "slowest step", most
-    yield "plain, without cuBLAS", plain_times(step, device, precision, "kernels")
-    yield "plain, all large by wgmma", plain_times(step, device, precision, "wgmma")
+    if any(launch.tile is LARGE for plan in step.passes() for launch in plan):
+        yield "plain, without cuBLAS", plain_times(step, device, precision, "kernels")
+        yield "plain, all large by wgmma", plain_times(step, device, precision, "wgmma")
     yield from other_rows(step, device, precision)

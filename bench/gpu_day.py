@@ -96,6 +96,8 @@ def make_steps(device: str, arch: str) -> list[Step]:
 
     peers = ["dykaf", "dykaf-aten", "textbook-dykaf", "textbook-soap", "muon", "adamw"]
     ops = ["--sets", "gpt2", "lora8", "--precisions", "highest", "high", "--seconds", "0.3"]
+    tune = ["--shapes", "768x3072", "2048x2048", "4096x4096", "--matrices", "2", "--rounds", "7"]
+    tune = python("-m", "bench.tune", "--out", "{out}/products.txt", *tune)
     return [  # what should not be missed comes first
         Step("build", "build", 490, python("setup.py", "build_ext", "--inplace")),
         Step("report", "build", 20, python("-m", "dykaf")),
@@ -106,6 +108,7 @@ def make_steps(device: str, arch: str) -> list[Step]:
         tests("test-aten", 200, "aten-cuda" if is_gpu else "aten"),
         bench("ops", 230, "ops", *ops),
         sanitize("racecheck"),
+        Step("tune", "bench", 26, tune, no_gpu or ("" if is_gpu else "needs a GPU")),
     ]
 
 

@@ -10,7 +10,7 @@ from bench.sass.listing import Block, Function, Instruction
 from bench.sass.machines import ALU_CYCLES, MACHINES, PARTITIONS, WARP_SIZE, occupancy
 from bench.sass.toolchain import Resources
 
-# enum GemmForm and enum MatmulPrecision of csrc/cuda/kernels/gemm.h and dykaf/cuda_ops.h
+# enum GemmForm of dykaf/cuda_library.h and enum MatmulPrecision of dykaf/types.h
 FORMS = ("NN", "TN", "NT", "sym NT", "sym TN")
 PRECISIONS = ("highest", "high", "medium")
 DEPTH_OF_SUM = 256  # kDepthOfSum of csrc/cuda/kernels/gemm.cuh
@@ -20,7 +20,7 @@ GEMM_NAME = re.compile(
 )
 KERNEL_NAME = re.compile(r"\d([a-z][a-z_]*)_kernel")  # the digit ends its length
 ELEMENT_NAME = re.compile(r"elements_kernelINS\w*?_\d+([A-Z]\w*?)ProblemE")
-THREADS = {"factor_scalars": 128, "prepare": 128, "update_rms": 32}
+THREADS = {"factor_scalars": 128, "prepare": 128}
 DEFAULT_THREADS = 256
 
 

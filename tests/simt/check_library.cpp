@@ -26,6 +26,7 @@ std::vector<CaseSpec> group() {
       {20, 34, Sides::kLeft, DType::kBFloat16},
       {34, 21, Sides::kRight, DType::kBFloat16, Master::kYes},
       {34, 21, Sides::kRight},
+      {70, 60, Sides::kRight},  // more elements than a block of the kernels that follow has
       {70, 4, Sides::kRight, DType::kFloat16},
       {18, 40, Sides::kNone},
   };
@@ -118,6 +119,8 @@ void check_what_stays() {
     scenario.precision = kHigh;
     Products products = scenario.products();
     require("by the rule", products.are_by_library(GemmForm::kNN, 20, 34, 34));
+    products.rules.push_back(products.rules.front());
+    products.rules.back().form = GemmForm::kSymmetricNT;
     require("not of symmetric results", !products.are_by_library(GemmForm::kSymmetricNT, 9, 9, 9));
     const ProductRule fits{kHigh, GemmForm::kNN, {20, 20}, {30, 40}, {34, 99}, false};
     for (auto change : {&ProductRule::m, &ProductRule::n, &ProductRule::k}) {

@@ -70,10 +70,12 @@ Scenario scenario_of(const Form& form) {
   return scenario;
 }
 
-// A long side without a factor leaves more sums than a warp has lanes.
+// A long side without a factor leaves more sums than a warp has lanes, or a block threads.
 void check_long_sides() {
   Scenario scenario;
-  scenario.specs = {{40, 2200, Sides::kLeft}, {2200, 34, Sides::kRight, DType::kBFloat16}};
+  scenario.specs = {{40, 2200, Sides::kLeft},
+                    {2200, 34, Sides::kRight, DType::kBFloat16},
+                    {8, 16500, Sides::kLeft}};
   check_against_reference("step long sides", scenario, step_plan, step_reference);
 }
 

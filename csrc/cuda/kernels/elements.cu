@@ -258,19 +258,20 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block of one warp per problem.
-__global__ void __launch_bounds__(kWarpSize)
+// One block per problem. An array of 4096 x 14336 leaves 14336 sums: more than a warp adds in a
+// time that does not show.
+__global__ void __launch_bounds__(kThreads)
     update_rms_kernel(const __grid_constant__ Grouped<RmsProblem> launch,
                       const __grid_constant__ Group group) {
-  DYKAF_SHARED(double, scratch, [1]);
+  DYKAF_SHARED(double, scratch, [kThreads / kWarpSize]);
   const RmsProblem r = launch.problems[blockIdx.x];
   const MatrixOnDevice& p = group.matrices[r.matrix_idx];
   if (group.scalars[r.matrix_idx].active == 0) return;
   double sum[1] = {0.0};
-  for (int i = static_cast<int>(threadIdx.x); i < r.num_partials; i += kWarpSize) {
+  for (int i = static_cast<int>(threadIdx.x); i < r.num_partials; i += kThreads) {
     sum[0] += r.partials[static_cast<int64_t>(i) * r.stride];
   }
-  block_sum(sum, scratch, kWarpSize);
+  block_sum(sum, scratch, kThreads);
   if (threadIdx.x != 0) return;
   if (r.norm != nullptr) {
     *r.norm = static_cast<float>(sqrt(sum[0]));
@@ -307,8 +308,8 @@ int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream
 }
 
 int launch_update_rms(const Grouped<RmsProblem>& launch, const Group& group, Stream stream) {
-  return DYKAF_LAUNCH(update_rms_kernel, dim3(static_cast<unsigned>(launch.num)), dim3(kWarpSize),
-                      0, static_cast<cudaStream_t>(stream), launch, group);
+  return DYKAF_LAUNCH(update_rms_kernel, dim3(static_cast<unsigned>(launch.num)), dim3(kThreads), 0,
+                      static_cast<cudaStream_t>(stream), launch, group);
 }
 
 }  // namespace dykaf::cuda

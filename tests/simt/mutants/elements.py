@@ -204,9 +204,9 @@ ELEMENT_KERNELS = (
             "static_cast<int64_t>(i)",
         ),
         (
-            "update_rms of the first 32 tiles",
-            "i < r.num_partials; i += kWarpSize",
-            "i < min(r.num_partials, kWarpSize); i += kWarpSize",
+            "update_rms of the first 256 tiles",
+            "i < r.num_partials; i += kThreads",
+            "i < min(r.num_partials, kThreads); i += kThreads",
         ),
     )
     + faults(

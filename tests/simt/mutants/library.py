@@ -68,9 +68,12 @@ LIBRARY = (
             "place->A.push_back(p.B);\n  place->B.push_back(p.A);",
             "place->A.push_back(p.A);\n  place->B.push_back(p.B);",
         ),
-        ("shapes that differ in k are one", " && other.batch.k == batch.k", ""),
-        ("shapes that differ in m are one", "other.batch.m == batch.m && ", ""),
-        ("shapes that differ in n are one", "other.batch.n == batch.n && ", ""),
+        (
+            "shapes of as many columns are one",
+            " && other.batch.n == batch.n && other.batch.k == batch.k",
+            "",
+        ),
+        ("shapes of as many rows are one", "other.batch.m == batch.m && ", ""),
         ("the precision is lost", "  batch.precision = products_->precision;\n", ""),
         (
             "sums are left to nobody",
