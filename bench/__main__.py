@@ -1,4 +1,4 @@
-"""The command line: python -m bench {ops,step,scale,distributed,memory,peaks,evidence}."""
+"""The command line: python -m bench {ops,step,scale,distributed,host,memory,peaks,evidence}."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "step": "whole optimizer steps, the optimizers in turns",
     "scale": "cost against size and number of matrices",
     "distributed": "steps of sharded parameters on several processes, and what they exchange",
+    "host": "the host's time of a step, by the number of parameters",
     "memory": "bytes of state per parameter, by mode and model",
     "peaks": "the rates that plain torch reaches: products by precision, a copy",
 }
@@ -42,7 +43,7 @@ def make_parser(selected: str | None) -> argparse.ArgumentParser:
         command.add_argument("--csv", type=Path, metavar="FILE", help="one line per row")
         if name in ("step", "scale"):
             command.add_argument("--png", type=Path, metavar="FILE", help="a picture")
-        if name not in ("scale", "peaks"):
+        if name not in ("scale", "peaks", "host"):
             command.add_argument(
                 "--sets", nargs="+", choices=SHAPE_SETS, default=list(SHAPE_SETS), metavar="SET"
             )

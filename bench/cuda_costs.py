@@ -9,7 +9,7 @@ multiply-adds of matrix products, in whole blocks; all else is small.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -116,8 +116,8 @@ def tile_of(m: int, n: int, symmetric: bool) -> Tile:
 class Part(NamedTuple):
     """What a matrix does in one launch.
 
-    A product has a form, sizes and what else it moves: `beside`, bytes of the epilogue that a plain
-    store to float32 would not move. Bytes are all of them.
+    A product has a form and sizes. One whose result is plain has an epilogue, or "store": where a
+    library computes it, that is a kernel that reads the product, and `beside` more bytes.
     """
 
     site: str
@@ -126,6 +126,7 @@ class Part(NamedTuple):
     m: int = 0
     n: int = 0
     k: int = 0
+    epilogue: str = ""
     beside: float = 0
 
     @property
@@ -147,6 +148,18 @@ class Part(NamedTuple):
     @property
     def block_flops(self) -> float:
         return 2.0 * self.tile.m * self.tile.n * self.k if self.tile else 0.0
+
+    @property
+    def by_library(self) -> Part:
+        """The product as a library computes it, stored in float32."""
+        moved = FLOAT * (self.m * self.k + self.k * self.n + self.m * self.n)
+        return self._replace(bytes=moved, epilogue="store")
+
+    @property
+    def after_library(self) -> Part:
+        """The element kernel that follows."""
+        moved = FLOAT * self.m * self.n + self.beside
+        return Part(f"{self.site} {self.epilogue}", moved)
 
 
 # In the order of the launches; in a Newton-Schulz step "1 gram wide" and so on.
@@ -177,17 +190,19 @@ def parts_of(p: Matrix) -> Iterator[Part]:
     square = FLOAT * p.side**2
     name = "left" if p.left else "right"
     yield Part("load", array + param)
-    # H and the update written, both moments read and written, where Adam is in the epilogue.
+    # The update written, both moments read and written, where Adam is in the epilogue.
     adam = 0 if p.skinny_rank else 5 * array
     form = "TN" if p.left else "NN"
-    yield Part(f"into {name}", 2 * array + square + adam, form, p.m, p.n, p.side, adam)
+    epilogue = "store" if p.skinny_rank else "adam"
+    yield Part(f"into {name}", 2 * array + square + adam, form, p.m, p.n, p.side, epilogue, adam)
     if p.skinny_rank:
         yield from skinny_parts(p)
     yield Part("update_rms", 0)
     if not p.skinny_rank:
         yield from orthogonal_parts(p)
     form = "NN" if p.left else "NT"
-    yield Part(f"out {name}", array + square + 2 * param, form, p.m, p.n, p.side, 2 * param)
+    moved = array + square + 2 * param
+    yield Part(f"out {name}", moved, form, p.m, p.n, p.side, "apply", 2 * param)
     form = "sym NT" if p.left else "sym TN"
     increment = array + 1.5 * square
     other = p.size // p.side
@@ -210,7 +225,9 @@ def orthogonal_parts(p: Matrix) -> Iterator[Part]:
         if step == 1:
             yield Part("1 bound", 0)
         yield Part(f"{step} square", 2 * square, "sym NT", s, s, s)
-        yield Part(f"{step} product", 2 * array + square, "NN", p.m, p.n, s)
+        # Of X and B X, after a library, the next X.
+        moved = 2 * array + square
+        yield Part(f"{step} product", moved, "NN", p.m, p.n, s, "quintic", 2 * array)
     yield Part("update_rms of X", 0)
 
 
@@ -233,10 +250,11 @@ def skinny_parts(p: Matrix) -> Iterator[Part]:
 
 @dataclass
 class Launch:
-    """One grid over many matrices; `tile` is that of a product."""
+    """One grid over many matrices, or a library's call; `tile` is that of a product of ours."""
 
     site: str
     tile: Tile | None
+    by_library: bool = False
     bytes: float = 0.0
     parts: dict[Part, int] = field(default_factory=dict)  # with how many matrices do so
 
@@ -251,11 +269,25 @@ class Launch:
     def precision(self, of_step: str) -> str:
         return "highest" if self.site in FULL_PRECISION else of_step
 
+    def library_seconds(self, device: Device, precision: str, reached: bool) -> float:
+        """The bound takes the card's peak, the estimate what cuBLAS reaches in TF32.
+
+        At "medium" it may round operands of float32 to bfloat16 or to TF32 as it likes: what that
+        is worth is not published, so the estimate is that of "high".
+        """
+        ((part, count),) = self.parts.items()
+        peak = device.peaks["bfloat16" if precision == "medium" else "TF32"].value
+        rate = device.library_rate("TF32", part.m, part.n, part.k, count) if reached else peak
+        memory = self.bytes / device.dram.value / (device.copied.value if reached else 1)
+        return max(memory, count * 2.0 * part.m * part.n * part.k / rate)
+
     def seconds(self, device: Device, precision: str, reached: bool) -> float:
         """The bound, or with `reached` the estimate: what products and copies reach, and a launch.
 
         A block runs on one multiprocessor, which has its share of the rate.
         """
+        if self.by_library:
+            return self.library_seconds(device, precision, reached)
         memory = self.bytes / device.dram.value
         compute = 0.0
         if self.tile is not None:
@@ -282,17 +314,38 @@ def passes_of(matrices: Iterable[Matrix]) -> Iterator[list[Matrix]]:
         yield current
 
 
-def launches_of(matrices: Iterable[Matrix]) -> list[Launch]:
-    """The launches of one pass."""
+TILES = (None, LARGE, MEDIUM, WIDE, TALL)
+EPILOGUES = ("adam", "quintic", "apply")  # in the order of their launches
+
+
+def no_part(part: Part) -> bool:
+    return False
+
+
+def launches_of(
+    matrices: Iterable[Matrix], is_by_library: Callable[[Part], bool] = no_part
+) -> list[Launch]:
+    """The launches of one pass; of each site our grids, the library's calls, their epilogues."""
     known: dict[Matrix, list[Part]] = {}
-    found: dict[tuple[int, int], Launch] = {}
-    tiles = (None, LARGE, MEDIUM, WIDE, TALL)
+    found: dict[tuple[int, int, int], Launch] = {}
+    shapes: dict[tuple[str, int, int, int], int] = {}
+
+    def add(key: tuple[int, int, int], launch: Launch, part: Part) -> None:
+        launch = found.setdefault(key, launch)
+        launch.bytes += part.bytes
+        launch.parts[part] = launch.parts.get(part, 0) + 1
+
     for p in matrices:
         if p not in known:
             known[p] = list(parts_of(p))
         for part in known[p]:
-            key = (SITES.index(part.site), tiles.index(part.tile))
-            launch = found.setdefault(key, Launch(part.site, part.tile))
-            launch.bytes += part.bytes
-            launch.parts[part] = launch.parts.get(part, 0) + 1
+            site = SITES.index(part.site)
+            if not (part.epilogue and is_by_library(part)):
+                add((site, 0, TILES.index(part.tile)), Launch(part.site, part.tile), part)
+                continue
+            shape = shapes.setdefault((part.site, part.m, part.n, part.k), len(shapes))
+            add((site, 1, shape), Launch(part.site, None, by_library=True), part.by_library)
+            if part.epilogue != "store":
+                after = part.after_library
+                add((site, 2, EPILOGUES.index(part.epilogue)), Launch(after.site, None), after)
     return [found[key] for key in sorted(found)]

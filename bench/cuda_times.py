@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from bench import cuda_others as others
 from bench.cuda_costs import Launch, Matrix, Part, launches_of, layout_of, matrices_of, passes_of
 from bench.cuda_models import Model
-from bench.cuda_rates import EAGER, FLOAT, HOST_MATRIX, HOST_VECTOR, LARGE, LAUNCH, Device
+from bench.cuda_rates import EAGER, HOST_MATRIX, HOST_VECTOR, LARGE, LAUNCH, Device
 from bench.cuda_refresh import Refreshes, Work, refreshes_of
+from dykaf import products
 
 # Of a step, beside the plan's launches: max|G| of each group in two kernels; operations of
 # python/dykaf/nonfinite.py, once and for each group, to which the flag goes as an integer.
@@ -45,17 +46,41 @@ class Step:
 
     model: Model
     groups: list[list[Matrix]]
-    passes: list[list[Launch]]
-    num_passes: int
     refreshes: dict[str, list[Refreshes]] = field(default_factory=dict)  # by device, once priced
+    known: dict[tuple[int, str], list[list[Launch]]] = field(default_factory=dict)
 
     @property
     def matrices(self) -> list[Matrix]:
         return [p for group in self.groups for p in group]
 
+    def passes(self, arch: int = 0, precision: str = "highest") -> list[list[Launch]]:
+        """By the package's rules for that compute capability; by default without a library."""
+        key = (arch, precision)
+        if key not in self.known:
+            rules = products.read(products.DEFAULT_FILE)
+
+            def is_by_library(part: Part) -> bool:
+                sizes = (part.m, part.n, part.k)
+                return products.are_by_library(rules, arch, precision, part.form, *sizes)
+
+            self.known[key] = [
+                launches_of(part, is_by_library)
+                for group in self.groups
+                for part in passes_of(group)
+            ]
+        return self.known[key]
+
     @property
-    def kernels(self) -> int:
-        return sum(map(len, self.passes)) + GRAD_MAX_KERNELS * len(self.groups)
+    def num_passes(self) -> int:
+        return len(self.passes())
+
+    def kernels(self, arch: int = 0, precision: str = "highest") -> int:
+        """With the library's calls."""
+        plans = self.passes(arch, precision)
+        return sum(map(len, plans)) + GRAD_MAX_KERNELS * len(self.groups)
+
+    def library_calls(self, arch: int, precision: str) -> int:
+        return sum(x.by_library for plan in self.passes(arch, precision) for x in plan)
 
     @property
     def operations(self) -> int:
@@ -69,81 +94,54 @@ class Step:
     @property
     def bytes(self) -> float:
         grads = sum(p.param_bytes * p.size for p in self.matrices)
-        return grads + sum(launch.bytes for plan in self.passes for launch in plan)
+        return grads + sum(launch.bytes for plan in self.passes() for launch in plan)
 
     @property
     def flops(self) -> float:
-        return sum(launch.flops for plan in self.passes for launch in plan)
+        return sum(launch.flops for plan in self.passes() for launch in plan)
 
-    @property
-    def host(self) -> float:
+    def host(self, arch: int = 0, precision: str = "highest") -> float:
         vectors = sum(p.is_adamw for p in self.matrices)
         per_parameter = HOST_MATRIX.value * (len(self.matrices) - vectors)
         per_parameter += HOST_VECTOR.value * vectors
-        launches = self.kernels + self.copies
+        launches = self.kernels(arch, precision) + self.copies
         return per_parameter + launches * LAUNCH.value + self.operations * EAGER.value
 
 
 def step_of(model: Model) -> Step:
-    groups = [matrices_of(group, model.dtype) for group in model.groups]
-    plans = [launches_of(part) for group in groups for part in passes_of(group)]
-    return Step(model, groups, plans, len(plans))
+    return Step(model, [matrices_of(group, model.dtype) for group in model.groups])
 
 
-def library_seconds(launch: Launch, device: Device, precision: str, how: str) -> float:
-    """Estimate of a launch's products by cuBLAS, one call per shape, or by wgmma kernels of ours.
-
-    The library stores plainly: what the epilogue did is a kernel that reads the result again, and a
-    symmetric result is computed whole. At "medium" it reads copies of the operands in bfloat16.
-    Ours keep epilogues and halves.
-    """
+def wgmma_seconds(launch: Launch, device: Device, precision: str) -> float:
+    """Estimate of a launch of large products by kernels of that instruction, one per shape, which
+    would keep epilogues and halves. Copies of operands that it may need are not counted."""
+    assert device.wgmma is not None
     operands = "bfloat16" if precision == "medium" else "TF32"
     seconds = 0.0
     for part, count in launch.parts.items():
-        rate = device.library_rate(operands, part.m, part.n, part.k, count)
-        data = count * part.bytes
-        if how == "wgmma":
-            assert device.wgmma is not None
-            compute = count * part.blocks * part.block_flops / (rate * device.wgmma.value)
-            calls = 1
-        else:
-            compute = count * 2.0 * part.m * part.n * part.k / rate
-            data += count * passes_beside(part, precision)
-            calls = 1 + (part.beside > 0) + 2 * (precision == "medium")
-        memory = data / device.dram.value / device.copied.value
-        seconds += max(compute, memory) + calls * LAUNCH.value
+        rate = device.library_rate(operands, part.m, part.n, part.k, count) * device.wgmma.value
+        compute = count * part.blocks * part.block_flops / rate
+        memory = count * part.bytes / device.dram.value / device.copied.value
+        seconds += max(compute, memory) + LAUNCH.value
     return seconds
 
 
-def passes_beside(part: Part, precision: str) -> float:
-    """Bytes that a call of the library moves more than our kernel."""
-    more = 2 * FLOAT * part.m * part.n if part.beside else 0
-    if precision == "medium":  # read 4 bytes, write 2, read 2 in place of 4
-        more += 4 * (part.m * part.k + part.k * part.n)
-    return more
-
-
-def may_delegate(launch: Launch, device: Device, precision: str, how: str) -> bool:
-    if how == "plan" or launch.tile is not LARGE or device.wgmma is None:
-        return False
-    if precision == "highest":  # three TF32 products are faster than cuBLAS's float32 ones
-        return False
-    is_plain = not any(part.is_symmetric for part in launch.parts) or "square" in launch.site
-    return how == "wgmma" or is_plain
-
-
-def plain_times(step: Step, device: Device, precision: str, how: str = "plan") -> Times:
+def plain_times(step: Step, device: Device, precision: str, how: str = "default") -> Times:
+    """How: by "default", with the "kernels" alone, or with all large products by "wgmma"."""
+    arch = device.arch if how == "default" else 0
     grads = sum(p.param_bytes * p.size for p in step.matrices) / device.dram.value
     bound, likely = grads, grads / device.copied.value
     likely += (GRAD_MAX_KERNELS * len(step.groups) + step.operations) * LAUNCH.value
-    for plan in step.passes:
+    for plan in step.passes(arch, precision):
         for launch in plan:
             bound += launch.seconds(device, precision, reached=False)
             ours = launch.seconds(device, precision, reached=True) + LAUNCH.value
-            if may_delegate(launch, device, precision, how):
-                ours = min(ours, library_seconds(launch, device, precision, how))
+            # "highest": three TF32 products, for which the instruction takes copies of operands.
+            is_large = launch.tile is LARGE and precision != "highest"
+            if how == "wgmma" and is_large and device.wgmma is not None:
+                ours = min(ours, wgmma_seconds(launch, device, precision))
             likely += ours
-    return Times(bound, likely, step.host)
+    return Times(bound, likely, step.host(arch, precision))
 
 
 def refreshes(step: Step, device: Device) -> list[Refreshes]:
@@ -184,9 +182,6 @@ def rows_of(step: Step, device: Device, precision: str) -> Iterator[tuple[str, T
         mean, most = mean.with_work(refresh.mean), most.with_work(refresh.most)
     yield "mean with refreshes", mean
     yield "slowest step", most
-    for how, text in (
-        ("cuBLAS", "large plain products by cuBLAS"),
-        ("wgmma", "all large by wgmma"),
-    ):
-        yield f"plain, {text}", plain_times(step, device, precision, how)
+    yield "plain, without cuBLAS", plain_times(step, device, precision, "kernels")
+    yield "plain, all large by wgmma", plain_times(step, device, precision, "wgmma")
     yield from other_rows(step, device, precision)

@@ -54,6 +54,10 @@ def on_hardware() -> bool:
     return BACKEND.endswith("cuda")
 
 
+def is_aten() -> bool:
+    return BACKEND.startswith("aten")
+
+
 def is_gpu() -> bool:
     return BACKEND != "cpu"
 

@@ -32,7 +32,9 @@ INCLUDE_RULES = {
     "csrc/cpu": [STD, OWN, TORCH, r"aten/.+"],
     "csrc/cuda/kernels": [STD, OWN, CUDA],
     "csrc/cuda/plan": [STD, OWN, PLAIN],
-    "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"aten/.+"],  # it calls down, never up
+    "csrc/cuda/library": [STD, OWN],
+    # It calls down, never up.
+    "csrc/bindings": [STD, OWN, TORCH, CUDA, r"Python\.h", r"dlfcn\.h", r"aten/.+"],
 }
 
 
@@ -94,6 +96,8 @@ def test_include_rules(path):
         ("csrc/cuda/plan/x.cpp", '#include "cuda/kernels/device/platform.cuh"'),
         ("csrc/cuda/plan/x.h", "#include <cuda_runtime.h>"),
         ("csrc/cuda/plan/x.h", "#include <ATen/core/Tensor.h>"),
+        ("csrc/cuda/library/x.cpp", "#include <cublas_v2.h>"),
+        ("csrc/cuda/library/x.cpp", '#include "cuda/kernels/gemm.h"'),
         ("csrc/cuda/x.cu", ""),
         ("csrc/bindings/x.cpp", '#include "../../tests/simt/executor.h"'),
         ("csrc/elsewhere/x.cpp", ""),

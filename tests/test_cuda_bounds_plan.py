@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from bench.cuda_costs import Launch, Matrix, launches_of, matrices_of, passes_of
+from bench.cuda_costs import EPILOGUES, Launch, Matrix, Part, launches_of, matrices_of, passes_of
 from bench.cuda_models import PRICED, lora
 from bench.distributed_models import Param
 
@@ -38,6 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     plan = ROOT / "csrc" / "cuda" / "plan"
     sources = [path for path in sorted(plan.glob("*.cpp")) if path.stem != "grad_max"]
+    sources.append(ROOT / "csrc" / "cuda" / "library" / "products.cpp")
     sources.append(SIMT / "plan_listing.cpp")
     kernel = folder / "gemm.o"
     source = ROOT / "csrc" / "cuda" / "kernels" / "gemm.cu"
@@ -52,13 +53,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return binary
 
 
-def listing(program: Path, matrices: list[Matrix]) -> tuple[list[Listed], int]:
-    """The plan's launches over these matrices, and bytes of workspace."""
+def listing(program: Path, matrices: list[Matrix], least: int) -> tuple[list[Listed], int]:
+    """The plan's launches over these matrices, and bytes of workspace; with `least`, products whose
+    sides are all as long go to a library."""
     text = ""
     for p in matrices:
         side = "none" if p.is_adamw else "left" if p.left else "right"
         text += f"{p.m} {p.n} {side} {p.skinny_rank} {p.skinny_rank + p.short}\n"
-    done = subprocess.run([program], input=text, capture_output=True, text=True, check=True)
+    command = [str(program), *([str(least)] if least else [])]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
     launches: list[Listed] = []
     workspace = 0
     for line in done.stdout.splitlines():
@@ -70,6 +73,9 @@ def listing(program: Path, matrices: list[Matrix]) -> tuple[list[Listed], int]:
         elif line.startswith("gemm"):
             _, form, tile, blocks = line.split("|")
             launches.append(Listed(f"{form} {tile}", int(blocks), Counter()))
+        elif line.startswith("library"):
+            _, form, count = line.split("|")
+            launches.append(Listed(f"library {form}", int(count), Counter()))
         else:
             launches.append(Listed(line, 0, Counter()))
     return launches, workspace
@@ -82,8 +88,19 @@ KERNELS = {
 }
 
 
+# Rows and columns change places, and the operands with them.
+BY_COLUMNS = {"NN": "NN", "TN": "NT", "NT": "TN"}
+
+
 def as_listed(launch: Launch) -> Listed:
+    if launch.by_library:
+        ((part, count),) = launch.parts.items()
+        sizes = Counter({(part.n, part.m, part.k): count})
+        return Listed(f"library {BY_COLUMNS[part.form]}", count, sizes)
     if launch.tile is None:
+        name = launch.site.split()[-1]
+        if name in EPILOGUES:
+            return Listed(name, 0, Counter())
         return Listed(KERNELS.get(launch.site, launch.site), 0, Counter())
     (form,) = {part.form for part in launch.parts}
     products: Counter[tuple[int, int, int]] = Counter()
@@ -92,12 +109,16 @@ def as_listed(launch: Launch) -> Listed:
     return Listed(f"{form} {launch.tile.name}", launch.blocks, products)
 
 
-def check(program: Path, matrices: list[Matrix]) -> int:
+def check(program: Path, matrices: list[Matrix], least: int = 0) -> int:
     """Compares the passes over these matrices; returns the number of launches."""
+
+    def is_by_library(part: Part) -> bool:
+        return least > 0 and min(part.m, part.n, part.k) >= least
+
     total = 0
     for part in passes_of(matrices):
-        launches, workspace = listing(program, part)
-        assert [as_listed(launch) for launch in launches_of(part)] == launches
+        launches, workspace = listing(program, part, least)
+        assert [as_listed(launch) for launch in launches_of(part, is_by_library)] == launches
         assert sum(p.workspace for p in part) == workspace
         total += len(launches)
     return total
@@ -115,16 +136,26 @@ def test_launches_of_mixed_shapes(program: Path) -> None:
     matrices = matrices_of([Param(shape) for shape in MIXED], torch.float32)
     assert sum(p.skinny_rank > 0 for p in matrices) == 3
     assert sum(p.is_adamw for p in matrices) == 3
-    check(program, matrices)
+    plain = check(program, matrices)
+    assert plain < check(program, matrices, least=512) < check(program, matrices, least=1)
 
 
 @pytest.mark.parametrize("make", PRICED, ids=lambda make: make().name.split(",")[0])
-def test_launches_of_the_models(program: Path, make: object) -> None:
+@pytest.mark.parametrize("least", [0, 512])
+def test_launches_of_the_models(program: Path, make: object, least: int) -> None:
     model = make()  # type: ignore[operator]
     for group in model.groups:
-        check(program, matrices_of(group, model.dtype))
+        check(program, matrices_of(group, model.dtype), least)
 
 
 def test_more_adapters_take_no_more_launches(program: Path) -> None:
     few = check(program, matrices_of(lora("q v")[:4], torch.bfloat16))
     assert check(program, matrices_of(lora("q v"), torch.bfloat16)) == few
+
+
+def test_more_matrices_of_a_shape_take_no_more_calls(program: Path) -> None:
+    shapes = [Param((600, 700)), Param((900, 700))]
+    one, many = (
+        check(program, matrices_of(num * shapes, torch.float32), least=512) for num in (1, 6)
+    )
+    assert one == many

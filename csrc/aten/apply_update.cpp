@@ -3,6 +3,7 @@
 #include <ATen/ops/copysign.h>
 #include <ATen/ops/full_like.h>
 
+#include <algorithm>
 #include <bit>
 #include <limits>
 
@@ -44,6 +45,13 @@ at::Tensor random_bits(const Batch& batch, uint64_t seed) {
   return shifted(mixed(elements.add_(per_matrix(keys))), 32);
 }
 
+bool have_one_rate(const Batch& batch) {
+  const Rate& rate = batch.first().rate;
+  return std::all_of(batch.matrices().begin(), batch.matrices().end(), [&](const Matrix* w) {
+    return w->rate.lr == rate.lr && w->rate.weight_decay == rate.weight_decay;
+  });
+}
+
 // float32 numbers that the dtype holds exactly.
 at::Tensor rounded_to_bfloat16(const at::Tensor& x, const at::Tensor& random) {
   constexpr int64_t kKeptBits = -65536;
@@ -67,22 +75,25 @@ at::Tensor rounded_to_float16(const at::Tensor& x, const at::Tensor& random) {
 }  // namespace
 
 void apply_update_(Batch& batch, const Inputs& inputs, const at::Tensor& updates) {
-  const Options& options = inputs.options;
   const bool has_master = batch.first().master.defined();
   const at::Tensor W = batch.get(has_master ? &Matrix::master : &Matrix::param).to(batch.dtype());
   at::Tensor next;
-  if (inputs.lr) {
-    const at::Tensor lr = inputs.lr->to(batch.wide_dtype());
-    const at::Tensor keep = lr.mul(-options.weight_decay).add_(1);
-    next = W.mul(keep.to(batch.dtype())).sub_(updates.mul(lr.to(batch.dtype())));
+  if (const Rate rate = batch.first().rate; !inputs.lr && have_one_rate(batch)) {
+    next =
+        W.mul(1 - rate.lr * rate.weight_decay).sub_(updates.mul(rate.lr));  // as below, to the bit
   } else {
-    next = W.mul(1 - options.lr * options.weight_decay).sub_(updates, options.lr);
+    const at::Tensor lr = inputs.lr ? inputs.lr->to(batch.wide_dtype())
+                                    : batch.reals([](const Matrix& w) { return w.rate.lr; });
+    const at::Tensor decay = batch.reals([](const Matrix& w) { return w.rate.weight_decay; });
+    const at::Tensor keep = lr.mul(decay).neg_().add_(1);
+    const auto of_matrix = [&](const at::Tensor& x) { return per_matrix(x.to(batch.dtype())); };
+    next = W.mul(of_matrix(keep)).sub_(updates.mul(of_matrix(lr)));
   }
   const at::ScalarType dtype = batch.first().param.scalar_type();
   if (has_master) {
     batch.set(&Matrix::master, next);
   } else if (dtype == at::kBFloat16 || dtype == at::kHalf) {
-    const at::Tensor random = random_bits(batch, options.seed);
+    const at::Tensor random = random_bits(batch, inputs.options.seed);
     // Infinity and the quiet NaN of arithmetic have no bits to round.
     next =
         dtype == at::kHalf ? rounded_to_float16(next, random) : rounded_to_bfloat16(next, random);

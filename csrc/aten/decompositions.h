@@ -23,8 +23,11 @@ QR signed_qr(const at::Tensor& a);
 // waited for: ||Q^T Q x - x||_max for x of alternating signs, without a matrix product, so that
 // whatever rounds those is seen too. NaN and infinity are not orthonormal.
 at::Tensor is_orthonormal(const at::Tensor& Q);
+// The same of the columns where `seen` [..., k] is 1, not 0, in which case they must be zero.
+at::Tensor is_orthonormal(const at::Tensor& Q, const at::Tensor& seen);
 
-// signed_qr and its verdict; on the CPU tried again in float64 where Q is not orthonormal.
+// signed_qr of a batch and its verdict; on the CPU tried again in float64 where Q is not
+// orthonormal.
 struct JudgedQR {
   at::Tensor Q;
   at::Tensor R;
@@ -36,11 +39,17 @@ JudgedQR judged_qr(const at::Tensor& a);
 std::optional<QR> checked_qr(const at::Tensor& a);
 
 struct Eigen {
-  at::Tensor values;   // descending
-  at::Tensor vectors;  // columns
+  at::Tensor values;   // [b, n], descending
+  at::Tensor vectors;  // [b, n, n], columns
+  at::Tensor sound;    // bool [b]; where false the others are of no use
 };
 
-// Of symmetric a, tried again in float64 if the vectors are not orthonormal; nothing if both fail.
-std::optional<Eigen> eigenvectors(const at::Tensor& a);
+// Of a batch of symmetric matrices [b, n, n], those whose vectors are not orthonormal tried again
+// in float64. Waits for the device.
+Eigen settled_eigenvectors(const at::Tensor& a);
+
+// judged_qr of a batch, those that are not orthonormal tried again in float64 on any device. Waits
+// for it.
+JudgedQR settled_qr(const at::Tensor& a);
 
 }  // namespace dykaf::aten

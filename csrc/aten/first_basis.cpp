@@ -1,58 +1,120 @@
 #include "aten/first_basis.h"
 
+#include <ATen/ops/ones.h>
+#include <ATen/ops/tensor.h>
+
 #include <cmath>
+#include <map>
+#include <vector>
 
 #include "aten/bounds.h"
 #include "aten/decompositions.h"
 #include "aten/products.h"
+#include "aten/refresh_basis.h"
 
 namespace dykaf::aten {
 
 namespace {
 
-// V's columns whose eigenvalues are not the least one to rounding: of those among which that is the
-// only one, all. `least` is F's.
-at::Tensor distinct(const Eigen& eigen, const at::Tensor& least, int64_t n) {
+constexpr int kFirstIterations = 2;
+
+// [b, n, k]; of those of some matrices fewer count.
+struct Leading {
+  at::Tensor vectors;
+  at::Tensor counts;  // int64 [b], on the CPU
+  at::Tensor sound;   // bool [b]
+};
+
+// `least` [b, 1] is F's least eigenvalue. Where it is the only one of its kind all vectors count.
+Leading distinct(const Eigen& eigen, const at::Tensor& vectors, const at::Tensor& least) {
+  const int64_t n = vectors.size(1);
   const double share = rounding_share_of(eigen.values, n);
-  const at::Tensor bound = least.add(eigen.values[0], share);
-  const auto count = eigen.values.gt(bound).sum().item<int64_t>();
-  return count >= n - 1 ? eigen.vectors : eigen.vectors.narrow(1, 0, count);
+  const at::Tensor bound = least.add(eigen.values.narrow(1, 0, 1), share);
+  const at::Tensor counts = eigen.values.gt(bound).sum(1).to(at::kCPU);
+  return {vectors, at::where(counts.ge(n - 1), vectors.size(2), counts), eigen.sound};
+}
+
+Leading leading_eigenvectors(const at::Tensor& F, const at::Tensor& gradients) {
+  const int64_t n = F.size(1);
+  const int64_t rank = gradients.size(2);
+  if (rank >= n) {
+    const Eigen eigen = settled_eigenvectors(F);
+    return distinct(eigen, eigen.vectors, eigen.values.narrow(1, n - 1, 1));
+  }
+  const JudgedQR range = settled_qr(gradients);
+  const at::Tensor projected = full_product(range.Q.mT(), full_product(F, range.Q));
+  Eigen inner = settled_eigenvectors(projected.add(projected.mT()).div_(2));
+  inner.sound = inner.sound.logical_and(range.sound);
+  const at::Tensor rest =
+      F.diagonal(0, 1, 2).sum(1, /*keepdim=*/true).sub(inner.values.sum(1, /*keepdim=*/true));
+  return distinct(inner, full_product(range.Q, inner.vectors), rest.div(n - rank));
+}
+
+// The orthogonal matrices [vectors | unit vectors].
+FirstBasis complete_basis(const at::Tensor& vectors) {
+  const int64_t num = vectors.size(0);
+  const int64_t n = vectors.size(1);
+  const int64_t rank = vectors.size(2);
+  const at::Tensor yes = at::ones({num}, vectors.options().dtype(at::kBool));
+  const at::Tensor identity = at::eye(n, vectors.options());
+  if (rank == n) return {vectors, yes};
+  if (rank == 0) return {identity.expand({num, -1, -1}), yes};
+  // Sorting is stable: those that no vector has a part in, then the others.
+  const at::Tensor is_shared = vectors.abs().amax(2).gt(rounding_share_of(vectors, n));
+  const at::Tensor order = std::get<1>(
+      at::sort(is_shared.to(at::kInt), /*stable=*/true, /*dim=*/1, /*descending=*/false));
+  const at::Tensor units = identity.index_select(0, order.narrow(1, 0, n - rank).reshape({-1}))
+                               .view({num, n - rank, n})
+                               .mT();
+  const JudgedQR basis = settled_qr(at::cat({vectors, units}, 2));
+  return {basis.Q, basis.sound};
+}
+
+// Those with as many vectors go together.
+FirstBasis completed(const Leading& leading) {
+  std::map<int64_t, std::vector<int64_t>> places;
+  for (int64_t i = 0; i < leading.counts.size(0); ++i) {
+    places[leading.counts[i].item<int64_t>()].push_back(i);
+  }
+  const at::Tensor& vectors = leading.vectors;
+  const int64_t n = vectors.size(1);
+  const at::Tensor Q = at::empty({vectors.size(0), n, n}, vectors.options());
+  const at::Tensor sound = leading.sound.clone();
+  for (const auto& [count, list] : places) {
+    const at::Tensor chosen = at::tensor(list).to(vectors.device());
+    const FirstBasis basis = complete_basis(vectors.narrow(2, 0, count).index_select(0, chosen));
+    Q.index_copy_(0, chosen, basis.Q);
+    sound.index_copy_(0, chosen, basis.sound.logical_and(sound.index_select(0, chosen)));
+  }
+  return {Q, sound};
+}
+
+// Orthogonal iterations from the identity.
+FirstBasis iterated_basis(at::Tensor F) {
+  at::Tensor Q;
+  at::Tensor sound;
+  for (int i = 0; i < kFirstIterations; ++i) {
+    const PowerIteration turn = power_iteration(F, cholesky_orthonormalize);
+    F = turn.F;
+    Q = i == 0 ? turn.P : full_product(Q, turn.P);
+    sound = i == 0 ? turn.sound : sound.logical_and(turn.sound);
+  }
+  return {Q, sound};
 }
 
 }  // namespace
 
-std::optional<at::Tensor> leading_eigenvectors(const at::Tensor& F, const at::Tensor& gradient) {
-  const int64_t n = F.size(0);
-  const int64_t rank = gradient.size(1);
-  if (rank >= n) {
-    const std::optional<Eigen> eigen = eigenvectors(F);
-    if (!eigen) return std::nullopt;
-    return distinct(*eigen, eigen->values[n - 1], n);
-  }
-  const std::optional<QR> range = checked_qr(gradient);
-  if (!range) return std::nullopt;
-  const at::Tensor projected = full_product(range->Q.t(), full_product(F, range->Q));
-  const std::optional<Eigen> inner = eigenvectors(projected.add(projected.t()).div_(2));
-  if (!inner) return std::nullopt;
-  const at::Tensor least = F.trace().sub(inner->values.sum()).div_(n - rank);
-  return full_product(range->Q, distinct(*inner, least, n));
+FirstBasis first_basis(const at::Tensor& F, const at::Tensor& gradients) {
+  if (F.size(1) > kLongestWithEigenvectors) return iterated_basis(F);
+  return completed(leading_eigenvectors(F, gradients));
 }
 
-std::optional<at::Tensor> complete_basis(const at::Tensor& vectors) {
-  const int64_t n = vectors.size(0);
-  const int64_t rank = vectors.size(1);
-  if (rank == n) return vectors;
-  if (rank == 0) return at::eye(n, vectors.options());
-  // Sorting is stable: those that no vector has a part in, then the others.
-  const double share = rounding_share_of(vectors, n);
-  const at::Tensor is_shared = vectors.abs().amax(1).gt(share);
-  const at::Tensor order = std::get<1>(
-      at::sort(is_shared.to(at::kInt), /*stable=*/true, /*dim=*/0, /*descending=*/false));
-  const at::Tensor units =
-      at::eye(n, vectors.options()).index_select(1, order.slice(0, 0, n - rank));
-  const std::optional<QR> basis = checked_qr(at::cat({vectors, units}, 1));
-  if (!basis) return std::nullopt;
-  return basis->Q;
+FirstBasis rank_one_basis(const at::Tensor& F) {
+  const at::Tensor largest = F.diagonal(0, 1, 2).argmax(1, /*keepdim=*/true).unsqueeze(2);
+  const at::Tensor columns = F.gather(2, largest.expand({-1, F.size(1), 1}));
+  const at::Tensor units = columns.div(columns.square().sum(1, /*keepdim=*/true).sqrt_());
+  const at::Tensor counts = at::ones({F.size(0)}, at::kLong);
+  return completed({units, counts, is_orthonormal(units)});
 }
 
 std::optional<SingularTriple> top_singular_triple(const at::Tensor& H) {
@@ -70,13 +132,6 @@ std::optional<SingularTriple> top_singular_triple(const at::Tensor& H) {
     }
   }
   return std::nullopt;
-}
-
-std::optional<at::Tensor> rank_one_vector(const at::Tensor& F) {
-  const at::Tensor column = F.select(1, F.diagonal().argmax().item<int64_t>());
-  const at::Tensor unit = column.div(column.norm()).unsqueeze(1);
-  if (!is_orthonormal(unit).item<bool>()) return std::nullopt;
-  return unit;
 }
 
 }  // namespace dykaf::aten

@@ -1,5 +1,5 @@
 // The first gradient of matrices: factors, first bases, first refresh dates. It waits for the
-// device, once per matrix in a training run.
+// device, for each batch in a training run.
 #include <ATen/Context.h>
 #include <ATen/ops/outer.h>
 #include <ATen/ops/stack.h>
@@ -30,57 +30,63 @@ bool set_rank_one_prior_(const Matrix& w, const Options& options, const at::Tens
   return true;
 }
 
-// The first basis of F, and F in it.
-void set_first_basis_(const Matrix& w, const at::Tensor& F, const at::Tensor& Q,
-                      const at::Tensor& gradient, bool is_rank_one) {
-  const auto vectors = is_rank_one ? rank_one_vector(F) : leading_eigenvectors(F, gradient);
-  const auto basis = vectors ? complete_basis(*vectors) : std::nullopt;
-  if (!basis) {
-    Q.copy_(at::eye(Q.size(0), Q.options()));
-    w.refresh_fallbacks.add_(1);
-    return;
-  }
-  Q.copy_(*basis);
-  const at::Tensor lower = full_product(Q.t(), full_product(F, Q)).tril();
-  F.copy_(lower.add(lower.tril(-1).t()));
+// The first bases of the factors of a side, and the factors in them.
+void set_first_bases_(Batch& batch, Side side, const at::Tensor& gradients, bool is_rank_one) {
+  const Array factor = side == Side::kLeft ? &Matrix::L : &Matrix::R;
+  const at::Tensor F = batch.get(factor);
+  const auto [Q, sound] = is_rank_one ? rank_one_basis(F) : first_basis(F, gradients);
+  const at::Tensor is_sound = per_matrix(sound);
+  const at::Tensor lower = full_product(Q.mT(), full_product(F, Q)).tril();
+  batch.set(side == Side::kLeft ? &Matrix::Q_L : &Matrix::Q_R,
+            at::where(is_sound, Q, at::eye(Q.size(1), Q.options())));
+  batch.set(factor, at::where(is_sound, lower.add(lower.tril(-1).mT()), F));
+  batch.set(&Matrix::refresh_fallbacks,
+            batch.get(&Matrix::refresh_fallbacks).add(sound.logical_not()));
 }
 
-void initialize_dense_(const Matrix& w, const Inputs& inputs, const ScaledGradients& gradients) {
+void initialize_dense_(Batch& batch, const Inputs& inputs, const ScaledGradients& gradients) {
   const Options& options = inputs.options;
-  const at::Tensor H = gradients.H[0];
-  const bool starts_rank_one = options.init == Init::kRankOne && w.L.defined() && w.R.defined() &&
-                               set_rank_one_prior_(w, options, H, gradients.tau[0].item<double>());
-  Batch batch({&w});
-  if (!starts_rank_one) {
-    set_identity_prior_(batch, options, gradients, at::ones_like(gradients.tau, at::kBool));
+  const bool is_two_sided = batch.first().L.defined() && batch.first().R.defined();
+  const bool asks_rank_one = options.init == Init::kRankOne && is_two_sided;
+  at::Tensor starts_flat = at::ones_like(gradients.tau, at::kBool);
+  for (int64_t i = 0; asks_rank_one && i < batch.size(); ++i) {
+    const double tau = gradients.tau[i].item<double>();
+    const Matrix& w = *batch.matrices()[static_cast<size_t>(i)];
+    starts_flat[i].fill_(!set_rank_one_prior_(w, options, gradients.H[i], tau));
   }
+  set_identity_prior_(batch, options, gradients, starts_flat);
   factor_update_(batch, inputs, gradients);
-  batch.commit();
   // With init "rank_one" the splitting integrators keep the factors at rank one.
-  const bool is_rank_one = options.init == Init::kRankOne && w.L.defined() && w.R.defined() &&
-                           options.integrator != Integrator::kDiagonal;
-  if (w.L.defined()) set_first_basis_(w, w.L, w.Q_L, H, is_rank_one);
-  if (w.R.defined()) set_first_basis_(w, w.R, w.Q_R, H.t(), is_rank_one);
+  const bool is_rank_one = asks_rank_one && options.integrator != Integrator::kDiagonal;
+  if (batch.first().L.defined()) set_first_bases_(batch, Side::kLeft, gradients.H, is_rank_one);
+  if (batch.first().R.defined()) {
+    set_first_bases_(batch, Side::kRight, gradients.H.mT(), is_rank_one);
+  }
+  batch.commit();
 }
 
-}  // namespace
-
-void initialize_(const Matrix& w, const Inputs& inputs) {
+void initialize_(Batch batch, const Inputs& inputs) {
   Options options = inputs.options;
   options.precision = MatmulPrecision::kHighest;
   options.roots = Roots::kExact;  // there is no basis yet
   const Inputs full{.options = options, .amp_scale = inputs.amp_scale};
-  const ScaledGradients gradients = scaled_gradients(Batch({&w}), full);
-  if (w.is_skinny()) {
-    initialize_skinny_(w, options, gradients.H[0], gradients.tau[0].item<double>());
+  const ScaledGradients gradients = scaled_gradients(batch, full);
+  if (batch.first().is_skinny()) {
+    initialize_skinny_(batch, options, gradients);
   } else {
-    initialize_dense_(w, full, gradients);
+    initialize_dense_(batch, full, gradients);
   }
   // Last, for a matrix with dates counts as started.
-  for (size_t side = 0; side < 2; ++side) {
-    w.next_refresh[side] = next_refresh(0, options, w.refresh_offset[side]);
+  for (const Matrix* w : batch.matrices()) {
+    for (size_t side = 0; side < 2; ++side) {
+      w->next_refresh[side] = next_refresh(0, options, w->refresh_offset[side]);
+    }
   }
 }
+
+}  // namespace
+
+void initialize_(const Matrix& w, const Inputs& inputs) { initialize_(Batch({&w}), inputs); }
 
 void initialize_(const Matrices& matrices, const Inputs& inputs) {
   if (matrices.empty() || (inputs.skip && inputs.skip->item<int32_t>() != 0)) return;
@@ -90,13 +96,17 @@ void initialize_(const Matrices& matrices, const Inputs& inputs) {
   for (const Matrix& w : matrices) scalars.push_back(w.grad_max);
   const at::Tensor maxima = at::stack(scalars).to(at::kCPU, at::kDouble);
   try {
+    std::vector<const Matrix*> seen;
     for (size_t i = 0; i < matrices.size(); ++i) {
       if (maxima.const_data_ptr<double>()[i] == 0) {
         std::fill_n(matrices[i].next_refresh, 2, kSawZero);
       } else {
-        initialize_(matrices[i], inputs);
+        seen.push_back(&matrices[i]);
       }
     }
+    for_each_batch(
+        seen, [](const Matrix&) { return 0; },
+        [&](Batch batch) { initialize_(std::move(batch), inputs); });
   } catch (...) {
     for (const Matrix& w : matrices) reset_(w);
     throw;

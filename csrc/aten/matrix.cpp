@@ -50,6 +50,7 @@ Matrix::Matrix(const Problem<T>& p, at::Device device)
       refreshes(p.refreshes),
       schedule_step(p.schedule_step),
       refresh_offset{p.refresh_offset[0], p.refresh_offset[1]},
+      rate(p.rate),
       stream(p.stream),
       place(p.place) {
   const auto over = [&](const auto* data, at::IntArrayRef shape, at::ScalarType dtype) {
@@ -129,13 +130,27 @@ void Batch::commit(const std::optional<at::Tensor>& skip) {
 }
 
 // Through pinned memory, so that the copy does not wait.
-at::Tensor Batch::on_device(const std::vector<int64_t>& values) const {
-  at::Tensor host =
+template <typename T>
+at::Tensor Batch::on_device(const std::vector<T>& values, at::ScalarType dtype) const {
+  const at::Tensor host =
       at::empty({static_cast<int64_t>(values.size())},
-                at::TensorOptions().dtype(at::kLong).pinned_memory(device().is_cuda()));
-  std::copy(values.begin(), values.end(), host.mutable_data_ptr<int64_t>());
+                at::TensorOptions().dtype(dtype).pinned_memory(device().is_cuda()));
+  const auto fill = [&](auto* data) {
+    std::transform(values.begin(), values.end(), data, [&](T value) {
+      return static_cast<std::remove_pointer_t<decltype(data)>>(value);
+    });
+  };
+  if (dtype == at::kLong) {
+    fill(host.mutable_data_ptr<int64_t>());
+  } else if (dtype == at::kDouble) {
+    fill(host.mutable_data_ptr<double>());
+  } else {
+    fill(host.mutable_data_ptr<float>());
+  }
   return host.to(device(), /*non_blocking=*/true);
 }
+template at::Tensor Batch::on_device(const std::vector<int64_t>&, at::ScalarType) const;
+template at::Tensor Batch::on_device(const std::vector<double>&, at::ScalarType) const;
 
 std::vector<int64_t> likeness(const Matrix& w) {
   std::vector<int64_t> key = {w.m, w.n, w.skinny_rank, w.place.run != 0};

@@ -49,6 +49,7 @@ struct Matrix {
   int64_t* refreshes = nullptr;
   int64_t* schedule_step = nullptr;
   int64_t refresh_offset[2] = {0, 0};
+  Rate rate = {};
   uint64_t stream = 0;
   Place place = {};
 
@@ -81,7 +82,7 @@ struct Inputs {
   const Options& options;
   std::optional<at::Tensor> skip = {};       // int32, not 0: change nothing
   std::optional<at::Tensor> amp_scale = {};  // float32, GradScaler's; gradients are divided by it
-  std::optional<at::Tensor> lr = {};         // float32, in place of options.lr
+  std::optional<at::Tensor> lr = {};         // float32, in place of every rate's
 };
 
 // Matrices with the same arrays of the same shapes and dtypes. An operation works on all of them at
@@ -124,12 +125,19 @@ class Batch {
   // Copies what is staged to the matrices; nothing where *skip is not 0.
   void commit(const std::optional<at::Tensor>& skip = std::nullopt);
 
-  // Integers of each matrix as a tensor [b] on the device; no host waits.
+  // Numbers of each matrix as a tensor [b] on the device; no host waits.
+  template <typename Number>
+  at::Tensor reals(const Number& number) const {
+    std::vector<double> values;
+    for (const Matrix* w : matrices_) values.push_back(number(*w));
+    return on_device(values, wide_dtype());
+  }
+  // Integers likewise.
   template <typename Number>
   at::Tensor numbers(const Number& number) const {
     std::vector<int64_t> values;
     for (const Matrix* w : matrices_) values.push_back(number(*w));
-    return on_device(values);
+    return on_device(values, at::kLong);
   }
 
  private:
@@ -140,7 +148,8 @@ class Batch {
     return tensors;
   }
   static at::Tensor stacked(const std::vector<at::Tensor>& tensors);
-  at::Tensor on_device(const std::vector<int64_t>& values) const;
+  template <typename T>
+  at::Tensor on_device(const std::vector<T>& values, at::ScalarType dtype) const;
 
   std::vector<const Matrix*> matrices_;
   std::vector<std::pair<Array, at::Tensor>> staged_;

@@ -5,9 +5,8 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
-#include <ATen/ops/stack.h>
 
-#include <vector>
+#include <algorithm>
 
 #include "aten/bounds.h"
 #include "aten/products.h"
@@ -19,19 +18,21 @@ at::Tensor orthonormalized(const at::Tensor& Q) {
   return Q.mul(1.5).sub(full_product(Q, full_product(Q.mT(), Q)), 0.5);
 }
 
+at::Tensor corrected_where_due(const Batch& batch, Side side, const at::Tensor& bases) {
+  const auto is_due = [&](const Matrix& w) -> int64_t {
+    return (w.refreshes[static_cast<size_t>(side)] + 1) % kRefreshesPerCorrection == 0 ? 1 : 0;
+  };
+  const auto& all = batch.matrices();
+  if (std::none_of(all.begin(), all.end(), [&](const Matrix* w) { return is_due(*w) != 0; })) {
+    return bases;
+  }
+  return at::where(per_matrix(batch.numbers(is_due).ne(0)), orthonormalized(bases), bases);
+}
+
 at::Tensor without_noise_rows(const at::Tensor& F) {
   const double noise = rounding_share_of(F, 1);
   const at::Tensor is_known = F.diagonal(0, -2, -1).gt(noise * noise).to(F.scalar_type());
   return F.mul(is_known.unsqueeze(-1)).mul_(is_known.unsqueeze(-2));
-}
-
-at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
-                  const at::Tensor& new_diagonal) {
-  if (!options.rescale_exp_avg_sq) return at::ones_like(new_diagonal);
-  const double noise = rounding_share_of(new_diagonal, new_diagonal.size(-1));
-  const at::Tensor ratio = new_diagonal.div(old_diagonal).clamp(0.1, 10.0);
-  const at::Tensor is_known = at::minimum(old_diagonal, new_diagonal).gt(noise);
-  return at::where(is_known, ratio, at::ones_like(ratio));
 }
 
 namespace {
@@ -49,6 +50,39 @@ at::Tensor permuted(const at::Tensor& F, const at::Tensor& order) {
   return rows_of(columns_of(F, order), order);
 }
 
+}  // namespace
+
+PowerIteration power_iteration(const at::Tensor& F, Orthonormalizer orthonormalizer,
+                               const std::optional<at::Tensor>& skip) {
+  const int64_t n = F.size(1);
+  const at::Tensor known = without_noise_rows(F);
+  const auto [diagonal, sorting] =
+      at::sort(F.diagonal(0, 1, 2), /*stable=*/true, /*dim=*/1, /*descending=*/true);
+  const auto [Q, sound] = orthonormalizer(permuted(known, sorting));
+  const at::Tensor moves = skip ? sound.logical_and(skip->eq(0)) : sound;
+
+  // Where a basis must stay nothing is sorted and nothing turns.
+  const at::Tensor stays = per_matrix(moves.logical_not());
+  const at::Tensor order =
+      at::where(stays.squeeze(2), at::arange(n, sorting.options()).unsqueeze(0), sorting);
+  const at::Tensor turn = at::where(stays, at::eye(n, Q.options()).unsqueeze(0), Q);  // Pi^T P
+  const at::Tensor P = turn.scatter(1, order.unsqueeze(2).expand_as(turn), turn);
+  const at::Tensor upper =
+      full_product(full_product(turn.mT(), permuted(known, order)), turn).triu();
+  return {diagonal, order, P, at::where(stays, F, upper.add(upper.triu(1).mT())), sound, stays};
+}
+
+at::Tensor growth(const Options& options, const at::Tensor& old_diagonal,
+                  const at::Tensor& new_diagonal) {
+  if (!options.rescale_exp_avg_sq) return at::ones_like(new_diagonal);
+  const double noise = rounding_share_of(new_diagonal, new_diagonal.size(-1));
+  const at::Tensor ratio = new_diagonal.div(old_diagonal).clamp(0.1, 10.0);
+  const at::Tensor is_known = at::minimum(old_diagonal, new_diagonal).gt(noise);
+  return at::where(is_known, ratio, at::ones_like(ratio));
+}
+
+namespace {
+
 // How a side of each matrix turns.
 struct Turn {
   bool left;
@@ -57,22 +91,6 @@ struct Turn {
   at::Tensor growth;  // [b, side], of the second moment's entries
   at::Tensor stays;   // bool [b, 1, 1]: order and P are the identity
 };
-
-// New bases, after a correction where one is due.
-at::Tensor turned_bases(const Batch& batch, Side side, const at::Tensor& bases,
-                        const at::Tensor& P) {
-  const at::Tensor turned = full_product(bases, P);
-  std::vector<at::Tensor> corrected;
-  bool any = false;
-  for (int64_t i = 0; i < batch.size(); ++i) {
-    const Matrix& w = *batch.matrices()[static_cast<size_t>(i)];
-    const int64_t refreshes = w.refreshes[static_cast<size_t>(side)] + 1;
-    const bool is_due = refreshes % kRefreshesPerCorrection == 0;
-    any = any || is_due;
-    corrected.push_back(is_due ? orthonormalized(turned[i]) : turned[i]);
-  }
-  return any ? at::stack(corrected) : turned;
-}
 
 // Without what is rounding in it, but where it stays.
 at::Tensor turned_momentum(const at::Tensor& exp_avg, const Turn& turn) {
@@ -133,48 +151,31 @@ void refresh_basis_(Batch& batch, const Inputs& inputs, Side side,
                     Orthonormalizer orthonormalizer) {
   const Options& options = inputs.options;
   const bool left = side == Side::kLeft;
-  const int64_t size = left ? batch.first().m : batch.first().n;
   const Array factor = left ? &Matrix::L : &Matrix::R;
   const Array basis = left ? &Matrix::Q_L : &Matrix::Q_R;
-  const at::Tensor F = batch.get(factor);
-  const at::Tensor known = without_noise_rows(F);
-  const auto [old_diagonal, sorting] =
-      at::sort(F.diagonal(0, 1, 2), /*stable=*/true, /*dim=*/1, /*descending=*/true);
-  const auto [Q, sound] = orthonormalizer(permuted(known, sorting));
-  // In a step that is skipped nothing moves, and nothing fails.
-  const auto unless_skipped = [&](const at::Tensor& flags) {
-    return inputs.skip ? flags.logical_and(inputs.skip->eq(0)) : flags;
-  };
+  const auto [diagonal, order, P, F, sound, stays] =
+      power_iteration(batch.get(factor), orthonormalizer, inputs.skip);
+  const Turn turn{left, order, P,
+                  at::where(stays.squeeze(2), at::ones_like(diagonal),
+                            growth(options, diagonal, F.diagonal(0, 1, 2))),
+                  stays};
+  const at::Tensor exp_avg = turned_momentum(batch.get(&Matrix::exp_avg), turn);
 
-  // Where a basis must stay nothing is sorted and nothing turns.
-  const at::Tensor stays = unless_skipped(sound).logical_not().unsqueeze(1);
-  const at::Tensor order =
-      at::where(stays, at::arange(size, sorting.options()).unsqueeze(0), sorting);
-  const at::Tensor turn =
-      at::where(stays.unsqueeze(2), at::eye(size, Q.options()).unsqueeze(0), Q);  // Pi^T P
-  const at::Tensor P = turn.scatter(1, order.unsqueeze(2).expand_as(turn), turn);
-  const at::Tensor upper =
-      full_product(full_product(turn.mT(), permuted(known, order)), turn).triu();
-  const at::Tensor new_F = at::where(stays.unsqueeze(2), F, upper.add(upper.triu(1).mT()));
-  const Turn turned{left, order, P,
-                    at::where(stays, at::ones_like(old_diagonal),
-                              growth(options, old_diagonal, new_F.diagonal(0, 1, 2))),
-                    stays.unsqueeze(2)};
-  const at::Tensor exp_avg = turned_momentum(batch.get(&Matrix::exp_avg), turned);
-
-  batch.set(factor, new_F);
-  batch.set(basis, turned_bases(batch, side, batch.get(basis), P));
+  batch.set(factor, F);
+  batch.set(basis, corrected_where_due(batch, side, full_product(batch.get(basis), P)));
   batch.set(&Matrix::exp_avg, exp_avg);
   if (batch.first().is_skinny()) {
-    move_skinny_moment_(batch, options, turned, exp_avg);
+    move_skinny_moment_(batch, options, turn, exp_avg);
   } else if (batch.first().exp_avg_sq.defined()) {
     move_full_moment_(batch, options, turned, exp_avg);
   } else if (batch.first().exp_avg_sq_row.defined()) {
-    move_compact_moment_(batch, options, turned);
+    move_compact_moment_(batch, options, turn);
   }
-  batch.set(
-      &Matrix::refresh_fallbacks,
-      batch.get(&Matrix::refresh_fallbacks).add(unless_skipped(sound.logical_not()).to(at::kLong)));
+  // In a step that is skipped nothing moves, and nothing fails.
+  at::Tensor failed = sound.logical_not();
+  if (inputs.skip) failed = failed.logical_and(inputs.skip->eq(0));
+  batch.set(&Matrix::refresh_fallbacks,
+            batch.get(&Matrix::refresh_fallbacks).add(failed.to(at::kLong)));
   batch.commit();
   for (const Matrix* w : batch.matrices()) w->refreshes[static_cast<size_t>(side)] += 1;
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "aten/batch_ops.h"
+#include "aten/orthonormal_rows.h"
 
 namespace dykaf::aten {
 
@@ -15,8 +16,8 @@ at::Tensor skinny_step_(Batch& batch, const Inputs& inputs, const ScaledGradient
 // were not written weigh nothing, for their part of `core` is zero.
 void count_rows_(const Batch& batch);
 
-// The first gradient, tau H, of one matrix; waits for the device.
-void initialize_skinny_(const Matrix& w, const Options& options, const at::Tensor& H, double tau);
+// The first gradients; commits. Waits for the device.
+void initialize_skinny_(Batch& batch, const Options& options, const ScaledGradients& gradients);
 
 // Second moments [..., s, k + 1] that are at least what the momentum [..., s, l] in the directions
 // V

@@ -1,10 +1,12 @@
 // The bases of skinny matrices: the first ones, and the refreshes of long sides.
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 
 #include "aten/bounds.h"
 #include "aten/decompositions.h"
@@ -17,25 +19,6 @@ namespace dykaf::aten {
 namespace {
 
 at::Tensor symmetric(const at::Tensor& x) { return x.add(x.mT()).div_(2); }
-
-// Of a factor [b, n, n].
-struct PowerIteration {
-  at::Tensor diagonal;  // of the old factor, descending
-  at::Tensor order;     // that sorts it
-  at::Tensor P;         // what the basis is multiplied by
-  at::Tensor F;         // in the new basis
-  at::Tensor sound;     // bool [b]; where false, P and F are of no use
-};
-
-// As in csrc/cpu/refresh_basis.cpp (E9).
-PowerIteration power_iteration(const at::Tensor& F) {
-  const auto [diagonal, order] =
-      at::sort(F.diagonal(0, -2, -1), /*stable=*/true, /*dim=*/-1, /*descending=*/true);
-  const at::Tensor rows = order.unsqueeze(-1).expand_as(F);
-  const at::Tensor columns = order.unsqueeze(-2).expand_as(F);
-  const auto [turn, S, sound] = judged_qr(F.gather(-2, rows).gather(-1, columns));
-  return {diagonal, order, turn.scatter(-2, rows, turn), symmetric(full_product(S, turn)), sound};
-}
 
 // 1 for the directions of a long side whose eigenvalues [..., k], descending, are more than the
 // flat rest to rounding, else 0: rows of zeros stand for those in the basis. They are as good as
@@ -50,16 +33,23 @@ at::Tensor is_distinct(const at::Tensor& eigenvalues, const at::Tensor& flat, in
 // 1 for the columns of x [..., k, l] with an entry that is not zero, else 0, [..., 1, l]. In the
 // others weights have had no gradient: what a decomposition of x leaves there is rounding.
 at::Tensor live_columns(const at::Tensor& x) {
-  return x.abs().amax(-2, /*keepdim=*/true).gt(0).to(x.scalar_type());
+  constexpr double kLargest = std::numeric_limits<double>::infinity();
+  return at::linalg_vector_norm(x, kLargest, at::IntArrayRef({-2}), /*keepdim=*/true)
+      .gt(0)
+      .to(x.scalar_type());
 }
 
-// Q R of the transposed rows [b, used, l], the first `inner` of which a refresh has left
-// orthonormal but for rounding. With a look only what the others have outside of these is
-// decomposed, a quarter of the work, as long as all of Q comes out orthonormal: not where rows are
-// zero, or were rounded.
-JudgedQR judged_qr_of_rows(const at::Tensor& rows, int64_t inner, Looks looks) {
+// The rows [b, used, l] by Householder's decomposition, on the CPU. What a refresh has left
+// orthonormal but for rounding stays but for every 32nd time, and only what the others have outside
+// of it is decomposed, a quarter of the work, as long as all comes out orthonormal: not where rows
+// are zero, or were rounded.
+OrthonormalRows householder_rows(const Batch& batch, Side side, const at::Tensor& rows) {
+  const Matrix& first = batch.first();
+  const int64_t inner = first.rows[0];
   const int64_t added = rows.size(1) - inner;
-  if (looks == Looks::kOnHost && added > 0) {
+  const at::Tensor identity = at::eye(rows.size(1), rows.options()).unsqueeze(0);
+  const int64_t refreshes = first.refreshes[static_cast<size_t>(side)] + 1;
+  if (added > 0 && refreshes % kRefreshesPerCorrection != 0) {
     const at::Tensor V = rows.narrow(1, 0, inner);
     at::Tensor rest = rows.narrow(1, inner, added).mT();
     at::Tensor within = at::zeros({rows.size(0), inner, added}, rows.options());
@@ -68,68 +58,96 @@ JudgedQR judged_qr_of_rows(const at::Tensor& rows, int64_t inner, Looks looks) {
       within.add_(part);
       rest = rest.sub(full_product(V.mT(), part));
     }
-    const auto [Z, T] = signed_qr(rest);
-    const at::Tensor Q = at::cat({V.mT(), Z}, 2);
-    const at::Tensor sound = is_orthonormal(Q);
+    const auto [Z, R] = signed_qr(rest);
+    const at::Tensor all = at::cat({V, Z.mT()}, 1);
+    const at::Tensor sound = is_orthonormal(all.mT());
     if (sound.all().item<bool>()) {
-      const at::Tensor R = at::zeros({rows.size(0), inner + added, inner + added}, rows.options());
-      R.diagonal(0, 1, 2).narrow(1, 0, inner).fill_(1);
-      R.narrow(1, 0, inner).narrow(2, inner, added).copy_(within);
-      R.narrow(1, inner, added).narrow(2, inner, added).copy_(T);
-      return {Q, R, sound};
+      const at::Tensor T = at::zeros({rows.size(0), inner + added, inner + added}, rows.options());
+      T.diagonal(0, 1, 2).narrow(1, 0, inner).fill_(1);
+      T.narrow(1, inner, added).narrow(2, 0, inner).copy_(within.mT());
+      T.narrow(1, inner, added).narrow(2, inner, added).copy_(R.mT());
+      return {all, identity, T, sound};
     }
   }
-  return judged_qr(rows.mT());
+  const auto [Q, R, sound] = judged_qr(rows.mT());
+  return {Q.mT(), identity, R.mT(), sound};
+}
+
+// The columns of each X [b, n, n], positive semidefinite with its columns permuted like its rows,
+// without damping: what it turned out of the basis's first directions would be lost. Columns of
+// rounding leave zeros.
+Orthonormalized undamped_orthonormalize(const at::Tensor& X) {
+  const OrthonormalRows rows = orthonormal_rows(X);
+  return {full_product(rows.last, rows.X).mT(), rows.sound};
+}
+
+// Whether the rows of each V [b, k, l] are orthonormal, but for those that are zero by `seen`.
+at::Tensor is_sound(const at::Tensor& V, const at::Tensor& seen) {
+  return is_orthonormal(V.mT(), seen);
 }
 
 }  // namespace
 
-void initialize_skinny_(const Matrix& w, const Options& options, const at::Tensor& gradient,
-                        double tau) {
-  const at::Tensor H = w.is_wide() ? gradient : gradient.t();
-  const at::Tensor& F = w.is_wide() ? w.L : w.R;
-  const at::Tensor& Q = w.is_wide() ? w.Q_L : w.Q_R;
-  const int64_t size = H.size(0);
+void initialize_skinny_(Batch& batch, const Options& options, const ScaledGradients& gradients) {
+  const Matrix& first = batch.first();
+  const at::Tensor H = first.is_wide() ? gradients.H : gradients.H.mT().contiguous();
+  const int64_t size = H.size(1);
   const auto s = static_cast<double>(size);
-  const auto l = static_cast<double>(H.size(1));
-  const double beta = options.factor_beta;
-  const at::Tensor identity = at::eye(size, H.options());
+  const auto l = static_cast<double>(H.size(2));
+  const double gain = 1 - options.factor_beta;
+  const at::Tensor identity = at::eye(size, H.options()).unsqueeze(0);
+  at::Tensor failures = at::zeros({batch.size()}, H.options().dtype(at::kLong));
   const auto basis_of = [&](const at::Tensor& factor) {
-    if (const std::optional<Eigen> eigen = eigenvectors(factor)) return eigen->vectors;
-    w.refresh_fallbacks.add_(1);
-    return identity;
+    const Eigen eigen = settled_eigenvectors(factor);
+    failures.add_(eigen.sound.logical_not());
+    return at::where(per_matrix(eigen.sound), eigen.vectors, identity);
+  };
+  const auto of_matrix = [&](const at::Tensor& x) { return per_matrix(x.to(H.scalar_type())); };
+  const auto rotated = [](const at::Tensor& F, const at::Tensor& Q) {
+    return symmetric(full_product(Q.mT(), full_product(F, Q)));
   };
 
   // The prior is a multiple of the identity whose trace is that of the gradient's term.
-  const at::Tensor gram = full_product(H, H.t());
-  const double gram_trace = gram.trace().item<double>();
-  const double prior = beta > 0 ? (1 - beta) * gram_trace / (s * l) : 0;
-  const at::Tensor sum = gram.mul((1 - beta) / l).add_(identity, prior);
-  const double norm = sum.norm().item<double>();
-  w.rho.select(0, w.is_wide() ? 0 : 1).fill_(tau * std::sqrt(norm));
-  const at::Tensor unit = sum.div(norm);
-  Q.copy_(basis_of(unit));
-  F.copy_(symmetric(full_product(Q.t(), full_product(unit, Q))));
+  const at::Tensor gram = full_product(H, H.mT());
+  const at::Tensor gram_trace = gram.diagonal(0, 1, 2).sum(1, false, batch.wide_dtype());
+  const at::Tensor prior = gram_trace.mul(options.factor_beta > 0 ? gain / (s * l) : 0.0);
+  const at::Tensor sum = gram.mul(gain / l).add_(identity.mul(of_matrix(prior)));
+  const at::Tensor norm =
+      at::linalg_vector_norm(sum, 2, at::IntArrayRef({1, 2}), false, batch.wide_dtype());
+  const at::Tensor unit = sum.div(of_matrix(norm));
+  const at::Tensor Q = basis_of(unit);
+  batch.set(first.is_wide() ? &Matrix::Q_L : &Matrix::Q_R, Q);
+  batch.set(first.is_wide() ? &Matrix::L : &Matrix::R, rotated(unit, Q));
 
-  std::optional<QR> qr = checked_qr(H.t());
-  if (!qr) {
-    // Any orthonormal rows will do: what they do not see is the rest.
-    w.refresh_fallbacks.add_(1);
-    const at::Tensor units = at::eye(H.size(1), size, H.options());
-    qr = QR{units, full_product(units.t(), H.t())};
-  }
-  const auto [Z, T] = *qr;
-  const at::Tensor inner = full_product(T, T.t());
+  const auto [X, last, T, is_decomposed] = orthonormal_rows(H);
+  const at::Tensor inner = symmetric(full_product(T.mT(), T));
   const at::Tensor U = basis_of(inner);
-  const double trace = prior * l + (1 - beta) * gram_trace / s;
-  w.rho.select(0, w.is_wide() ? 1 : 0).fill_(tau * std::sqrt(trace));
-  w.flat.fill_(prior / trace);
-  at::Tensor core = symmetric(full_product(U.t(), full_product(inner, U)));
-  const at::Tensor seen = is_distinct(core.diagonal(), at::zeros({}, core.options()), l);
-  w.basis.narrow(0, 0, size).copy_(full_product(Z, U).mul_(seen).t().mul(live_columns(H)));
-  core = core.mul_(seen).mul_(seen.unsqueeze(1));
-  w.core.narrow(0, 0, size).narrow(1, 0, size).copy_(core.mul_((1 - beta) / (s * trace)));
-  w.rows[0] = w.rows[1] = size;
+  const at::Tensor trace = prior.mul(l).add_(gram_trace, gain / s);
+  const at::Tensor core = rotated(inner, U);
+  const at::Tensor seen =
+      is_distinct(core.diagonal(0, 1, 2), at::zeros({1, 1}, core.options()), first.long_side());
+  const at::Tensor basis =
+      full_product(full_product(U.mT(), last), X).mul_(seen.unsqueeze(2)).mul_(live_columns(H));
+  const at::Tensor sound = is_decomposed.logical_and(is_sound(basis, seen));
+  failures.add_(sound.logical_not());
+
+  // Without a decomposition the long side starts flat.
+  const at::Tensor weight = trace.reciprocal().mul_(gain / s);
+  const at::Tensor new_core = at::zeros_like(batch.get(&Matrix::core));
+  new_core.narrow(1, 0, size)
+      .narrow(2, 0, size)
+      .copy_(core.mul(seen.unsqueeze(1)).mul_(seen.unsqueeze(2)).mul_(of_matrix(weight)));
+  const at::Tensor rho_short = gradients.tau.mul(norm.sqrt());
+  const at::Tensor rho_long = gradients.tau.mul(trace.sqrt());
+  batch.set(&Matrix::rho, first.is_wide() ? at::stack({rho_short, rho_long}, 1)
+                                          : at::stack({rho_long, rho_short}, 1));
+  batch.set(&Matrix::flat, at::where(sound, prior.div(trace), 1 / l).to(H.scalar_type()));
+  batch.set(&Matrix::core, at::where(per_matrix(sound), new_core, 0));
+  batch.set_part([&](const Matrix& w) { return w.basis.narrow(0, 0, size); },
+                 at::where(per_matrix(sound), basis, 0));
+  batch.set(&Matrix::refresh_fallbacks, batch.get(&Matrix::refresh_fallbacks).add(failures));
+  batch.commit();
+  for (const Matrix* w : batch.matrices()) w->rows[0] = w->rows[1] = size;
 }
 
 at::Tensor bounded_second_moment(const at::Tensor& exp_avg_sq, const Options& options,
@@ -152,6 +170,7 @@ at::Tensor bounded_second_moment(const at::Tensor& exp_avg_sq, const Options& op
 void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   const NoDenormals no_denormals;
   const Matrix& first = batch.first();
+  const Side side = first.is_wide() ? Side::kRight : Side::kLeft;
   const int64_t rank = first.skinny_rank;
   const int64_t inner = first.rows[0];
   const int64_t used = first.rows[1];
@@ -161,16 +180,14 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
     return [count](const Matrix& w) { return w.basis.narrow(0, 0, count); };
   };
 
-  // The factor is flat I + Z (F - flat I) Z^T, Z's first columns being the old basis.
+  // The factor is flat I + Z^T (F - flat I) Z, Z's first rows being the old basis.
   const at::Tensor flat = batch.get(&Matrix::flat);
   const at::Tensor rows = batch.get_part(rows_in(used));
-  // Rounding of the old basis would add up.
-  const bool corrects =
-      (first.refreshes[first.is_wide() ? 1 : 0] + 1) % kRefreshesPerCorrection == 0;
-  const auto [Z, T, is_basis] = judged_qr_of_rows(rows, inner, corrects ? Looks::kNever : looks);
+  const auto [X, last, T, is_decomposed] =
+      looks == Looks::kOnHost ? householder_rows(batch, side, rows) : orthonormal_rows(rows);
   const at::Tensor core = batch.get(&Matrix::core);
   const at::Tensor used_core = core.narrow(1, 0, used).narrow(2, 0, used);
-  const at::Tensor old_F = symmetric(full_product(full_product(T, used_core), T.mT()));
+  const at::Tensor old_F = symmetric(full_product(full_product(T.mT(), used_core), T));
   old_F.diagonal(0, 1, 2).add_(flat.unsqueeze(1));
   // The mean eigenvalue outside of the first `count` directions of a factor with this diagonal.
   const auto mean_beyond = [&](const at::Tensor& diagonal, int64_t count) {
@@ -180,7 +197,8 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
         .unsqueeze(1);
   };
   const at::Tensor old_mean = mean_beyond(old_F.diagonal(0, 1, 2), inner);
-  const auto [diagonal, order, P, F, is_turn] = power_iteration(old_F);
+  const auto [diagonal, order, P, F, is_turn, stays] = power_iteration(
+      old_F, looks == Looks::kOnHost ? householder_orthonormalize : undamped_orthonormalize);
   const at::Tensor new_diagonal = F.diagonal(0, 1, 2).narrow(1, 0, kept);
   const at::Tensor mean = mean_beyond(F.diagonal(0, 1, 2), kept);
 
@@ -199,8 +217,9 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   rest.mul_(growth(options, old_mean, mean).unsqueeze(1));
   moments.narrow(2, 0, kept).copy_(columns);
   const at::Tensor seen = is_distinct(new_diagonal, flat.unsqueeze(1), l);
-  const at::Tensor basis =
-      full_product(Z, P.narrow(2, 0, kept)).mul_(seen.unsqueeze(1)).mT().mul(live_columns(rows));
+  const at::Tensor basis = full_product(full_product(P.narrow(2, 0, kept).mT(), last), X)
+                               .mul_(seen.unsqueeze(2))
+                               .mul_(live_columns(rows));
   const at::Tensor exp_avg = batch.get(&Matrix::exp_avg);
   const at::Tensor bounded =
       bounded_second_moment(moments, options, first.is_wide() ? exp_avg : exp_avg.mT(), basis,
@@ -212,7 +231,7 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   kept_core.mul_(seen.unsqueeze(1)).mul_(seen.unsqueeze(2));
 
   // Where a decomposition failed the old basis stays, and the gradients since are forgotten.
-  const at::Tensor sound = is_basis.logical_and(is_turn);
+  const at::Tensor sound = is_decomposed.logical_and(is_turn).logical_and_(is_sound(basis, seen));
   const bool moves_all = looks == Looks::kOnHost && sound.all().item<bool>();
   const auto where_moved = [&](const at::Tensor& moved, const auto& old) {
     return moves_all ? moved : at::where(per_matrix(sound), moved, old());
@@ -234,7 +253,7 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
             batch.get(&Matrix::refresh_fallbacks).add(sound.logical_not().to(at::kLong)));
   batch.commit();
   for (const Matrix* w : batch.matrices()) {
-    w->refreshes[w->is_wide() ? 1 : 0] += 1;
+    w->refreshes[static_cast<size_t>(side)] += 1;
     w->rows[0] = w->rows[1] = kept;
   }
 }

@@ -52,6 +52,7 @@ const char* name_of(Backend backend) {
 }
 
 bool use_aten_alone(bool alone) { return aten_alone.exchange(alone); }
+bool uses_aten_alone() { return aten_alone; }
 
 #if defined(DYKAF_WITH_CUDA)
 

@@ -33,6 +33,7 @@ const char* name_of(Backend backend);
 // From now on torch's own operations serve all tensors, or again what is fastest for each; returns
 // the choice before.
 bool use_aten_alone(bool alone);
+bool uses_aten_alone();
 
 // Allocates workspace on `device`, makes the plan there and launches it on the current stream.
 // Raises RuntimeError with CUDA's message if a launch fails.

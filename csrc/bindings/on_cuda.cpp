@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "aten/ops.h"
+#include "bindings/cuda_products.h"
 
 #if defined(DYKAF_WITH_CUDA)
 
@@ -30,6 +31,10 @@ cuda::DeviceInputs inputs_of(const CudaGroup& group) {
           .skip = pointer<int32_t>(group.skip),
           .amp_scale = pointer<float>(group.amp_scale),
           .lr = pointer<float>(group.lr)};
+}
+
+cuda::Products products_of(const CudaGroup& group) {
+  return products_on(group.device, group.precision);
 }
 
 // The matrices `indices` of the group, as a group of their own over `problems`, without maxima.
@@ -82,8 +87,9 @@ at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Devic
 
 void rotate_on_cuda(const CudaGroup& group, Rotation rotation, const float* const* inputs,
                     float* const* outputs) {
+  const cuda::Products products = products_of(group);
   run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_rotate(group.problems, rotation, inputs, outputs, group.precision, workspace);
+    return cuda::plan_rotate(group.problems, rotation, inputs, outputs, products, workspace);
   });
 }
 
@@ -95,9 +101,10 @@ void adam_update_on_cuda_(const CudaGroup& group, float* const* updates) {
 }
 
 void orthogonalize_on_cuda_(const CudaGroup& group, float* const* updates) {
+  const cuda::Products products = products_of(group);
   run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_orthogonalize(group.problems, group.options, inputs_of(group),
-                                    group.precision, updates, workspace);
+    return cuda::plan_orthogonalize(group.problems, group.options, inputs_of(group), products,
+                                    updates, workspace);
   });
 }
 
@@ -109,9 +116,10 @@ void apply_update_on_cuda_(const CudaGroup& group, const float* const* updates) 
 }
 
 void factor_update_on_cuda_(const CudaGroup& group) {
+  const cuda::Products products = products_of(group);
   run_plan(group.device, [&](void* workspace) {
-    return cuda::plan_factor_update(group.problems, group.options, inputs_of(group),
-                                    group.precision, workspace);
+    return cuda::plan_factor_update(group.problems, group.options, inputs_of(group), products,
+                                    workspace);
   });
 }
 
@@ -159,21 +167,47 @@ std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group) {
   return failures;
 }
 
-CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes)
-    : group_(group), refreshes_(refreshes), places_(group.problems) {
+CudaStep::CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& passes)
+    : group_(group),
+      refreshes_(refreshes),
+      products_(products_of(group)),
+      places_(group.problems),
+      kept_(passes) {
   const c10::DeviceGuard guard(group.device);
-  for (const std::vector<size_t>& indices : passes_of(group, places_.running)) {
-    Pass& pass = passes_.emplace_back();
-    subgroup(group, indices, pass.problems);
-    pass.grad_max = entries(*group.grad_max, indices);
+  if (!kept_serves()) {
+    kept_ = {};
+    kept_.products = products_;
+    for (std::vector<size_t>& indices : passes_of(group, places_.running)) {
+      kept_.passes.emplace_back().indices = std::move(indices);
+    }
+  }
+  for (CudaPasses::Pass& pass : kept_.passes) {
+    if (pass.problems.empty()) pass.problems = chosen(group.problems, pass.indices);
+    for (size_t k = 0; k < pass.indices.size(); ++k) {
+      pass.problems[k].grad = group.problems[pass.indices[k]].grad;
+      pass.problems[k].rate = group.problems[pass.indices[k]].rate;
+    }
+    pass.grad_max = entries(*group.grad_max, pass.indices);
+    if (kept_.workspace != nullptr) continue;
     const CudaGroup part = group_of(pass);
     const cuda::Plan plan =
-        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, nullptr);
-    workspace_bytes_ = std::max(workspace_bytes_, plan.workspace_bytes);
+        cuda::plan_step(part.problems, part.options, inputs_of(part), products_, nullptr);
+    kept_.workspace_bytes = std::max(kept_.workspace_bytes, plan.workspace_bytes);
   }
 }
 
-CudaGroup CudaStep::group_of(Pass& pass) const {
+bool CudaStep::kept_serves() const {
+  if (kept_.workspace == nullptr || !(kept_.products == products_)) return false;
+  size_t num_matrices = 0;
+  for (const CudaPasses::Pass& pass : kept_.passes) {
+    num_matrices += pass.indices.size();
+    if (!cuda::serves(pass.plan, group_.options)) return false;
+  }
+  // Of all matrices, then and now.
+  return num_matrices == group_.problems.size() && places_.running.size() == num_matrices;
+}
+
+CudaGroup CudaStep::group_of(const CudaPasses::Pass& pass) const {
   CudaGroup part = group_;
   part.problems = pass.problems;
   part.grad_max = pass.grad_max;
@@ -182,12 +216,18 @@ CudaGroup CudaStep::group_of(Pass& pass) const {
 
 void CudaStep::plan(void* workspace) {
   const c10::DeviceGuard guard(group_.device);
-  for (Pass& pass : passes_) {
+  const bool is_there = kept_.workspace == workspace;
+  for (CudaPasses::Pass& pass : kept_.passes) {
     const CudaGroup part = group_of(pass);
-    pass.plan =
-        cuda::plan_step(part.problems, part.options, inputs_of(part), part.precision, workspace);
+    const cuda::DeviceInputs inputs = inputs_of(part);
+    if (is_there) {
+      cuda::renew_step(pass.plan, part.problems, part.options, inputs);
+    } else {
+      pass.plan = cuda::plan_step(part.problems, part.options, inputs, products_, workspace);
+    }
     pass.image = copy_to_device(pass.plan.image, group_.device);
   }
+  kept_.workspace = workspace;
 }
 
 void CudaStep::initialize_() {
@@ -205,13 +245,19 @@ void CudaStep::reset_() {
 
 StepReport CudaStep::run_() {
   const c10::DeviceGuard guard(group_.device);
-  for (const Pass& pass : passes_) launch_plan(pass.plan, pass.image);
+  for (CudaPasses::Pass& pass : kept_.passes) {
+    launch_plan(pass.plan, pass.image);
+    pass.grad_max.reset();
+    pass.image.reset();
+  }
   StepReport report;
   report.waiting = places_.still_waiting(group_.problems);
   if (refreshes_ == Refreshes::kApart) return report;
   count_rows(group_, places_.running);
   std::vector<Problem<float>> problems;
-  for (size_t i : refresh_due_on_cuda_(subgroup(group_, places_.running, problems))) {
+  const bool all_run = places_.running.size() == group_.problems.size();
+  const CudaGroup running = all_run ? group_ : subgroup(group_, places_.running, problems);
+  for (size_t i : refresh_due_on_cuda_(running)) {
     report.stayed.push_back(places_.running[i]);
   }
   return report;

@@ -21,7 +21,7 @@ struct CudaGroup {
   std::optional<at::Tensor> grad_max = {};   // float64 [num_matrices]
   std::optional<at::Tensor> skip = {};       // int32 [1], not 0: change nothing
   std::optional<at::Tensor> amp_scale = {};  // float32 [1], GradScaler's
-  std::optional<at::Tensor> lr = {};         // float32 [1], in place of options.lr
+  std::optional<at::Tensor> lr = {};         // float32 [1], in place of every rate's
 };
 
 at::Tensor grad_max_on_cuda(std::span<const Gradient> gradients, const at::Device& device);
@@ -46,13 +46,31 @@ void refresh_basis_on_cuda_(const CudaGroup& group, Side side);
 // Returns the places of matrices whose refresh could not be done.
 std::vector<size_t> refresh_due_on_cuda_(const CudaGroup& group);
 
+// The passes in which a step goes over a group, with their plans. They serve the next step of the
+// same problems if that takes all of them.
+struct CudaPasses {
+  struct Pass {
+    std::vector<size_t> indices;  // in the group
+    std::vector<Problem<float>> problems;
+    cuda::Plan plan;
+    // Of one step.
+    at::Tensor grad_max;
+    at::Tensor image;
+  };
+  std::list<Pass> passes;
+  cuda::Products products;
+  int64_t workspace_bytes = 0;
+  void* workspace = nullptr;  // where the plans have it; null: they have none
+};
+
 // The step of a group, in the parts of dykaf/ops.h's Step.
 class CudaStep {
  public:
-  CudaStep(const CudaGroup& group, Refreshes refreshes);
+  // `passes`: of the step before, or new.
+  CudaStep(const CudaGroup& group, Refreshes refreshes, CudaPasses& passes);
 
   // What plan() takes.
-  int64_t workspace_bytes() const { return workspace_bytes_; }
+  int64_t workspace_bytes() const { return kept_.workspace_bytes; }
   // Everything else that the step needs on the device, but for the refreshes.
   void plan(void* workspace);
 
@@ -65,19 +83,14 @@ class CudaStep {
   StepReport run_();
 
  private:
-  struct Pass {
-    std::vector<Problem<float>> problems;
-    at::Tensor grad_max;
-    cuda::Plan plan;
-    at::Tensor image;
-  };
-  CudaGroup group_of(Pass& pass) const;
+  bool kept_serves() const;
+  CudaGroup group_of(const CudaPasses::Pass& pass) const;
 
   CudaGroup group_;
   Refreshes refreshes_;
+  cuda::Products products_;
   StepPlaces places_;
-  std::list<Pass> passes_;
-  int64_t workspace_bytes_ = 0;
+  CudaPasses& kept_;
 };
 
 }  // namespace dykaf::bindings

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "aten/ops.h"
+#include "bindings/cuda_products.h"
 #include "bindings/on_cuda.h"
 #include "bindings/problems.h"
 #include "bindings/register.h"
@@ -135,6 +136,7 @@ void apply_update_op(const TensorList& params, const TensorList& updates, const 
                     {.params = params,
                      .updates = updates,
                      .streams = streams,
+                     .rates = std::vector<Rate>(states.size(), parse_rate(options)),
                      .places = places,
                      .needs_moments = false},
                     parsed);
@@ -212,6 +214,29 @@ void refresh_due_op(const States& states, const Offsets& offsets, const py::dict
   copy(kept, full);
 }
 
+// (least, most) capability, precision, form, (least, most) of m, of n and of k, by the library;
+// dykaf.products has checked them.
+using Range = std::pair<int64_t, int64_t>;
+using RuleTuple = std::tuple<Range, std::string, std::string, Range, Range, Range, bool>;
+
+void use_products_op(const std::vector<RuleTuple>& tuples) {
+  const auto range = [](const Range& r) { return cuda::SizeRange{r.first, r.second}; };
+  std::vector<CapabilityRule> rules;
+  for (const auto& [capability, precision, form, m, n, k, by_library] : tuples) {
+    rules.push_back(
+        {range(capability),
+         {.precision = precision == "medium" ? MatmulPrecision::kMedium : MatmulPrecision::kHigh,
+          .form = form == "NN"   ? cuda::GemmForm::kNN
+                  : form == "TN" ? cuda::GemmForm::kTN
+                                 : cuda::GemmForm::kNT,
+          .m = range(m),
+          .n = range(n),
+          .k = range(k),
+          .by_library = by_library}});
+  }
+  use_product_rules(std::move(rules));
+}
+
 }  // namespace
 
 void register_ops(py::module_& module) {
@@ -221,6 +246,8 @@ void register_ops(py::module_& module) {
         return name_of(backend_of(name, tensor));
       },
       py::arg("tensor"), py::arg("name"));
+  module.def("use_products", &use_products_op, py::arg("rules"));
+  module.def("has_library", &has_library);
   module.def("use_aten_alone", &use_aten_alone, py::arg("alone"));
   module.def("grad_max", &grad_max, py::arg("grads"), py::arg("counts"));
   module.def("rotate", &rotate_op, py::arg("inputs"), py::arg("states"), py::arg("into_basis"),

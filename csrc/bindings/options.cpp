@@ -59,14 +59,16 @@ MatmulPrecision read_precision(const py::dict& options, const at::Device& device
 
 }  // namespace
 
+Rate parse_rate(const py::dict& options) {
+  return {.lr = read<double>(options, "lr"), .weight_decay = read<double>(options, "weight_decay")};
+}
+
 Options parse_options(const py::dict& options, const at::Device& device) {
   const auto betas = read<std::pair<double, double>>(options, "betas");
   return {
-      .lr = read<double>(options, "lr"),
       .beta1 = betas.first,
       .beta2 = betas.second,
       .eps = read<double>(options, "eps"),
-      .weight_decay = read<double>(options, "weight_decay"),
       .factor_beta = read<double>(options, "factor_beta"),
       .grad_scale = read<double>(options, "grad_scale"),
       .precondition_frequency = read<int64_t>(options, "precondition_frequency"),

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <functional>
 #include <numeric>
 #include <sstream>
@@ -11,6 +12,7 @@
 #include "bindings/on_cuda.h"
 #include "bindings/state_reader.h"
 #include "dykaf/ops.h"
+#include "dykaf/schedule.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -131,6 +133,16 @@ std::vector<Gradient> gradients_of(const TensorList& grads, const std::vector<in
   return parts;
 }
 
+at::Tensor largest_of(const std::vector<Gradient>& parts, [[maybe_unused]] const at::Device& device,
+                      [[maybe_unused]] Backend backend) {
+#if defined(DYKAF_WITH_CUDA)
+  if (backend == Backend::kCuda) return grad_max_on_cuda(parts, device);
+#endif
+  at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
+  cpu::grad_max(parts, maxima.mutable_data_ptr<double>());
+  return maxima;
+}
+
 TensorList views_of(const TensorList& grads, const std::vector<int64_t>& counts) {
   TensorList parts;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -166,13 +178,7 @@ at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts)
   if (backend == Backend::kAten) {
     return aten::grad_max(views_of(grads, counts), grad_max_dtype(device));
   }
-  const std::vector<Gradient> parts = gradients_of(grads, counts);
-#if defined(DYKAF_WITH_CUDA)
-  if (backend == Backend::kCuda) return grad_max_on_cuda(parts, device);
-#endif
-  at::Tensor maxima = at::empty({static_cast<int64_t>(parts.size())}, at::kDouble);
-  cpu::grad_max(parts, maxima.mutable_data_ptr<double>());
-  return maxima;
+  return largest_of(gradients_of(grads, counts), device, backend);
 }
 
 at::Tensor entries(const at::Tensor& vector, const std::vector<size_t>& places) {
@@ -201,6 +207,56 @@ void Problems::write_back() {
   for (const at::Tensor& param : params_) {
     if (!param.is_inference()) param.unsafeGetTensorImpl()->bump_version();
   }
+}
+
+bool Problems::keep() {
+  const bool is_enough = copies_.empty() && aten.matrices.empty();
+  params_.clear();
+  copies_.clear();
+  grad_max_.reset();
+  return is_enough;
+}
+
+template <typename T>
+void Problems::renew(ProblemList<T>& list, const TensorList& grads,
+                     const std::vector<Rate>& rates) {
+  for (size_t k = 0; k < list.matrices.size(); ++k) {
+    Problem<T>& p = list.matrices[k];
+    const MatrixInputs given{.grad = &grads[list.sources[k]], .grad_max = &*grad_max_};
+    set_inputs(p, given, list.members[k], list.places[k], p.dtype);
+    p.rate = rates[list.sources[k]];
+  }
+}
+
+void Problems::renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
+                     const std::vector<Rate>& rates) {
+  params_ = params;
+  grad_max_ = grad_max;
+  renew(single, grads, rates);
+  renew(wide, grads, rates);
+  renew(cuda, grads, rates);
+}
+
+at::Tensor Problems::grad_max_of(const TensorList& grads) const {
+  std::vector<Gradient> parts(num_matrices_);
+  const auto add = [&](const auto& list) {
+    for (size_t k = 0; k < list.matrices.size(); ++k) {
+      const auto& p = list.matrices[k];
+      const at::Tensor& grad = grads[list.sources[k]];
+      const auto* data = static_cast<const char*>(grad.const_data_ptr());
+      const int64_t bytes = p.size() * static_cast<int64_t>(grad.element_size());
+      parts[list.places[k]] = {data + list.members[k] * bytes, p.size(), p.dtype};
+    }
+  };
+  add(single);
+  add(wide);
+  add(cuda);
+  return largest_of(parts, device_, cuda.matrices.empty() ? Backend::kCpu : Backend::kCuda);
+}
+
+bool Problems::has_waiting() const {
+  return std::any_of(cuda.matrices.begin(), cuda.matrices.end(),
+                     [](const auto& p) { return dykaf::awaits_first_gradient(p); });
 }
 
 namespace {
@@ -289,6 +345,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
   }
   if (inputs.grad_max) given.grad_max = &*inputs.grad_max;
   if (inputs.streams) p.stream = (*inputs.streams)[index];
+  if (!inputs.rates.empty()) p.rate = inputs.rates[index];
   if (!inputs.places.empty()) {
     const auto [first, run, stride] = inputs.places[index];
     p.place = {first, run, stride};
@@ -303,6 +360,7 @@ void Problems::append(MatrixList<Matrix>& list, size_t index, const py::dict& st
     list.matrices.push_back(matrix_of_stack(p, i));
     set_inputs(list.matrices.back(), given, i, num_matrices_, dtype);
     list.sources.push_back(index);
+    list.members.push_back(i);
     list.places.push_back(num_matrices_++);
   }
 }

@@ -25,6 +25,7 @@ struct Inputs {
   std::optional<TensorList> updates = {};   // contiguous; of type T; what comes in or goes out
   std::optional<at::Tensor> grad_max = {};  // one per matrix of each gradient, from grad_max()
   std::optional<std::vector<uint64_t>> streams = {};
+  std::vector<Rate> rates = {};
   std::vector<std::array<uint64_t, 3>> places = {};  // the fields of each Place; none: whole ones
   std::optional<std::vector<std::vector<int64_t>>> offsets = {};  // [left, right]
   bool needs_moments = true;         // else step and master are all that is read of a state
@@ -38,8 +39,9 @@ struct Inputs {
 template <typename Matrix>
 struct MatrixList {
   std::vector<Matrix> matrices;
-  std::vector<size_t> sources;  // the index of the state that each matrix belongs to
-  std::vector<size_t> places;   // of each matrix among those of all states
+  std::vector<size_t> sources;   // the index of the state that each matrix belongs to
+  std::vector<int64_t> members;  // of each matrix: its place in that stack
+  std::vector<size_t> places;    // of each matrix among those of all states
 };
 template <typename T>
 using ProblemList = MatrixList<Problem<T>>;
@@ -61,6 +63,17 @@ class Problems {
   // max|G| of the matrices at `places` of all; nothing where none came in.
   std::optional<at::Tensor> maxima_of(const std::vector<size_t>& places) const;
 
+  // Lets go of every tensor that came in. What is left serves renew(), if true; the tensors of all
+  // states, and the parameters' memory, must be where they were then.
+  bool keep();
+  // The next step's tensors, which are like those that came in before.
+  void renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
+             const std::vector<Rate>& rates);
+  // max|G| of each matrix, with gradients like those that came in.
+  at::Tensor grad_max_of(const TensorList& grads) const;
+  // Whether the host is to look at gradients on a device before it knows what a step does.
+  bool has_waiting() const;
+
   // Copies parameters that are not contiguous back to where they came from, and tells autograd that
   // all of them were changed in place.
   void write_back();
@@ -70,6 +83,9 @@ class Problems {
   void append(MatrixList<Matrix>& list, size_t index, const py::dict& state, const Inputs& inputs,
               const Options& options);
   const at::Tensor& contiguous_param(const at::Tensor& param);
+
+  template <typename T>
+  void renew(ProblemList<T>& list, const TensorList& grads, const std::vector<Rate>& rates);
 
   at::Device device_;
   TensorList params_;
@@ -92,6 +108,7 @@ at::Tensor grad_max(const TensorList& grads, const std::vector<int64_t>& counts)
 // From the group's dictionary; raises ValueError for a name that is missing or not known. `device`
 // says which of torch's settings a precision of None follows.
 Options parse_options(const py::dict& options, const at::Device& device);
+Rate parse_rate(const py::dict& options);
 
 // Where the tensors of `states` are; the CPU for none.
 at::Device device_of(const std::vector<py::dict>& states);

@@ -1,200 +1,17 @@
 // The whole step of all groups in one call: first everything that may fail, then the changes.
-#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <list>
-#include <memory>
-#include <sstream>
+#include <optional>
 #include <tuple>
 
-#include "aten/ops.h"
-#include "bindings/on_cuda.h"
-#include "bindings/problems.h"
+#include "bindings/job.h"
 #include "bindings/register.h"
-#include "dykaf/ops.h"
+#include "bindings/seen.h"
 
 namespace dykaf::bindings {
 namespace {
-
-// The step of those matrices of a job that one backend serves.
-class Part {
- public:
-  Part(std::vector<size_t> sources, std::vector<size_t> places)
-      : sources(std::move(sources)), places(std::move(places)) {}
-  virtual ~Part() = default;
-
-  virtual bool has_fresh() const = 0;
-  virtual void initialize_() = 0;
-  virtual void reset_() = 0;
-  virtual StepReport run_() = 0;
-  // What plan() takes.
-  virtual int64_t workspace_bytes() const { return 0; }
-  virtual void plan(void*) {}
-
-  // Of each matrix: the place of its parameter in the job, and its own.
-  const std::vector<size_t> sources;
-  const std::vector<size_t> places;
-};
-
-// BackendStep is cpu::Step, aten::Step or CudaStep.
-template <typename BackendStep>
-class PartOf : public Part {
- public:
-  PartOf(std::vector<size_t> sources, std::vector<size_t> places, BackendStep step)
-      : Part(std::move(sources), std::move(places)), step_(std::move(step)) {}
-
-  bool has_fresh() const override { return step_.has_fresh(); }
-  void initialize_() override { step_.initialize_(); }
-  void reset_() override { step_.reset_(); }
-  StepReport run_() override { return step_.run_(); }
-  int64_t workspace_bytes() const override {
-    if constexpr (kIsPlanned) return step_.workspace_bytes();
-    return 0;
-  }
-  void plan([[maybe_unused]] void* workspace) override {
-    if constexpr (kIsPlanned) step_.plan(workspace);
-  }
-
- private:
-  static constexpr bool kIsPlanned = requires(BackendStep step) { step.workspace_bytes(); };
-
-  BackendStep step_;
-};
-
-// The step of some parameters of one group on one device; dykaf.ops.StepJob documents the fields.
-class Job {
- public:
-  explicit Job(const py::object& job)
-      : states_(read<std::vector<py::dict>>(job, "states")),
-        options_(parse_options(read<py::dict>(job, "options"), device_of(states_))),
-        refreshes_(read<bool>(job, "refresh") ? Refreshes::kWithStep : Refreshes::kApart),
-        skip_(read<std::optional<at::Tensor>>(job, "skip")),
-        amp_scale_(read<std::optional<at::Tensor>>(job, "amp_scale")),
-        lr_(read<std::optional<at::Tensor>>(job, "lr")),
-        kept_(read<TensorList>(job, "kept")),
-        full_(read<TensorList>(job, "full")),
-        problems_(states_,
-                  {.params = read<TensorList>(job, "params"),
-                   .grads = read<TensorList>(job, "grads"),
-                   .grad_max = read<at::Tensor>(job, "grad_max"),
-                   .streams = read<std::vector<uint64_t>>(job, "streams"),
-                   .places = read<std::vector<std::array<uint64_t, 3>>>(job, "places"),
-                   .offsets = read<std::vector<std::vector<int64_t>>>(job, "offsets")},
-                  options_) {
-    check_scalar("skip", skip_, at::kInt);
-    check_scalar("amp_scale", amp_scale_, at::kFloat);
-    check_scalar("lr", lr_, at::kFloat);
-  }
-
-  // Allocates; changes nothing.
-  void prepare() {
-    add(problems_.single,
-        [&](const auto& list) { return cpu::Step<float>(list, options_, refreshes_); });
-    add(problems_.wide,
-        [&](const auto& list) { return cpu::Step<double>(list, options_, refreshes_); });
-    add(problems_.aten, [&](const auto& list) {
-      return aten::Step(list, {options_, skip_, amp_scale_, lr_}, refreshes_);
-    });
-#if defined(DYKAF_WITH_CUDA)
-    add(problems_.cuda, [&](const auto& list) {
-      return CudaStep({list, options_, device(), options_.precision,
-                       problems_.maxima_of(problems_.cuda.places), skip_, amp_scale_, lr_},
-                      refreshes_);
-    });
-#endif
-  }
-
-  int64_t workspace_bytes() const {
-    int64_t bytes = 0;
-    for (const auto& part : parts_) bytes = std::max(bytes, part->workspace_bytes());
-    return bytes;
-  }
-  const at::Device& device() const { return problems_.device(); }
-  void plan(void* workspace) {
-    for (const auto& part : parts_) part->plan(workspace);
-  }
-
-  // Where there is nothing fresh nothing is copied either.
-  void initialize_() {
-    if (!has_fresh()) return;
-    widen();
-    for (const auto& part : parts_) part->initialize_();
-    narrow();
-  }
-  void reset_() {
-    if (!has_fresh()) return;
-    widen();
-    for (const auto& part : parts_) part->reset_();
-    narrow();
-  }
-
-  // By the places of parameters in the job; of those waiting, matrices.
-  StepReport run_() {
-    StepReport found;
-    widen();
-    for (const auto& part : parts_) {
-      const StepReport report = part->run_();
-      for (size_t i : report.failed) found.failed.push_back(part->sources[i]);
-      for (size_t i : report.stayed) found.stayed.push_back(part->sources[i]);
-      for (size_t i : report.waiting) found.waiting.push_back(part->places[i]);
-    }
-    narrow();
-    problems_.write_back();
-    return found;
-  }
-
- private:
-  template <typename Value>
-  static Value read(const py::object& job, const char* name) {
-    return py::cast<Value>(job.attr(name));
-  }
-
-  // For what a GPU reads while a step runs.
-  void check_scalar(const char* name, const std::optional<at::Tensor>& value,
-                    at::ScalarType dtype) const {
-    if (!value) return;
-    if (!problems_.single.matrices.empty() || !problems_.wide.matrices.empty()) {
-      fail(name, "nothing on the CPU", "a tensor");
-    }
-    if (value->scalar_type() != dtype || value->numel() != 1 || value->device() != device()) {
-      std::ostringstream expected;
-      expected << dtype << " [1] on " << device();
-      fail(name, expected.str(), describe(*value));
-    }
-  }
-
-  template <typename Matrix, typename MakeStep>
-  void add(const MatrixList<Matrix>& list, const MakeStep& make_step) {
-    if (list.matrices.empty()) return;
-    using BackendStep = decltype(make_step(list.matrices));
-    parts_.push_back(
-        std::make_unique<PartOf<BackendStep>>(list.sources, list.places, make_step(list.matrices)));
-  }
-
-  bool has_fresh() const {
-    return std::any_of(parts_.begin(), parts_.end(),
-                       [](const auto& part) { return part->has_fresh(); });
-  }
-
-  void widen() {
-    if (!kept_.empty()) at::_foreach_copy_(full_, kept_);
-  }
-  void narrow() {
-    if (!kept_.empty()) at::_foreach_copy_(kept_, full_);
-  }
-
-  std::vector<py::dict> states_;
-  Options options_;
-  Refreshes refreshes_;
-  std::optional<at::Tensor> skip_;
-  std::optional<at::Tensor> amp_scale_;
-  std::optional<at::Tensor> lr_;
-  TensorList kept_;  // in bfloat16
-  TensorList full_;  // memory of their own for them, which other jobs use too
-  Problems problems_;
-  std::vector<std::unique_ptr<Part>> parts_;
-};
 
 // Everything that allocates: workspaces, which the jobs of a device share, and plans.
 std::vector<at::Tensor> prepare(std::list<Job>& jobs) {
@@ -229,12 +46,9 @@ void initialize_(std::list<Job>& jobs) {
 }
 
 using Places = std::vector<std::vector<size_t>>;
+using Report = std::tuple<Places, Places, Places>;
 
-// Sets started[0] to 1 before the first change that stays.
-std::tuple<Places, Places, Places> step_op(const std::vector<py::object>& descriptions,
-                                           at::Tensor started) {
-  std::list<Job> jobs;
-  for (const py::object& job : descriptions) jobs.emplace_back(job);
+Report step_(std::list<Job>& jobs, at::Tensor started) {
   const py::gil_scoped_release no_gil;
   const Apart apart;
   const std::vector<at::Tensor> workspaces = prepare(jobs);
@@ -252,10 +66,85 @@ std::tuple<Places, Places, Places> step_op(const std::vector<py::object>& descri
   return {failed, stayed, waiting};
 }
 
+// The jobs of a step, and of those after it while they find all as it was; dykaf.ops.Jobs documents
+// the methods.
+class Jobs {
+ public:
+  explicit Jobs(const std::vector<py::object>& descriptions) {
+    for (const py::object& job : descriptions) jobs_.emplace_back(job);
+  }
+
+  Report run(const at::Tensor& started) { return step_(jobs_, started); }
+
+  bool keep(const py::list& groups, const py::dict& states, Places places) {
+    bool is_kept = true;
+    for (Job& job : jobs_) is_kept = job.keep() && is_kept;
+    if (!is_kept) return false;
+    seen_.emplace(groups, states);
+    places_ = std::move(places);
+    return seen_->is_plain();
+  }
+
+  std::optional<TensorList> grad_max(const py::list& groups, const py::dict& states) {
+    let_go();
+    const bool is_waiting = std::any_of(
+        jobs_.begin(), jobs_.end(), [](const Job& job) { return job.problems().has_waiting(); });
+    if (is_waiting || !seen_->again(groups, states, params_, grads_)) {
+      let_go();
+      return std::nullopt;
+    }
+    size_t i = 0;
+    for (const Job& job : jobs_) {
+      maxima_.push_back(job.problems().grad_max_of(entries_of(grads_, places_[i++])));
+    }
+    return maxima_;
+  }
+
+  Report run_again(const std::vector<py::object>& inputs, const at::Tensor& started) {
+    size_t i = 0;
+    for (Job& job : jobs_) {
+      job.renew(entries_of(params_, places_[i]), entries_of(grads_, places_[i]), maxima_[i],
+                inputs[i]);
+      ++i;
+    }
+    let_go();
+    const Report report = step_(jobs_, started);
+    for (Job& job : jobs_) job.keep();
+    return report;
+  }
+
+  void let_go() {
+    params_.clear();
+    grads_.clear();
+    maxima_.clear();
+  }
+
+ private:
+  static TensorList entries_of(const TensorList& all, const std::vector<size_t>& places) {
+    TensorList some;
+    for (size_t i : places) some.push_back(all[i]);
+    return some;
+  }
+
+  std::list<Job> jobs_;
+  std::optional<Seen> seen_;
+  Places places_;  // of each job's parameters among all
+  // From grad_max() to run_again().
+  TensorList params_;
+  TensorList grads_;
+  TensorList maxima_;
+};
+
 }  // namespace
 
 void register_step(py::module_& module) {
-  module.def("step_", &step_op, py::arg("jobs"), py::arg("started"));
+  py::class_<Jobs>(module, "Jobs")
+      .def(py::init<const std::vector<py::object>&>(), py::arg("jobs"))
+      .def("run", &Jobs::run, py::arg("started"))
+      .def("keep", &Jobs::keep, py::arg("groups"), py::arg("states"), py::arg("places"))
+      .def("grad_max", &Jobs::grad_max, py::arg("groups"), py::arg("states"))
+      .def("let_go", &Jobs::let_go)
+      .def("run_again", &Jobs::run_again, py::arg("inputs"), py::arg("started"));
 }
 
 }  // namespace dykaf::bindings

@@ -19,9 +19,8 @@ c10::Half round_stochastically(float x, uint32_t random, const c10::Half*) {
 
 template <typename T>
 struct Decay {
-  explicit Decay(const Options& options)
-      : keep(static_cast<T>(1 - options.lr * options.weight_decay)),
-        lr(static_cast<T>(options.lr)) {}
+  explicit Decay(const Rate& rate)
+      : keep(static_cast<T>(1 - rate.lr * rate.weight_decay)), lr(static_cast<T>(rate.lr)) {}
   T operator()(T value, T update) const { return value * keep - lr * update; }
 
   T keep;
@@ -31,7 +30,7 @@ struct Decay {
 template <typename T, typename Param>
 void apply_range_(const Problem<T>& p, const Options& options, const T* update, int64_t begin,
                   int64_t end, Param* param) {
-  const Decay<T> decay(options);
+  const Decay<T> decay(p.rate);
   const int64_t size = end - begin;
   param += begin;
   if (p.master != nullptr) {

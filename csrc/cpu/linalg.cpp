@@ -99,12 +99,16 @@ void symmetric_product(const at::Tensor& out, const at::Tensor& a, const at::Ten
   const auto pair = rounds(out, precision) ? rounded(a, b) : std::nullopt;
   const int64_t n = out.size(0);
   const int64_t panel = panel_height(n);
+  // Views cost more than small products.
+  const auto part = [&](const at::Tensor& x, int64_t dim, int64_t begin, int64_t end) {
+    return end - begin == x.size(dim) ? x : x.slice(dim, begin, end);
+  };
   for (int64_t begin = 0; begin < n; begin += panel) {
     const int64_t end = std::min(n, begin + panel);
-    const at::Tensor block = out.slice(0, begin, end).slice(1, 0, end);
+    const at::Tensor block = part(part(out, 0, begin, end), 1, 0, end);
     if (!pair ||
-        !multiply_rounded(block, pair->first.slice(0, begin, end), pair->second.slice(1, 0, end))) {
-      aten::multiply(block, a.slice(0, begin, end), b.slice(1, 0, end));
+        !multiply_rounded(block, part(pair->first, 0, begin, end), part(pair->second, 1, 0, end))) {
+      aten::multiply(block, part(a, 0, begin, end), part(b, 1, 0, end));
     }
   }
   mirror(out, [](auto lower, auto) { return lower; });

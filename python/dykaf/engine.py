@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -22,6 +22,7 @@ from dykaf.checks import (
 )
 from dykaf.diagnostics import Reported
 from dykaf.distributed.alone import Alone, Part, sharing_of
+from dykaf.kept import Kept
 from dykaf.narrow import passes
 from dykaf.nonfinite import REFUSED, Skips, must_skip
 from dykaf.options import (
@@ -41,6 +42,7 @@ from dykaf.work import (
     GroupWork,
     Layouts,
     NewStates,
+    Runs,
     Waiting,
     check_capture,
     found_at,
@@ -87,6 +89,7 @@ class KroneckerOptimizer(Reported, Saved):
         self._layouts = Layouts()
         self._offsets = Offsets()
         self._waiting = Waiting()
+        self._kept: Kept | None = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # what GradScaler, and Lightning, look for
@@ -165,19 +168,18 @@ class KroneckerOptimizer(Reported, Saved):
         if is_fake(self.param_groups):
             make_fake_states(self.param_groups, self.state)
             return loss
-        sharing = self._prepare()
-        try:
-            work = self._collect()
-        except Exception:
-            sharing.agree(REFUSED)  # the other ranks raise too
-            sharing.release()
-            raise
-        if not (work or self.state or sharing.is_shared):
-            check_has_gradients(self.param_groups)
         captured = is_capturing()
-        if captured:
-            check_capture(work, self.state, self._skips.on_gpu is not None, sharing.is_shared)
-        maxima = [item.grad_maxima() for item in work]
+        kept, maxima = self._take_kept(captured)
+        sharing = self._prepare() if kept is None else self._sharing
+        if kept is not None:
+            work = kept.work
+        else:
+            work = self._collect()
+            if not (work or self.state or sharing.is_shared):
+                check_has_gradients(self.param_groups)
+            if captured:
+                check_capture(work, self.state, self._skips.on_gpu is not None, sharing.is_shared)
+            maxima = [item.grad_maxima() for item in work]
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         skip = firsts = None
         on_gpu = all(item.on_gpu and item.group["nonfinite"] != "raise" for item in work)
@@ -189,23 +191,16 @@ class KroneckerOptimizer(Reported, Saved):
             self._skips.count(is_skipped, culprit)
             if is_skipped:
                 sharing.release()
+                if kept is not None:
+                    kept.let_go()
+                    self._kept = kept
                 return loss
 
-        self._waiting.settle()
-        offsets = self._stagger_offsets()
-        stayed: list[str] = []
-        failed: list[str] = []
-        for part in sharing.parts(work, maxima):
-            with part, NewStates(self.state) as new:
-                new.make(part.work)
-                jobs, entries = self._jobs(part, offsets, skip, refresh=not captured)
-                report = ops.step_all_(jobs, new.started)
-                not_done = found_at(report.failed, entries)
-                new.drop(not_done)
-                part.note_failed(not_done)
-                self._waiting.note(jobs, report.waiting)
-                stayed += [entry.name for entry in found_at(report.stayed, entries)]
-                failed += [entry.name for entry in not_done]
+        if kept is not None:
+            stayed, failed = self._run_kept(kept, skip)
+        else:
+            self._waiting.settle()
+            stayed, failed = self._run(sharing, work, maxima, skip, refresh=not captured)
         if skip is not None:
             self._skips.count_on_gpu(skip, firsts, work, captured)
         elsewhere, cause = sharing.failed()
@@ -254,6 +249,60 @@ class KroneckerOptimizer(Reported, Saved):
                     )
             first += len(group["params"])
 
+    def _run(
+        self,
+        sharing: Alone,
+        work: list[GroupWork],
+        maxima: list[Tensor],
+        skip: Tensor | None,
+        refresh: bool,
+    ) -> tuple[list[str], list[str]]:
+        """Does a step, part by part.
+
+        Returns:
+            the names of parameters whose old basis stayed, and of those that were not updated.
+        """
+        offsets = self._stagger_offsets()
+        stayed: list[str] = []
+        failed: list[str] = []
+        for part in sharing.parts(work, maxima):
+            with part, NewStates(self.state) as new:
+                new.make(part.work)
+                descriptions, entries = self._jobs(part, offsets, skip, refresh)
+                jobs = ops.Jobs(descriptions)
+                report = jobs.run(new.started)
+                not_done = found_at(report.failed, entries)
+                new.drop(not_done)
+                part.note_failed(not_done)
+                self._waiting.note(descriptions, report.waiting)
+                stayed += [entry.name for entry in found_at(report.stayed, entries)]
+                failed += [entry.name for entry in not_done]
+                is_usual = refresh and not (sharing.is_shared or failed or any(report.waiting))
+                if is_usual and len(descriptions) == len(work) > 0:
+                    self._kept = Kept.of(jobs, work, self.param_groups, self.state)
+        return stayed, failed
+
+    def _take_kept(self, captured: bool) -> tuple[Kept | None, list[Tensor]]:
+        """What the last step left, if it serves this one, and the maxima of its gradients."""
+        kept, self._kept = self._kept, None
+        maxima = None
+        if kept is not None and not captured:
+            maxima = kept.grad_maxima(self.param_groups, self.state)
+        return (None, []) if maxima is None else (kept, maxima)
+
+    def _run_kept(self, kept: Kept, skip: Tensor | None) -> tuple[list[str], list[str]]:
+        """As :meth:`_run`."""
+        inputs = [
+            self._step_inputs(item, runs, kept.options_of(item), skip)
+            for item, runs in zip(kept.work, kept.runs, strict=True)
+        ]
+        report = kept.run(inputs)
+        if not any(report.failed):
+            self._kept = kept
+        entries = [item.entries for item in kept.work]
+        stayed, failed = found_at(report.stayed, entries), found_at(report.failed, entries)
+        return [entry.name for entry in stayed], [entry.name for entry in failed]
+
     def _jobs(
         self, part: Part, offsets: list[tuple[int, int]], skip: Tensor | None, refresh: bool
     ) -> tuple[list[ops.StepJob], list[list[Entry]]]:
@@ -261,14 +310,12 @@ class KroneckerOptimizer(Reported, Saved):
         jobs: list[ops.StepJob] = []
         found: list[list[Entry]] = []
         for item, grad_max in zip(part.work, part.maxima, strict=True):
-            gpu_inputs = {}
-            if item.on_gpu:
-                gpu_inputs = item.gpu_inputs(skip, getattr(self, "grad_scale", None))
-            options = self._step_options(item, gpu_inputs)
+            options = step_options(item.group, lr=0.0)
             num_done = 0
             for some in passes([entry.state(self.state) for entry in item.entries]):
                 entries = item.entries[some.part]
                 num_matrices = sum(entry.layout.count for entry in entries)
+                inputs = self._step_inputs(item, item.runs(some.part), options, skip, refresh)
                 jobs.append(
                     ops.StepJob(
                         [entry.tensor for entry in entries],
@@ -281,12 +328,10 @@ class KroneckerOptimizer(Reported, Saved):
                             for entry in entries
                             for left, right in [offsets[entry.index]]
                         ],
-                        options,
-                        refresh=refresh,
                         kept=some.kept,
                         full=some.full,
                         places=[entry.place for entry in entries],
-                        **gpu_inputs,
+                        **inputs._asdict(),
                     )
                 )
                 found.append(entries)
@@ -318,11 +363,19 @@ class KroneckerOptimizer(Reported, Saved):
 
     def _collect(self) -> list[GroupWork]:
         """Gathers and checks everything that a step touches; changes nothing."""
+        try:
+            return self._found_work()
+        except Exception:
+            self._sharing.agree(REFUSED)  # the other ranks raise too
+            self._sharing.release()
+            raise
+
+    def _found_work(self) -> list[GroupWork]:
         work: list[GroupWork] = []
         num_params = 0
         for group_idx, group in enumerate(self.param_groups):
             check_options(group)
-            by_device: dict[torch.device, GroupWork] = {}
+            by_device = {item.device: item for item in work if item.takes(group)}
             structure = tuple(group[name] for name in STRUCTURAL_OPTIONS)
             for idx, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -336,26 +389,39 @@ class KroneckerOptimizer(Reported, Saved):
                     if device not in by_device:
                         on_gpu = ops.backend_of(param) != "cpu"
                         by_device[device] = GroupWork(group, device, on_gpu, [])
+                        work.append(by_device[device])
                     grad = param.grad.resolve_neg().contiguous()
                     by_device[device].entries.append(
-                        Entry(param, param, grad, layout, num_params + idx, name)
+                        Entry(param, param, grad, layout, num_params + idx, name, group=group)
                     )
             num_params += len(group["params"])
-            work.extend(by_device.values())
         return work
 
     # GradScaler leaves its scale and its verdict on the gradients on the optimizer.
-    def _step_options(self, item: GroupWork, gpu_inputs: Mapping[str, Tensor]) -> StepOptions:
+    def _step_inputs(
+        self,
+        item: GroupWork,
+        runs: Runs,
+        options: StepOptions,
+        skip: Tensor | None,
+        refresh: bool = True,
+    ) -> ops.StepInputs:
         scale = getattr(self, "grad_scale", None)
-        # What the GPU reads is not for the host to wait for.
-        options = step_options(
-            item.group,
-            grad_scale=1.0 if scale is None or "amp_scale" in gpu_inputs else float(scale),
-            lr=0.0 if "lr" in gpu_inputs else float(item.group["lr"]),
-        )
+        gpu_inputs = item.gpu_inputs(skip, scale) if item.on_gpu else {}
+        options = options.copy()
+        rates: list[ops.Rates] = []
         if item.stands_in:
             options.update({"lr": -1.0, "weight_decay": 0.0})
-        return options
+        else:
+            # What the GPU reads is not for the host to wait for.
+            on_gpu = "lr" in gpu_inputs
+            rates = [
+                (count, 0.0 if on_gpu else float(group["lr"]), float(group["weight_decay"]))
+                for group, count in runs
+            ]
+        if scale is not None and "amp_scale" not in gpu_inputs:
+            options["grad_scale"] /= float(scale)
+        return ops.StepInputs(options, refresh=refresh, rates=rates, **gpu_inputs)
 
     def _layout(
         self, name: str, param: Tensor, group: dict[str, Any], structure: tuple[object, ...]

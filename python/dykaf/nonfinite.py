@@ -131,7 +131,7 @@ class Skips:
             return  # no news, or the last ones are still under way
         firsts = firsts.to(self.on_gpu.device, non_blocking=True)
         news = torch.cat([self.on_gpu[1:], firsts])
-        items = [item for item in work if item.group["nonfinite"] == "skip"]
+        items = [item.without_tensors() for item in work if item.group["nonfinite"] == "skip"]
         self._news = (*to_host(news), items)
 
     def hear(self) -> None:

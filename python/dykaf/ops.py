@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dykaf import _C
+from dykaf import _C, products
 from dykaf.options import StepOptions
+from dykaf.products import ProductRule
 from dykaf.state import State
 
 # Where the elements of a shard are in the whole matrix, whose random bits they take for stochastic
 # rounding: runs of ``run`` elements that start ``stride`` apart, from ``first`` on; run 0: all.
 Place = tuple[int, int, int]  # first, run, stride
+Rates = tuple[int, float, float]  # number of parameters, their lr and weight_decay
 
 _C.use_aten_alone(os.environ.get("DYKAF_BACKEND") == "aten")
 
@@ -52,6 +55,34 @@ def aten_alone() -> Iterator[None]:
         yield
     finally:
         _C.use_aten_alone(before)
+
+
+def set_product_rules(rules: Sequence[ProductRule]) -> None:
+    """From now on these say which products cuBLAS computes on a GPU; the first that fits decides.
+
+    A step keeps the rules that it was planned with. The same rules give the same bits.
+    """
+    _C.use_products(rules)
+
+
+def use_products(path: str | Path | None = None) -> None:
+    """:func:`set_product_rules` with those of a file as :mod:`dykaf.products` describes it.
+
+    Args:
+        path: the file; None: the package's own.
+
+    Raises:
+        ValueError: naming the line that is no rule.
+    """
+    set_product_rules(products.read(path or products.DEFAULT_FILE))
+
+
+use_products(os.environ.get("DYKAF_PRODUCTS"))
+
+
+def has_cublas() -> bool:
+    """Whether torch has loaded a cuBLAS that can be called; else the kernels compute all."""
+    return _C.has_library()
 
 
 def grad_max(grads: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -191,6 +222,7 @@ class StepJob(NamedTuple):
             step and back after it.
         full: tensors of ``states``, without values, which other jobs may use too.
         places: see :func:`apply_update_`.
+        rates: of runs of parameters, in place of the options'; () for these.
     """
 
     params: Sequence[Tensor]
@@ -207,6 +239,18 @@ class StepJob(NamedTuple):
     kept: Sequence[Tensor] = ()
     full: Sequence[Tensor] = ()
     places: Sequence[Place] = ()
+    rates: Sequence[Rates] = ()
+
+
+class StepInputs(NamedTuple):
+    """What of a :class:`StepJob` may differ in the next step of the same parameters."""
+
+    options: StepOptions
+    skip: Tensor | None = None
+    amp_scale: Tensor | None = None
+    lr: Tensor | None = None
+    refresh: bool = True
+    rates: Sequence[Rates] = ()
 
 
 class StepReport(NamedTuple):
@@ -217,21 +261,76 @@ class StepReport(NamedTuple):
     waiting: list[list[int]]  # matrices on a GPU that have seen zero gradients alone
 
 
-def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> StepReport:
-    """The whole step of all jobs, in place: all of the above in their order.
-
-    What can fail for lack of memory comes first, the first gradients included: an exception means
-    that all is as before. No signal is seen while it runs.
+class Jobs:
+    """The jobs of one step, and of those after it that find all as it was.
 
     Args:
-        jobs: of one step.
-        started: a tensor on the CPU, filled with 1 before the first change that stays: an exception
-            after that, such as a KeyboardInterrupt, comes after the step.
-
-    Returns:
-        what failed later, and what waits for a first gradient.
+        jobs: of one step; all is checked here.
     """
-    return StepReport(*_C.step_(jobs, torch.zeros(1) if started is None else started))
+
+    def __init__(self, jobs: Sequence[StepJob]) -> None:
+        self._jobs = _C.Jobs(jobs)
+
+    def run(self, started: Tensor | None = None) -> StepReport:
+        """The whole step of all jobs, in place: all of the above in their order.
+
+        What can fail for lack of memory comes first, the first gradients included: an exception
+        means that all is as before. No signal is seen while it runs.
+
+        Args:
+            started: a tensor on the CPU, filled with 1 before the first change that stays: an
+                exception after that, such as a KeyboardInterrupt, comes after the step.
+
+        Returns:
+            what failed later, and what waits for a first gradient.
+        """
+        return StepReport(*self._jobs.run(_started(started)))
+
+    def keep(
+        self,
+        groups: list[list[Tensor]],
+        states: Mapping[Tensor, State],
+        places: Sequence[Sequence[int]],
+    ) -> bool:
+        """Lets go of all tensors; what is left are their addresses, for the next step.
+
+        Args:
+            groups: the parameters of all groups.
+            states: by parameter.
+            places: of each job's parameters among those of all groups.
+
+        Returns:
+            whether addresses are enough: not for what "aten" serves, for parameters that are not
+            contiguous, and for factors and bases in bfloat16.
+        """
+        return self._jobs.keep(groups, states, places)
+
+    def grad_max(
+        self, groups: list[list[Tensor]], states: Mapping[Tensor, State]
+    ) -> list[Tensor] | None:
+        """What :func:`grad_max` gives for the new gradients of each job, which are held until then.
+
+        Returns:
+            None where parameters, state or which of them have gradients are not as they were.
+        """
+        return self._jobs.grad_max(groups, states)
+
+    def let_go(self) -> None:
+        """Lets go of the new gradients."""
+        self._jobs.let_go()
+
+    def run_again(self, inputs: Sequence[StepInputs], started: Tensor | None = None) -> StepReport:
+        """As :meth:`run`, with the gradients that :meth:`grad_max` has seen."""
+        return StepReport(*self._jobs.run_again(inputs, _started(started)))
+
+
+def _started(started: Tensor | None) -> Tensor:
+    return torch.zeros(1, device="cpu") if started is None else started
+
+
+def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> StepReport:
+    """:meth:`Jobs.run` of new ones."""
+    return Jobs(jobs).run(started)
 
 
 def step_(*args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dykaf import ops
 from dykaf.checks import check_usable, warn
-from dykaf.options import check_options
+from dykaf.options import check_options, rules_of
 from dykaf.state import Layout, State, changed_options, check_state, new_state
 
 
@@ -75,6 +76,7 @@ class Entry:
     first: int = 0  # of its matrices in the whole parameter
     part: slice | None = None  # of its matrices in the state; None: all
     place: ops.Place = (0, 0, 0)
+    group: Mapping[str, Any] | None = None  # of it, where the work is of several groups
 
     def new_state(self) -> State:
         """Zero state of all that this process has of the parameter."""
@@ -93,14 +95,46 @@ class Entry:
         return {key: value[self.part] for key, value in found.items()}
 
 
-class GroupWork(NamedTuple):
-    """What a step works on of a group, on one device."""
+_ALL = slice(None)
+Runs = Sequence[tuple[Mapping[str, Any], int]]
 
-    group: dict[str, Any]
+
+class GroupWork(NamedTuple):
+    """What a step works on of a group, or of several that differ in rates alone, on one device."""
+
+    group: dict[str, Any]  # the first of them
     device: torch.device
     on_gpu: bool  # or any device, and what the backend "aten" serves: the host waits for nothing
     entries: list[Entry]
+    has_tensors: bool = True
     stands_in: bool = False  # updates are left in zero tensors, for shards that are elsewhere
+
+    def takes(self, group: Mapping[str, Any]) -> bool:
+        """Whether the work of another group may come with it: rates on the CPU may differ."""
+        if group is self.group:
+            return True
+        is_on_gpu = [
+            isinstance(one["lr"], Tensor) and ops.backend_of(one["lr"]) != "cpu"
+            for one in (group, self.group)
+        ]
+        shared = rules_of(self.group).keys() - {"lr", "weight_decay"}
+        return not any(is_on_gpu) and all(group[name] == self.group[name] for name in shared)
+
+    def runs(self, part: slice = _ALL) -> Runs:
+        """The groups of a part of its entries, each with how many follow each other."""
+        groups = [entry.group or self.group for entry in self.entries[part]]
+        return [(next(run), 1 + sum(1 for _ in run)) for _, run in itertools.groupby(groups, id)]
+
+    def without_tensors(self) -> GroupWork:
+        """What of it may be kept after the step: gradients and parameters are for users to free."""
+        if not self.has_tensors:
+            return self
+        nothing = torch.empty(0, device="cpu")
+        entries = [
+            Entry(nothing, nothing, nothing, e.layout, e.index, e.name, group=e.group)
+            for e in self.entries
+        ]
+        return self._replace(entries=entries, has_tensors=False)
 
     def owner(self, matrix_idx: int) -> Entry:
         """The entry that a matrix is, or is part of."""

@@ -19,10 +19,30 @@ struct Scenario {
   float lr = 0;         // 0: no pointer
   int32_t skip = 0;     // the flag; always on the device
   float update_size = 1;
+  dykaf::cuda::Library* library = nullptr;  // computes all products that it may
 
-  double lr_in_use() const { return lr != 0 ? double{lr} : options.lr; }
-  reference::Settings settings() const {
-    return {options, options.grad_scale / double{amp_scale}, lr_in_use(), precision};
+  // The rule fits all sizes.
+  dykaf::cuda::Products products() const {
+    using dykaf::cuda::GemmForm;
+    dykaf::cuda::Products products{precision, library};
+    const dykaf::cuda::SizeRange all{1, 1 << 30};
+    for (const GemmForm form : {GemmForm::kNN, GemmForm::kTN, GemmForm::kNT}) {
+      products.rules.push_back({precision, form, all, all, all, /*by_library=*/true});
+    }
+    return products;
+  }
+  // Each matrix has its own.
+  static dykaf::Rate given_rate(size_t i) {
+    const auto k = static_cast<double>(i % 4);
+    return {.lr = 0.03 * (1 + k), .weight_decay = 0.1 - 0.02 * k};
+  }
+  dykaf::Rate rate(size_t i) const {
+    dykaf::Rate used = given_rate(i);
+    if (lr != 0) used.lr = double{lr};
+    return used;
+  }
+  reference::Settings settings(size_t i) const {
+    return {options, options.grad_scale / double{amp_scale}, rate(i), precision};
   }
 };
 
@@ -37,6 +57,7 @@ class Batch {
       updates.push_back(randn(spec.m * spec.n, rng, cases.size() % 3 == 0 ? 1 : spec.offset));
       for (int64_t i = 0; i < updates.back().size(); ++i) updates.back()[i] *= scenario.update_size;
       problems.push_back(cases.back().problem(stream(problems.size())));
+      problems.back().rate = Scenario::given_rate(problems.size() - 1);
       update_pointers.push_back(updates.back().get());
     }
     skip = Array<int32_t>(std::vector<int32_t>{scenario.skip});
@@ -103,7 +124,8 @@ inline void check_against_reference(const std::string& name, const Scenario& sce
   g_errors = errors_at(scenario.precision);
   for (const MatrixCase& c : start().cases) {
     expected.push_back(c.reference());
-    updates.push_back(reference(expected.back(), scenario.settings(), updates.size()));
+    updates.push_back(
+        reference(expected.back(), scenario.settings(updates.size()), updates.size()));
   }
   check_schedules(name, [&] {
     Batch batch = start();
@@ -118,7 +140,7 @@ inline void check_against_reference(const std::string& name, const Scenario& sce
 
 // The whole step, and what it must come to.
 inline Plan step_plan(Batch& b, const Scenario& s, void* workspace) {
-  return dykaf::cuda::plan_step(b.problems, s.options, b.inputs, s.precision, workspace);
+  return dykaf::cuda::plan_step(b.problems, s.options, b.inputs, s.products(), workspace);
 }
 
 inline Dense step_reference(reference::Matrix& p, const reference::Settings& s, size_t) {
@@ -140,7 +162,8 @@ inline void check_unchanged(const std::string& name, const Scenario& scenario,
 }
 
 // With the skip flag set nothing may change: no bit of the state, and of the workspace no more than
-// the scalars, for no kernel does anything. (A NaN in a gradient is why there is a flag.)
+// the scalars, for no kernel does anything, but a library does. (A NaN in a gradient is why there
+// is a flag.)
 inline void check_skip(const std::string& name, Scenario scenario, const MakePlan& make_plan) {
   scenario.skip = 1;
   check_schedules("skip " + name, [&] {
@@ -156,6 +179,7 @@ inline void check_skip(const std::string& name, Scenario scenario, const MakePla
     const std::vector<std::byte> before = batch.bytes();
     const Array<std::byte> workspace = run(batch, scenario, make_plan);
     require("the state stays as it was", batch.bytes() == before);
+    if (scenario.library != nullptr) return before;
     const auto scalars =
         static_cast<int64_t>(sizeof(dykaf::cuda::MatrixScalars) * batch.cases.size());
     for (int64_t i = scalars; i < workspace.size(); ++i) {

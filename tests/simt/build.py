@@ -46,16 +46,22 @@ SANITIZER_OPTIONS = {
 }
 
 CUDA = ROOT / "csrc" / "cuda"
-CUDA_SOURCES = sorted([*CUDA.glob("kernels/*.cu"), *CUDA.glob("plan/*.cpp")])
+HOST_FOLDERS = ("library", "plan")  # plain C++: nothing gives it CUDA's names
+CUDA_SOURCES = sorted(
+    [*CUDA.glob("kernels/*.cu"), *(s for f in HOST_FOLDERS for s in CUDA.glob(f"{f}/*.cpp"))]
+)
 CHECK_SOURCES = sorted(SIMT.glob("check_*.cpp"))
 PROGRAMS = {
-    "check_kernels": [*CUDA_SOURCES, *CHECK_SOURCES],
+    "check_kernels": [*CUDA_SOURCES, SIMT / "cublas_on_host.cpp", *CHECK_SOURCES],
     "test_executor": [SIMT / "test_executor.cpp"],
 }
 
 # Under the sanitizers fewer schedules are run: what they look for hardly hangs on the schedule.
 NUM_SEEDS = {"release": 3, "asan": 0, "tsan": 0}
-QUICK_CHECKS = ["gemm highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"]
+QUICK_CHECKS = [
+    *("gemm highest medium", "epilogue", "adam", "apply", "step ksl", "skinny step"),
+    "library step orthogonalize",
+]
 
 
 @dataclass
@@ -73,9 +79,8 @@ class Object:
         return self.folder / f"{self.source.name}.o"
 
     def command(self) -> list[str]:
-        # Planning is plain C++: nothing gives it CUDA's names.
-        is_plan = self.source.parent.name == "plan"
-        flags = self.flags or (HOST_FLAGS if is_plan else KERNEL_FLAGS)
+        is_plain = self.source.parent.name in HOST_FOLDERS
+        flags = self.flags or (HOST_FLAGS if is_plain else KERNEL_FLAGS)
         flags = [*flags, *MODES[self.mode], *self.includes, "-MMD", "-c"]
         return [COMPILER, *flags, str(self.source), "-o", str(self.path)]
 

@@ -10,7 +10,7 @@ namespace {
 using namespace dykaf::cuda;
 
 Plan factor_plan(Batch& b, const Scenario& s, void* workspace) {
-  return plan_factor_update(b.problems, s.options, b.inputs, s.precision, workspace);
+  return plan_factor_update(b.problems, s.options, b.inputs, s.products(), workspace);
 }
 
 Dense factor_reference(reference::Matrix& p, const reference::Settings& s, size_t) {

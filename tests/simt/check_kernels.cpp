@@ -15,6 +15,7 @@ void check_factors();
 void check_steps();
 void check_skinny();
 void check_plans();
+void check_library();
 }  // namespace kernel_check
 
 int main(int argc, char** argv) {
@@ -36,6 +37,7 @@ int main(int argc, char** argv) {
   kernel_check::check_steps();
   kernel_check::check_skinny();
   kernel_check::check_plans();
+  kernel_check::check_library();
   if (kernel_check::g_num_checks == 0) check("a check was selected", false);
   return g_num_failed == 0 ? 0 : 1;
 }

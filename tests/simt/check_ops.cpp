@@ -55,7 +55,7 @@ void check_rotations(Rotation rotation, const std::string& name) {
           std::vector<float*> outputs;
           for (const MatrixCase& c : b.cases) outputs.push_back(c.param.floats.get());
           return plan_rotate(b.problems, rotation, b.update_pointers.data(), outputs.data(),
-                             s.precision, workspace);
+                             s.products(), workspace);
         },
         [&](reference::Matrix& p, const reference::Settings& s, size_t i) {
           p.param = reference::rotate(p, rotation, inputs[i], s.precision);
@@ -255,7 +255,7 @@ std::vector<std::byte> moment_sums(SecondMoment second_moment) {
 }
 
 Plan orthogonalize_plan(Batch& b, const Scenario& s, void* workspace) {
-  return plan_orthogonalize(b.problems, s.options, b.inputs, s.precision, b.update_pointers.data(),
+  return plan_orthogonalize(b.problems, s.options, b.inputs, s.products(), b.update_pointers.data(),
                             workspace);
 }
 
@@ -324,16 +324,16 @@ uint64_t element_of_whole(const Place& place, uint64_t i) {
 
 // Bit for bit: one product, one product and one difference in float32, then rounding.h.
 void require_applied(const MatrixCase& before, const MatrixCase& after, const Array<float>& update,
-                     const Scenario& scenario, uint64_t stream, const Place& place) {
-  const double lr = scenario.lr_in_use();
-  const auto keep = static_cast<float>(1 - lr * scenario.options.weight_decay);
+                     const Scenario& scenario, uint64_t stream, const Place& place,
+                     const Rate& rate) {
+  const auto keep = static_cast<float>(1 - rate.lr * rate.weight_decay);
   const uint64_t key =
       rounding_key(scenario.options.seed, stream, static_cast<uint64_t>(before.step[0]));
   const bool has_master = before.master.size() > 0;
   TypedArray expected(1, before.spec.dtype, 0);
   for (int64_t i = 0; i < update.size(); ++i) {
     const float old = has_master ? before.master[i] : before.param[i];
-    const float value = old * keep - static_cast<float>(lr) * update[i];
+    const float value = old * keep - static_cast<float>(rate.lr) * update[i];
     expected.set(0, value);
     if (before.spec.dtype != DType::kFloat32 && !has_master) {
       expected.bits[0] = rounded_stochastically(value, before.spec.dtype,
@@ -352,7 +352,7 @@ void check_apply(const std::string& name, const Scenario& scenario) {
     run(after, scenario, apply_plan);
     for (size_t i = 0; i < after.cases.size(); ++i) {
       require_applied(before.cases[i], after.cases[i], before.updates[i], scenario,
-                      Batch::stream(i), place_of_case(i));
+                      Batch::stream(i), place_of_case(i), scenario.rate(i));
       require("step", after.cases[i].step[0] == before.cases[i].step[0]);
     }
     return after.bytes();

@@ -20,7 +20,7 @@ PACKAGE = OUT / "package" / "dykaf"
 HOST_SOURCES = sorted(
     source for folder in ("aten", "cpu", "bindings") for source in ROOT.glob(f"csrc/{folder}/*.cpp")
 )
-HOST_SOURCES.append(SIMT / "faulty_allocator.cpp")
+HOST_SOURCES += [SIMT / "cublas_on_host.cpp", SIMT / "faulty_allocator.cpp"]
 DEFINITIONS = {
     "DYKAF_WITH_CUDA": "1",
     "DYKAF_SIMT": "1",
@@ -53,7 +53,7 @@ def build() -> Path:
         objects.append(Object(source, "release", folder, tuple(includes_flags), tuple(flags)))
     PACKAGE.mkdir(parents=True, exist_ok=True)
     python = ROOT / "python" / "dykaf"
-    for source in python.rglob("*.py*"):
+    for source in (*python.rglob("*.py*"), python / "products.txt"):
         if "__pycache__" not in source.parts:
             target = PACKAGE / source.relative_to(python)
             target.parent.mkdir(parents=True, exist_ok=True)

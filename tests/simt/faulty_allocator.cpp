@@ -6,8 +6,10 @@
 
 #include <atomic>
 #include <limits>
+#include <vector>
 
 #include "bindings/register.h"
+#include "cublas_on_host.h"
 
 namespace dykaf::bindings {
 namespace {
@@ -44,6 +46,13 @@ void register_faults(py::module_& module) {
   // The allocation after `num` others fails, once; None: none does.
   module.def("fail_allocation",
              [](std::optional<int64_t> num) { allocator().left_ = num ? *num : kNever; });
+  // The counts of the library's calls since the last look at them.
+  module.def("library_calls", [] {
+    std::vector<int> counts;
+    for (const simt::LibraryCall& call : simt::library_calls()) counts.push_back(call.count);
+    simt::library_calls().clear();
+    return counts;
+  });
 }
 
 }  // namespace dykaf::bindings

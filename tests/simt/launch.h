@@ -229,6 +229,7 @@ inline void run_blocks(const Grid& grid, const BlockOrder& order, Progress& prog
 
 inline void run_grid(const char* name, const Grid& grid) {
   check_grid(grid);
+  if (options().stubbed) return;
   const BlockOrder order(options().seed, grid.num_blocks());
   Progress progress;
   uint64_t num_workers = options().workers;

@@ -30,11 +30,9 @@ struct CaseSpec {
 
 inline Options default_options() {
   Options o{};
-  o.lr = 0.03;
   o.beta1 = 0.9;
   o.beta2 = 0.95;
   o.eps = 0.02;  // large, so that its place shows
-  o.weight_decay = 0.1;
   o.factor_beta = 0.9;
   o.grad_scale = 1;
   o.seed = 11;

@@ -3,9 +3,11 @@
 //
 // stdin: a line per matrix, "m n side skinny_rank rows_used", side "left", "right" or "none"
 // (AdamW). stdout: a line per launch; of a product, its form, block, number of blocks, and a line
-// for each multiplication.
+// for each multiplication. With an argument, a number, products whose sides are all as long go to a
+// library, of whose calls form and sizes by columns are listed.
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <iostream>
 #include <list>
 #include <string>
@@ -51,6 +53,9 @@ int launch_elements(const Grouped<ElementProblem>&, const Group&, Stream) {
   if constexpr (std::is_same_v<ElementProblem, AdamWProblem>) return list("adamw");
   if constexpr (std::is_same_v<ElementProblem, BeyondProblem>) return list("beyond");
   if constexpr (std::is_same_v<ElementProblem, NormalizeProblem>) return list("normalize");
+  if constexpr (std::is_same_v<ElementProblem, AdamProblem>) return list("adam");
+  if constexpr (std::is_same_v<ElementProblem, ApplyProblem>) return list("apply");
+  if constexpr (std::is_same_v<ElementProblem, QuinticProblem>) return list("quintic");
   return list("other elements");
 }
 template int launch_elements(const Grouped<LoadProblem>&, const Group&, Stream);
@@ -61,6 +66,7 @@ template int launch_elements(const Grouped<AdamWProblem>&, const Group&, Stream)
 template int launch_elements(const Grouped<BeyondProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<SquaresProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<NormalizeProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<QuinticProblem>&, const Group&, Stream);
 
 int launch_prepare(const Group&, const Options&, const DeviceInputs&, StepCount, Stream) {
   return list("prepare");
@@ -92,6 +98,27 @@ namespace {
 
 using namespace dykaf;
 
+class ListingLibrary : public cuda::Library {
+ public:
+  void multiply(const cuda::BlasBatch& batch, cuda::Stream) override {
+    std::printf("library|%c%c|%d\n", batch.transpose_a ? 'T' : 'N', batch.transpose_b ? 'T' : 'N',
+                batch.count);
+    for (int i = 0; i < batch.count; ++i) {
+      std::printf("  %d %d %d\n", batch.m, batch.n, batch.k);
+    }
+  }
+};
+
+// The rule is that of large sides.
+cuda::Products products_from(int64_t least, cuda::Library& library) {
+  cuda::Products products{MatmulPrecision::kHigh, &library};
+  const cuda::SizeRange large{least, int64_t{1} << 31};
+  for (const auto form : {cuda::GemmForm::kNN, cuda::GemmForm::kTN, cuda::GemmForm::kNT}) {
+    products.rules.push_back({products.precision, form, large, large, large, /*by_library=*/true});
+  }
+  return products;
+}
+
 // A place that is never read.
 template <typename T>
 T* somewhere() {
@@ -117,7 +144,10 @@ Problem<float> problem_of(int64_t m, int64_t n, const std::string& side, int64_t
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  ListingLibrary library;
+  const cuda::Products products =
+      argc > 1 ? products_from(std::atoll(argv[1]), library) : cuda::Products{};
   Options options{};
   options.second_moment = SecondMoment::kFull;
   options.integrator = Integrator::kDiagonal;
@@ -134,8 +164,7 @@ int main() {
     rows.push_back({skinny_rank, used});
     problems.push_back(problem_of(m, n, side, skinny_rank, rows.back().data()));
   }
-  const cuda::Plan plan =
-      cuda::plan_step(problems, options, {}, MatmulPrecision::kHighest, somewhere<void>());
+  const cuda::Plan plan = cuda::plan_step(problems, options, {}, products, somewhere<void>());
   int64_t bytes = 0;
   for (const Problem<float>& p : problems) bytes += cuda::step_workspace_bytes(p, options);
   const int error = plan.run(plan.image.data(), nullptr);

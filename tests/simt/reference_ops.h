@@ -38,7 +38,7 @@ struct Matrix {
 struct Settings {
   Options options;
   double grad_scale;  // all in all
-  double lr;
+  dykaf::Rate rate;
   MatmulPrecision precision;
 };
 
@@ -253,9 +253,9 @@ inline Dense orthogonalized(Matrix& p, const Dense& D, const Settings& settings)
 }
 
 inline void apply_update(Matrix& p, const Dense& D, const Settings& settings) {
-  const Number keep = Number(1 - settings.lr * settings.options.weight_decay).rounded();
+  const Number keep = Number(1 - settings.rate.lr * settings.rate.weight_decay).rounded();
   for (size_t i = 0; i < D.x.size(); ++i) {
-    p.param.x[i] = keep * p.param.x[i] - Number(settings.lr).rounded() * D.x[i];
+    p.param.x[i] = keep * p.param.x[i] - Number(settings.rate.lr).rounded() * D.x[i];
   }
 }
 

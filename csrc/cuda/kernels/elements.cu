@@ -52,11 +52,9 @@ DYKAF_DEVICE void apply_unit_(const MatrixOnDevice& p, const MatrixScalars& s,
                               is_aligned(p.master, place.start, 4), update);
 }
 
-// Adam on a unit, from its gradient.
 DYKAF_DEVICE void adam_unit_(const MatrixOnDevice& p, const MatrixScalars& s, const AdamOptions& o,
-                             const UnitPlace& place, float (&update)[kUnit]) {
-  float h[kUnit];
-  load_gradient_unit(p, s, place, h);
+                             const UnitPlace& place, const float (&h)[kUnit],
+                             float (&update)[kUnit]) {
   adam_unit_(p, s, o, place.start, place.count,
              is_aligned(p.exp_avg, place.start, 4) && is_aligned(p.exp_avg_sq, place.start, 4), h,
              update);
@@ -94,8 +92,14 @@ DYKAF_DEVICE void run_unit_(const LoadProblem& e, const MatrixOnDevice& p, const
 
 DYKAF_DEVICE float run_unit_(const AdamProblem& e, const MatrixOnDevice& p, const MatrixScalars& s,
                              const AdamOptions& o, const UnitPlace& place) {
+  float h[kUnit];
   float update[kUnit];
-  adam_unit_(p, s, o, place, update);
+  if (e.H != nullptr) {
+    load_place(e.H, place, h);
+  } else {
+    load_gradient_unit(p, s, place, h);
+  }
+  adam_unit_(p, s, o, place, h, update);
   store_place(e.update, place, update);
   return sum_of_squares(place, update);
 }
@@ -133,8 +137,10 @@ DYKAF_DEVICE void run_unit_(const ApplyProblem& e, const MatrixOnDevice& p, cons
 
 DYKAF_DEVICE float run_unit_(const AdamWProblem&, const MatrixOnDevice& p, const MatrixScalars& s,
                              const AdamOptions& o, const UnitPlace& place) {
+  float h[kUnit];
   float update[kUnit];
-  adam_unit_(p, s, o, place, update);
+  load_gradient_unit(p, s, place, h);
+  adam_unit_(p, s, o, place, h, update);
   apply_unit_(p, s, place, update);
   return sum_of_squares(place, update);
 }
@@ -173,6 +179,21 @@ DYKAF_DEVICE void run_unit_(const NormalizeProblem& e, const MatrixOnDevice& p,
 #pragma unroll
   for (int i = 0; i < kUnit; ++i) update[i] /= divisor;
   store_place(e.X, place, update);
+}
+
+DYKAF_DEVICE float run_unit_(const QuinticProblem& e, const MatrixOnDevice& p, const MatrixScalars&,
+                             const AdamOptions& o, const UnitPlace& place) {
+  const auto side = static_cast<float>(max(p.m, p.n));
+  const float scale = sqrtf(inverse_bound(e.bound)) *
+                      (e.is_last ? update_scale(side, o.full_rms, p.update_rms) : 1.0f);
+  float x[kUnit];
+  float next[kUnit];
+  load_place(e.X, place, x);
+  load_place(e.next, place, next);
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) next[i] = quintic(x[i], next[i], scale);
+  store_place(e.next, place, next);
+  return sum_of_squares(place, next);
 }
 
 // One block per kUnitsPerBlock units, in the order of the problems; each thread takes every
@@ -278,6 +299,7 @@ template int launch_elements(const Grouped<AdamWProblem>&, const Group&, Stream)
 template int launch_elements(const Grouped<BeyondProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<SquaresProblem>&, const Group&, Stream);
 template int launch_elements(const Grouped<NormalizeProblem>&, const Group&, Stream);
+template int launch_elements(const Grouped<QuinticProblem>&, const Group&, Stream);
 
 int launch_blend(const Grouped<BlendProblem>& launch, const Group& group, Stream stream) {
   return DYKAF_LAUNCH(blend_kernel, dim3(static_cast<unsigned>(launch.grid)), dim3(kThreads), 0,

@@ -20,8 +20,9 @@ struct LoadProblem : ElementArray {
   float* H;
 };
 
-// Adam from the gradient with the full second moment, or with none; one row.
+// Adam with the full second moment, or with none; one row.
 struct AdamProblem : ElementArray {
+  const float* H;  // the gradient over tau; null: the gradient itself is read
   float* update;
   double* partials;  // [num_tiles], sums of update^2
 };
@@ -65,6 +66,16 @@ struct SquaresProblem : ElementArray {
 struct NormalizeProblem : ElementArray {
   const float* update;
   float* X;  // may be `update`
+};
+
+// next = (a X + next) / t of a Newton-Schulz step (dykaf/newton_schulz.h); `next` is B X before.
+// One row.
+struct QuinticProblem : ElementArray {
+  const float* X;
+  float* next;
+  const float* bound;  // [1], t^2, 0 standing for 1; null: 1
+  bool is_last;        // the result takes the update's scale
+  double* partials;    // [num_tiles], sums of next^2
 };
 
 int64_t element_tiles(int64_t m, int64_t n);

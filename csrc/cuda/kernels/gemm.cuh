@@ -9,13 +9,6 @@
 
 namespace dykaf::cuda {
 
-inline constexpr bool transposes_a(GemmForm form) {
-  return form == GemmForm::kTN || form == GemmForm::kSymmetricTN;
-}
-inline constexpr bool transposes_b(GemmForm form) {
-  return form == GemmForm::kNT || form == GemmForm::kSymmetricNT;
-}
-
 // Sums in the tensor cores are truncated, with a bias that grows with their number: beyond this
 // much of k they move to a second accumulator, which rounds to nearest.
 inline constexpr int kDepthOfSum = 256;

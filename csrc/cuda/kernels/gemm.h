@@ -26,14 +26,6 @@ inline constexpr bool is_newton_schulz(Epilogue epilogue) {
          epilogue == Epilogue::kLastQuintic;
 }
 
-// Which operands are read transposed, and whether D = D^T is known.
-enum class GemmForm : int32_t { kNN, kTN, kNT, kSymmetricNT, kSymmetricTN };
-inline constexpr int kNumForms = 5;
-
-inline constexpr bool is_symmetric(GemmForm form) {
-  return form == GemmForm::kSymmetricNT || form == GemmForm::kSymmetricTN;
-}
-
 // Block shapes, by output: 128 x 128, 64 x 64, 16 x 64 (few rows), 64 x 16 (few columns).
 enum class TileClass : int32_t { kLarge, kMedium, kWide, kTall };
 inline constexpr int kNumTileClasses = 4;

@@ -6,7 +6,6 @@
 #include "cuda/kernels/device/reduce.cuh"
 #include "cuda/kernels/gemm.h"
 #include "cuda/kernels/gemm_tile.cuh"
-#include "dykaf/newton_schulz.h"
 
 namespace dykaf::cuda {
 
@@ -30,7 +29,7 @@ class TileEpilogue {
         place_(place),
         staged_(staged),
         stride_(staged_stride),
-        inverse_(inverse_bound(problem)) {}
+        inverse_(is_newton_schulz(problem.epilogue) ? inverse_bound(problem.bound) : 1.0f) {}
 
   // Applies the epilogue to every unit of this thread and stores what is to be stored.
   DYKAF_DEVICE void apply(int thread) {
@@ -108,37 +107,27 @@ class TileEpilogue {
     }
   }
 
-  static DYKAF_DEVICE float inverse_bound(const GemmProblem& p) {
-    if (!is_newton_schulz(p.epilogue) || p.bound == nullptr) return 1.0f;
-    return *p.bound == 0.0f ? 1.0f : 1.0f / *p.bound;
-  }
-
   DYKAF_DEVICE float quadratic(float c, float product) const {
     return static_cast<float>(NewtonSchulz::kB) * inverse_ * c +
            static_cast<float>(NewtonSchulz::kC) * inverse_ * inverse_ * product;
   }
 
-  // orthogonal_scale, of a direction whose root mean square update_rms still is.
-  DYKAF_DEVICE float update_scale() const {
-    const float scale =
-        static_cast<float>(kOrthogonalRms) * sqrtf(static_cast<float>(max(p_.m, p_.n)));
-    const float full_rms = launch_.adam->full_rms;
-    if (full_rms == 0.0f) return scale;
-    return scale * fminf(1.0f, *launch_.matrices[p_.matrix_idx].update_rms / full_rms);
+  DYKAF_DEVICE float last_scale() const {
+    return update_scale(static_cast<float>(max(p_.m, p_.n)), launch_.adam->full_rms,
+                        launch_.matrices[p_.matrix_idx].update_rms);
   }
 
   DYKAF_DEVICE void newton_schulz(int64_t start, int count, bool aligned,
                                   const float (&product)[kUnit]) {
     const float scale =
-        sqrtf(inverse_) * (p_.epilogue == Epilogue::kLastQuintic ? update_scale() : 1.0f);
+        sqrtf(inverse_) * (p_.epilogue == Epilogue::kLastQuintic ? last_scale() : 1.0f);
     float c[kUnit];
     float d[kUnit];
     load_unit(p_.C + start, count, aligned, c);
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      d[i] = p_.epilogue == Epilogue::kQuadratic
-                 ? quadratic(c[i], product[i])
-                 : scale * (static_cast<float>(NewtonSchulz::kA) * c[i] + product[i]);
+      d[i] = p_.epilogue == Epilogue::kQuadratic ? quadratic(c[i], product[i])
+                                                 : quintic(c[i], product[i], scale);
       if (i < count) sums[0] += d[i] * d[i];
     }
     store_unit(p_.D + start, count, aligned, d);

@@ -15,6 +15,7 @@ struct MatrixOnDevice {
   int64_t n;
   int64_t rotated_side;   // the longest side whose basis gradients are rotated to, 0 without one
   int64_t skinny_rank;    // 0: not skinny
+  Rate rate;              // of the parameter
   uint64_t stream;        // names its random numbers
   Place place;            // of a shard's elements in its matrix, for the same numbers
   DType dtype;            // of grad and param

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads)
   s.correction2 = static_cast<float>(1 / sqrt(1 - pow(options.beta2, step)));
   s.update_bound = static_cast<float>(update_bound(options, step));
 
-  const double lr = inputs.lr == nullptr ? options.lr : static_cast<double>(*inputs.lr);
-  s.keep = static_cast<float>(1 - lr * options.weight_decay);
+  const double lr = inputs.lr == nullptr ? p.rate.lr : static_cast<double>(*inputs.lr);
+  s.keep = static_cast<float>(1 - lr * p.rate.weight_decay);
   s.lr = static_cast<float>(lr);
   s.rounding_key = rounding_key(options.seed, p.stream, static_cast<uint64_t>(*p.step));
   group.scalars[idx] = s;

@@ -64,7 +64,7 @@ Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& o
       loads.push_back({flat_array(p, i), H});
       compact.push_back({i, H, updates[i], partials});
     } else {
-      adams.push_back({array, updates[i], partials});
+      adams.push_back({array, /*H=*/nullptr, updates[i], partials});
     }
     sums.push_back({partials, num_blocks(array), /*stride=*/1, i});
   }

@@ -11,8 +11,8 @@ namespace {
 // The state of planning: what each launch site works on.
 class FactorUpdatePlan {
  public:
-  FactorUpdatePlan(GroupPlan& plan, const Options& options, MatmulPrecision precision)
-      : plan_(plan), options_(options), precision_(precision) {}
+  FactorUpdatePlan(GroupPlan& plan, const Options& options, const Products& products)
+      : plan_(plan), options_(options), products_(products) {}
 
   void add(const FactorArrays& arrays) {
     arrays_ = arrays;
@@ -51,14 +51,14 @@ class FactorUpdatePlan {
   }
 
   void launch() {
-    plan_.gemms(first_, precision_);
-    plan_.gemms(left_, precision_);
+    plan_.gemms(first_);
+    plan_.gemms(left_);
     scalars(left_scalars_);
     blend(left_blends_);
-    plan_.gemms(second_, precision_);
-    plan_.gemms(right_, precision_);
-    plan_.gemms(coupling_first_, precision_);
-    plan_.gemms(coupling_, precision_);
+    plan_.gemms(second_);
+    plan_.gemms(right_);
+    plan_.gemms(coupling_first_);
+    plan_.gemms(coupling_);
     scalars(right_scalars_);
     blend(right_blends_);
   }
@@ -70,8 +70,9 @@ class FactorUpdatePlan {
     GemmProblem sums = gemm_problem(A, B, arrays_.left_increment, p.m, p.m, p.n, i);
     sums.C = p.L;
     sums.epilogue = Epilogue::kSums;
-    scalars_of.left = left_.add(sums, plan_.builder()).partials;
-    scalars_of.left_tiles = left_.num_partials(sums);
+    const EpilogueSums found = left_.add(sums, plan_.builder());
+    scalars_of.left = found.partials;
+    scalars_of.left_tiles = found.num;
   }
 
   // R's increment A^T B.
@@ -80,8 +81,9 @@ class FactorUpdatePlan {
     GemmProblem sums = gemm_problem(A, B, arrays_.right_increment, p.n, p.n, p.m, i);
     sums.C = p.R;
     sums.epilogue = Epilogue::kSums;
-    scalars_of.right = right_.add(sums, plan_.builder()).partials;
-    scalars_of.right_tiles = right_.num_partials(sums);
+    const EpilogueSums found = right_.add(sums, plan_.builder());
+    scalars_of.right = found.partials;
+    scalars_of.right_tiles = found.num;
   }
 
   void finish_left(FactorStage stage, FactorProblem& scalars_of) {
@@ -120,8 +122,9 @@ class FactorUpdatePlan {
     GemmProblem inner = gemm_problem(H, arrays_.right_increment, nullptr, p.m, p.n, p.n, i);
     inner.C = scratch;
     inner.epilogue = Epilogue::kInner;
-    both.coupling = coupling_.add(inner, plan_.builder()).partials;
-    both.coupling_tiles = coupling_.num_partials(inner);
+    const EpilogueSums found = coupling_.add(inner, plan_.builder());
+    both.coupling = found.partials;
+    both.coupling_tiles = found.num;
     blend_of(Side::kLeft, i, arrays_.left_increment, right_blends_);
     finish_right(FactorStage::kBug, both);
   }
@@ -150,13 +153,13 @@ class FactorUpdatePlan {
 
   GroupPlan& plan_;
   const Options& options_;
-  MatmulPrecision precision_;
-  GemmSite first_{GemmForm::kNN};           // H R
-  GemmSite left_{GemmForm::kSymmetricNT};   // (.) H^T
-  GemmSite second_{GemmForm::kNN};          // L H
-  GemmSite right_{GemmForm::kSymmetricTN};  // H^T (.)
-  GemmSite coupling_first_{GemmForm::kNN};  // A H
-  GemmSite coupling_{GemmForm::kNN};        // H B
+  const Products& products_;
+  GemmSite first_{GemmForm::kNN, products_};           // H R
+  GemmSite left_{GemmForm::kSymmetricNT, products_};   // (.) H^T
+  GemmSite second_{GemmForm::kNN, products_};          // L H
+  GemmSite right_{GemmForm::kSymmetricTN, products_};  // H^T (.)
+  GemmSite coupling_first_{GemmForm::kNN, products_};  // A H
+  GemmSite coupling_{GemmForm::kNN, products_};        // H B
   std::vector<FactorProblem> left_scalars_;
   std::vector<FactorProblem> right_scalars_;
   std::vector<BlendProblem> left_blends_;
@@ -166,15 +169,15 @@ class FactorUpdatePlan {
 
 }  // namespace
 
-void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+void add_factor_update(GroupPlan& plan, const Options& options, const Products& products,
                        const std::vector<FactorArrays>& factors) {
-  FactorUpdatePlan update(plan, options, precision);
+  FactorUpdatePlan update(plan, options, products);
   for (const FactorArrays& arrays : factors) update.add(arrays);
   update.launch();
 }
 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
-                        const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
+                        const DeviceInputs& inputs, const Products& products, void* workspace) {
   GroupPlan plan(problems, workspace);
   plan.prepare(options, inputs, StepCount::kKeep);
   std::vector<LoadProblem> loads;
@@ -191,7 +194,7 @@ Plan plan_factor_update(std::span<const Problem<float>> problems, const Options&
     factors.push_back({i, H, scratch, left_increment, right_increment});
   }
   plan.elements(loads);
-  add_factor_update(plan, options, precision, factors);
+  add_factor_update(plan, options, products, factors);
   return plan.finish();
 }
 

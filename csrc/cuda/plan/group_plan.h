@@ -1,6 +1,7 @@
 // Collects the work of one list of matrices and turns it into launches.
 #pragma once
 
+#include <optional>
 #include <utility>
 
 #include "cuda/kernels/elements.h"
@@ -42,8 +43,10 @@ class GroupPlan {
     group_.scalars = builder_.take<MatrixScalars>(num());
     group_.adam = adam_options(options);
     group_.adam_place = builder_.add(std::vector{group_.adam});
+    auto given = std::make_shared<PlanInputs>(options, inputs);
+    builder_.set_inputs(given);
     builder_.launch([=, group = group_](const std::byte* image, Stream stream) {
-      return launch_prepare(group.at(image), options, inputs, step_count, stream);
+      return launch_prepare(group.at(image), given->options, given->device, step_count, stream);
     });
   }
 
@@ -78,8 +81,9 @@ class GroupPlan {
     });
   }
 
-  // One launch for each block shape that occurs.
-  void gemms(const GemmSite& site, MatmulPrecision precision) {
+  // One launch for each block shape that occurs, and what the library computes.
+  void gemms(const GemmSite& site) {
+    const MatmulPrecision precision = site.products().precision;
     for (int i = 0; i < kNumTileClasses; ++i) {
       const auto tile_class = static_cast<TileClass>(i);
       const GemmForm form = site.form();
@@ -99,9 +103,39 @@ class GroupPlan {
         return launch_gemm(precision, form, tile_class, launch, stream);
       });
     }
+    for (const LibraryProducts& products : site.by_library()) {
+      multiply(products, *site.products().library);
+    }
+    elements(site.adams());
+    elements(site.quintics());
+    elements(site.applies());
   }
 
  private:
+  // One call of the library. It is made where the step is skipped, too, and so it may write to
+  // nothing but workspace.
+  void multiply(const LibraryProducts& products, Library& library) {
+    // One for all: the calls come one after the other.
+    if (!library_workspace_) library_workspace_ = builder_.take<std::byte>(kLibraryWorkspaceBytes);
+    BlasBatch batch = products.batch;
+    batch.count = static_cast<int32_t>(products.D.size());
+    batch.first_a = products.A.front();
+    batch.first_b = products.B.front();
+    batch.first_d = products.D.front();
+    batch.workspace = *library_workspace_;
+    const size_t A = builder_.add(products.A);
+    const size_t B = builder_.add(products.B);
+    const size_t D = builder_.add(products.D);
+    builder_.launch([=, &library](const std::byte* image, Stream stream) {
+      BlasBatch on_device = batch;
+      on_device.A = as<const float*>(image + A);
+      on_device.B = as<const float*>(image + B);
+      on_device.D = as<float*>(image + D);
+      library.multiply(on_device, stream);
+      return 0;
+    });
+  }
+
   template <typename GroupedProblem, typename LaunchGrouped>
   void launch(const std::vector<GroupedProblem>& problems, int64_t grid,
               const LaunchGrouped& launch_grouped) {
@@ -118,6 +152,7 @@ class GroupPlan {
   std::span<const Problem<float>> problems_;
   PlanBuilder builder_;
   GroupInImage group_;
+  std::optional<std::byte*> library_workspace_;
 };
 
 // D = op(A) op(B), D [m, n], of the matrix `matrix_idx`.
@@ -159,17 +194,17 @@ struct AdamArrays {
 // The two multiplications that rotate a matrix.
 class RotationGemms {
  public:
-  explicit RotationGemms(Rotation rotation)
+  RotationGemms(Rotation rotation, const Products& products)
       : into_(rotation == Rotation::kIntoBasis),
-        left_(into_ ? GemmForm::kTN : GemmForm::kNN),
-        right_(into_ ? GemmForm::kNN : GemmForm::kNT) {}
+        left_(into_ ? GemmForm::kTN : GemmForm::kNN, products),
+        right_(into_ ? GemmForm::kNN : GemmForm::kNT, products) {}
 
   // Q_L^T in Q_R or Q_L in Q_R^T to `out`, through `scratch` where there are two bases; `finish`
-  // completes the last multiplication's description. One basis at least; `in` and `out` do not
-  // overlap. Returns the last multiplication as it runs and the number of its partials.
+  // completes the last multiplication's description. One basis at least; `out` is `in` where there
+  // are two, or does not overlap with it. Returns the last multiplication's sums.
   template <typename Finish>
-  std::pair<GemmProblem, int32_t> add(GroupPlan& plan, int32_t matrix_idx, const float* in,
-                                      float* scratch, float* out, const Finish& finish) {
+  EpilogueSums add(GroupPlan& plan, int32_t matrix_idx, const float* in, float* scratch, float* out,
+                   const Finish& finish) {
     const Problem<float>& p = plan.problem(matrix_idx);
     const bool both = p.Q_L != nullptr && p.Q_R != nullptr;
     if (p.Q_L != nullptr) {
@@ -186,10 +221,10 @@ class RotationGemms {
 
  private:
   template <typename Finish>
-  static std::pair<GemmProblem, int32_t> add_last(GemmSite& site, GroupPlan& plan, GemmProblem last,
-                                                  const Finish& finish) {
+  static EpilogueSums add_last(GemmSite& site, GroupPlan& plan, GemmProblem last,
+                               const Finish& finish) {
     finish(last);
-    return {site.add(last, plan.builder()), site.num_partials(last)};
+    return site.add(last, plan.builder());
   }
 
   bool into_;
@@ -207,7 +242,7 @@ struct FactorArrays {
 };
 
 // Adds the launches of the factor update.
-void add_factor_update(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+void add_factor_update(GroupPlan& plan, const Options& options, const Products& products,
                        const std::vector<FactorArrays>& factors);
 
 // What Newton-Schulz steps of a matrix work on, s being its short side.
@@ -220,7 +255,7 @@ struct OrthogonalArrays {
 };
 
 // Adds the launches that make updates orthogonal, with their update_rms.
-void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+void add_orthogonalize(GroupPlan& plan, const Options& options, const Products& products,
                        const std::vector<OrthogonalArrays>& updates);
 
 // Adds the launches of Adam with a compact second moment.

@@ -13,6 +13,7 @@ inline MatrixOnDevice matrix_on_device(const Problem<float>& p) {
       .n = p.n,
       .rotated_side = p.rotated_side(),
       .skinny_rank = p.skinny_rank,
+      .rate = p.rate,
       .stream = p.stream,
       .place = p.place,
       .dtype = p.dtype,

@@ -8,17 +8,22 @@ namespace {
 
 // The multiplications of one step over all matrices.
 struct NewtonSchulzGemms {
-  GemmSite wide_grams{GemmForm::kSymmetricNT};  // A = X X^T
-  GemmSite tall_grams{GemmForm::kSymmetricTN};  // A = X^T X
-  GemmSite squares{GemmForm::kSymmetricNT};     // B = b A + c A^2
-  GemmSite products{GemmForm::kNN};             // a X + B X, of a tall matrix a X + X B
-  std::vector<RmsProblem> bounds;               // ||A||
+  GemmSite wide_grams;             // A = X X^T
+  GemmSite tall_grams;             // A = X^T X
+  GemmSite squares;                // B = b A + c A^2
+  GemmSite quintics;               // a X + B X, of a tall matrix a X + X B
+  std::vector<RmsProblem> bounds;  // ||A||
+
+  explicit NewtonSchulzGemms(const Products& products)
+      : wide_grams(GemmForm::kSymmetricNT, products),
+        tall_grams(GemmForm::kSymmetricTN, products),
+        squares(GemmForm::kSymmetricNT, products),
+        quintics(GemmForm::kNN, products) {}
 
   // A step from X to `next`, or from X over the root of ||A|| where that has a place at `bound`;
-  // returns the last multiplication as it runs and the number of its partials.
-  std::pair<GemmProblem, int32_t> add(GroupPlan& plan, const OrthogonalArrays& arrays,
-                                      const float* X, float* next, float* bound,
-                                      Epilogue epilogue) {
+  // returns the sums of squares of what comes out.
+  EpilogueSums add(GroupPlan& plan, const OrthogonalArrays& arrays, const float* X, float* next,
+                   float* bound, Epilogue epilogue) {
     const int32_t i = arrays.matrix_idx;
     const Problem<float>& p = plan.problem(i);
     PlanBuilder& builder = plan.builder();
@@ -27,11 +32,10 @@ struct NewtonSchulzGemms {
     GemmSite& grams = is_tall ? tall_grams : wide_grams;
     GemmProblem gram = gemm_problem(X, X, arrays.A, s, s, p.long_side(), i);
     if (bound != nullptr) gram.epilogue = Epilogue::kSums;
-    gram = grams.add(gram, builder);
+    const EpilogueSums sums = grams.add(gram, builder);
     if (bound != nullptr) {
       // The squares are the last of each block's sums.
-      bounds.push_back(
-          {gram.partials + kNumSums - 1, grams.num_partials(gram), kNumSums, i, bound});
+      bounds.push_back({sums.partials + kNumSums - 1, sums.num, sums.stride, i, bound});
     }
     GemmProblem square = gemm_problem(arrays.A, arrays.A, arrays.B, s, s, s, i);
     square.C = arrays.A;
@@ -43,25 +47,25 @@ struct NewtonSchulzGemms {
     product.C = X;
     product.bound = bound;
     product.epilogue = epilogue;
-    return {products.add(product, builder), products.num_partials(product)};
+    return quintics.add(product, builder);
   }
 
-  void launch(GroupPlan& plan, MatmulPrecision precision) const {
-    plan.gemms(wide_grams, precision);
-    plan.gemms(tall_grams, precision);
+  void launch(GroupPlan& plan) const {
+    plan.gemms(wide_grams);
+    plan.gemms(tall_grams);
     plan.update_rms(bounds);
-    plan.gemms(squares, precision);
-    plan.gemms(products, precision);
+    plan.gemms(squares);
+    plan.gemms(quintics);
   }
 };
 
 }  // namespace
 
-void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision precision,
+void add_orthogonalize(GroupPlan& plan, const Options& options, const Products& products,
                        const std::vector<OrthogonalArrays>& updates) {
   const int64_t num_steps = options.orthogonalize;
   std::vector<NormalizeProblem> normalizations;
-  std::vector<NewtonSchulzGemms> steps(static_cast<size_t>(num_steps));
+  std::vector<NewtonSchulzGemms> steps(static_cast<size_t>(num_steps), NewtonSchulzGemms(products));
   std::vector<RmsProblem> sums;
   for (const OrthogonalArrays& arrays : updates) {
     const int32_t i = arrays.matrix_idx;
@@ -72,21 +76,21 @@ void add_orthogonalize(GroupPlan& plan, const Options& options, MatmulPrecision 
     float* bound = starts_from_gram(options) ? plan.builder().take<float>(1) : nullptr;
     for (NewtonSchulzGemms& step : steps) {
       const bool is_last = &step == &steps.back();
-      const auto [last, num_partials] = step.add(
-          plan, arrays, X, next, bound, is_last ? Epilogue::kLastQuintic : Epilogue::kQuintic);
+      const EpilogueSums last = step.add(plan, arrays, X, next, bound,
+                                         is_last ? Epilogue::kLastQuintic : Epilogue::kQuintic);
       bound = nullptr;  // of the first step
-      if (is_last) sums.push_back({last.partials, num_partials, kNumSums, i});
+      if (is_last) sums.push_back({last.partials, last.num, last.stride, i});
       std::swap(X, next);
     }
   }
   plan.elements(normalizations);
-  for (const NewtonSchulzGemms& step : steps) step.launch(plan, precision);
+  for (const NewtonSchulzGemms& step : steps) step.launch(plan);
   plan.update_rms(sums);
 }
 
 Plan plan_orthogonalize(std::span<const Problem<float>> problems, const Options& options,
-                        const DeviceInputs& inputs, MatmulPrecision precision,
-                        float* const* updates, void* workspace) {
+                        const DeviceInputs& inputs, const Products& products, float* const* updates,
+                        void* workspace) {
   GroupPlan plan(problems, workspace);
   plan.prepare(options, inputs, StepCount::kKeep);
   std::vector<SquaresProblem> squares;
@@ -107,7 +111,7 @@ Plan plan_orthogonalize(std::span<const Problem<float>> problems, const Options&
   }
   plan.elements(squares);
   plan.update_rms(sums);
-  add_orthogonalize(plan, options, precision, arrays);
+  add_orthogonalize(plan, options, products, arrays);
   return plan.finish();
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "dykaf/cuda_ops.h"
@@ -31,6 +32,7 @@ class PlanBuilder {
     return offset;
   }
 
+  void set_inputs(std::shared_ptr<PlanInputs> inputs) { plan_.inputs = std::move(inputs); }
   void launch(Plan::Launch launch) { plan_.launches.push_back(std::move(launch)); }
 
   Plan finish() { return std::move(plan_); }

@@ -42,12 +42,11 @@ class SkinnyPlan {
 
   void launch() {
     stage(SkinnyStage::kGradient);
-    // What lies outside of V is a difference, which rounding of the projections would drown.
-    plan_.gemms(wide_projections_, MatmulPrecision::kHighest);
-    plan_.gemms(tall_projections_, MatmulPrecision::kHighest);
+    plan_.gemms(wide_projections_);
+    plan_.gemms(tall_projections_);
     stage(SkinnyStage::kMoments);
-    plan_.gemms(wide_expansions_, MatmulPrecision::kHighest);
-    plan_.gemms(tall_expansions_, MatmulPrecision::kHighest);
+    plan_.gemms(wide_expansions_);
+    plan_.gemms(tall_expansions_);
     plan_.elements(beyond_);
     stage(SkinnyStage::kLongFactor);
   }
@@ -92,12 +91,14 @@ class SkinnyPlan {
 
   GroupPlan& plan_;
   const Options& options_;
+  // What lies outside of V is a difference, which rounding of the projections would drown.
+  const Products full_{MatmulPrecision::kHighest};
   std::vector<SkinnyProblem> problems_;
   std::vector<BeyondProblem> beyond_;
-  GemmSite wide_projections_{GemmForm::kNT};
-  GemmSite tall_projections_{GemmForm::kNN};
-  GemmSite wide_expansions_{GemmForm::kNN};
-  GemmSite tall_expansions_{GemmForm::kTN};
+  GemmSite wide_projections_{GemmForm::kNT, full_};
+  GemmSite tall_projections_{GemmForm::kNN, full_};
+  GemmSite wide_expansions_{GemmForm::kNN, full_};
+  GemmSite tall_expansions_{GemmForm::kTN, full_};
 };
 
 }  // namespace

@@ -9,8 +9,8 @@ namespace {
 class StepPlan {
  public:
   StepPlan(std::span<const Problem<float>> problems, const Options& options,
-           const DeviceInputs& inputs, MatmulPrecision precision, void* workspace)
-      : plan_(problems, workspace), options_(options), inputs_(inputs), precision_(precision) {}
+           const DeviceInputs& inputs, const Products& products, void* workspace)
+      : plan_(problems, workspace), options_(options), inputs_(inputs), products_(products) {}
 
   Plan build() {
     plan_.prepare(options_, inputs_, StepCount::kAdvance);
@@ -27,16 +27,16 @@ class StepPlan {
     plan_.elements(adamws_);
     plan_.elements(loads_);
     plan_.elements(adams_);
-    plan_.gemms(into_.left(), precision_);
-    plan_.gemms(into_.right(), precision_);
+    plan_.gemms(into_.left());
+    plan_.gemms(into_.right());
     if (!compact_.empty()) add_compact_adam(plan_, options_, compact_);
     if (!skinny_.empty()) add_skinny_update(plan_, options_, skinny_);
     plan_.update_rms(sums_);
-    if (!orthogonal_.empty()) add_orthogonalize(plan_, options_, precision_, orthogonal_);
-    plan_.gemms(out_of_.left(), precision_);
-    plan_.gemms(out_of_.right(), precision_);
+    if (!orthogonal_.empty()) add_orthogonalize(plan_, options_, products_, orthogonal_);
+    plan_.gemms(out_of_.left());
+    plan_.gemms(out_of_.right());
     plan_.elements(applies_);
-    add_factor_update(plan_, options_, precision_, factors_);
+    add_factor_update(plan_, options_, products_, factors_);
     return plan_.finish();
   }
 
@@ -60,7 +60,7 @@ class StepPlan {
     } else {
       const ElementArray array = flat_array(p, i);
       auto* partials = builder.take<double>(num_blocks(array));
-      adams_.push_back({array, update, partials});
+      adams_.push_back({array, /*H=*/nullptr, update, partials});
       sums_.push_back({partials, num_blocks(array), /*stride=*/1, i});
     }
     if (orthogonalizes(p, options_)) {
@@ -91,17 +91,17 @@ class StepPlan {
     float* loaded = both ? update : scratch;
     loads_.push_back({flat_array(p, i), loaded});
     if (p.exp_avg_sq_row == nullptr && !p.is_skinny()) {
-      const auto [adam, num_partials] =
-          into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
-            last.epilogue = Epilogue::kAdam;
-            last.update = update;
-          });
-      sums_.push_back({adam.partials, num_partials, kNumSums, i});
+      const EpilogueSums sums = into_.add(plan_, i, loaded, scratch, H, [&](GemmProblem& last) {
+        last.epilogue = Epilogue::kAdam;
+        last.update = update;
+      });
+      sums_.push_back({sums.partials, sums.num, sums.stride, i});
     } else {
       into_.add(plan_, i, loaded, scratch, H, [](GemmProblem&) {});
       add_adam(i, H, update, p.is_skinny() ? skinny_ : compact_);
     }
-    out_of_.add(plan_, i, update, scratch, nullptr,
+    // By now the place of the gradient over tau is free.
+    out_of_.add(plan_, i, update, scratch, loaded,
                 [](GemmProblem& last) { last.epilogue = Epilogue::kParameter; });
   }
 
@@ -115,9 +115,9 @@ class StepPlan {
   GroupPlan plan_;
   const Options& options_;
   const DeviceInputs& inputs_;
-  MatmulPrecision precision_;
-  RotationGemms into_{Rotation::kIntoBasis};
-  RotationGemms out_of_{Rotation::kOutOfBasis};
+  const Products& products_;
+  RotationGemms into_{Rotation::kIntoBasis, products_};
+  RotationGemms out_of_{Rotation::kOutOfBasis, products_};
   std::vector<AdamWProblem> adamws_;
   std::vector<LoadProblem> loads_;
   std::vector<AdamProblem> adams_;
@@ -140,8 +140,22 @@ int Plan::run(const void* device_image, Stream stream) const {
 }
 
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
-               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace) {
-  return StepPlan(problems, options, inputs, precision, workspace).build();
+               const DeviceInputs& inputs, const Products& products, void* workspace) {
+  return StepPlan(problems, options, inputs, products, workspace).build();
+}
+
+bool serves(const Plan& plan, const Options& options) {
+  Options before = plan.inputs->options;
+  before.grad_scale = options.grad_scale;
+  return before == options;
+}
+
+void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Options& options,
+                const DeviceInputs& inputs) {
+  *plan.inputs = {options, inputs};
+  // The matrices are what the plan of a group puts into its image first.
+  auto* matrices = reinterpret_cast<MatrixOnDevice*>(plan.image.data());
+  std::transform(problems.begin(), problems.end(), matrices, matrix_on_device);
 }
 
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options) {

@@ -9,14 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
+#include "dykaf/cuda_library.h"
 #include "dykaf/types.h"
 
 namespace dykaf::cuda {
-
-using Stream = void*;  // a cudaStream_t
 
 // On the tensor cores: three TF32 products (close to float32), one TF32 product, bfloat16 inputs.
 using dykaf::MatmulPrecision;
@@ -26,7 +26,12 @@ struct DeviceInputs {
   const double* grad_max;  // [num_matrices], max|grad|
   const int32_t* skip;     // [1], not 0: the step changes nothing; null: never
   const float* amp_scale;  // [1], GradScaler's; gradients are divided by it; null: 1
-  const float* lr;         // [1], in place of Options::lr; null: none
+  const float* lr;         // [1], in place of every Rate::lr; null: none
+};
+
+struct PlanInputs {
+  Options options;
+  DeviceInputs device;
 };
 
 class Plan {
@@ -38,6 +43,8 @@ class Plan {
   // To be copied to the device, to an address that is a multiple of 256.
   std::vector<std::byte> image;
   std::vector<Launch> launches;
+  // What the first launch of an operation with options reads; null for one without.
+  std::shared_ptr<PlanInputs> inputs;
 
   // Launches everything on `stream` with the copy of `image` at `device_image`. Returns the first
   // cudaError_t that is not cudaSuccess, or 0.
@@ -50,28 +57,37 @@ class Plan {
 Plan plan_grad_max(std::span<const Gradient> gradients, double* maxima, void* workspace);
 
 Plan plan_rotate(std::span<const Problem<float>> problems, Rotation rotation,
-                 const float* const* inputs, float* const* outputs, MatmulPrecision precision,
+                 const float* const* inputs, float* const* outputs, const Products& products,
                  void* workspace);
 
 Plan plan_adam_update(std::span<const Problem<float>> problems, const Options& options,
                       const DeviceInputs& inputs, float* const* updates, void* workspace);
 
+// Where the step is skipped the updates are undefined if a library has products of them.
 Plan plan_orthogonalize(std::span<const Problem<float>> problems, const Options& options,
-                        const DeviceInputs& inputs, MatmulPrecision precision,
-                        float* const* updates, void* workspace);
+                        const DeviceInputs& inputs, const Products& products, float* const* updates,
+                        void* workspace);
 
 Plan plan_apply_update(std::span<const Problem<float>> problems, const Options& options,
                        const DeviceInputs& inputs, const float* const* updates, void* workspace);
 
 Plan plan_factor_update(std::span<const Problem<float>> problems, const Options& options,
-                        const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
+                        const DeviceInputs& inputs, const Products& products, void* workspace);
 
 // The step without initialisation and refreshes: what has factors has its bases already.
 Plan plan_step(std::span<const Problem<float>> problems, const Options& options,
-               const DeviceInputs& inputs, MatmulPrecision precision, void* workspace);
+               const DeviceInputs& inputs, const Products& products, void* workspace);
+
+// Whether a plan of plan_step serves a step of the same problems with these options: grad_scale
+// alone may differ.
+bool serves(const Plan& plan, const Options& options);
+
+// Makes such a plan the next step's, with other gradients and rates.
+void renew_step(Plan& plan, std::span<const Problem<float>> problems, const Options& options,
+                const DeviceInputs& inputs);
 
 // What plan_step takes of the workspace for a matrix, but for sums and vectors, which are small
-// beside it.
+// beside it, and the library's part, which all share.
 int64_t step_workspace_bytes(const Problem<float>& p, const Options& options);
 
 }  // namespace dykaf::cuda

@@ -43,7 +43,8 @@ template <typename T>
 void orthogonalize_(std::span<const Problem<T>> problems, const Options& options,
                     T* const* updates);
 
-// param <- param (1 - lr weight_decay) - lr updates[i], updates: [m, n] in original coordinates.
+// param <- param (1 - lr weight_decay) - lr updates[i] by the matrix's rate, updates: [m, n] in
+// original coordinates.
 // bfloat16 and float16 parameters round stochastically, or to nearest from `master` if there is
 // one.
 template <typename T>

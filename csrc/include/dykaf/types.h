@@ -35,6 +35,12 @@ struct Gradient {
   DType dtype;
 };
 
+// What of the options of parameter groups may differ within one step's work.
+struct Rate {
+  double lr;
+  double weight_decay;
+};
+
 // One m x n matrix of the model and its state; T is double for float64 parameters, else float.
 // All arrays are row-major and contiguous and alias nothing else. L, R, exp_avg and exp_avg_sq
 // are stored in the bases Q_L and Q_R. A side without a factor has null L and Q_L (or R and Q_R).
@@ -80,6 +86,7 @@ struct Problem {
   int64_t* refresh_fallbacks;  // [1], refreshes that failed and kept the old basis
   float* update_rms;           // [1], root mean square of the last update before lr
   int64_t refresh_offset[2];   // per Side: place in the refresh period
+  Rate rate;                   // of the parameter
   uint64_t stream;             // names the random numbers of this matrix
   Place place;                 // of a shard's elements in its matrix, for the same numbers
   double grad_max;             // max|grad|
@@ -107,13 +114,11 @@ struct Problem {
   bool is_full() const { return is_skinny() && rows[1] + short_side() > 2 * skinny_rank; }
 };
 
-// The options of a parameter group, as in dykaf.DyKAF and dykaf.FISMO.
+// The other options of parameter groups, as in dykaf.DyKAF and dykaf.FISMO.
 struct Options {
-  double lr;
   double beta1;
   double beta2;
   double eps;
-  double weight_decay;
   double factor_beta;
   double grad_scale;  // gradients are multiplied by it: +1 or -1 over GradScaler's scale
   int64_t precondition_frequency;
@@ -137,6 +142,8 @@ struct Options {
   bool graft = false;  // the update has the norm that it has when it is orthogonalised
 
   bool is_whitened() const { return exponent > 0; }
+
+  bool operator==(const Options&) const = default;
 };
 
 }  // namespace dykaf

@@ -296,7 +296,7 @@ class Together(Alone):
             assert entry.taken is not None
             group_idx, device = entry.taken.spread.group_idx, entry.tensor.device
             if (group_idx, device) not in found:
-                work = GroupWork(self._groups[group_idx], device, False, [], stands_in)
+                work = GroupWork(self._groups[group_idx], device, False, [], stands_in=stands_in)
                 found[group_idx, device] = work
             found[group_idx, device].entries.append(entry)
         return list(found.values())

@@ -16,6 +16,7 @@ Left out is what changes nothing that can be observed:
 from .elements import DEVICE, ELEMENT_KERNELS
 from .fault import Mutant
 from .gemm import EPILOGUES, FRAGMENTS, MAIN_LOOP, TILE_LOADER
+from .library import LIBRARY
 from .scalars import FACTOR_SCALARS, GRAD_MAX, PLANS, PREPARE, SECOND_MOMENT
 from .skinny import SKINNY
 
@@ -32,4 +33,5 @@ MUTANTS: list[Mutant] = [
     *GRAD_MAX,
     *PLANS,
     *SKINNY,
+    *LIBRARY,
 ]

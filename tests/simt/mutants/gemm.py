@@ -234,18 +234,23 @@ EPILOGUES = (
         ("A over the bound's root", "(NewtonSchulz::kB) * inverse_ * c", "(NewtonSchulz::kB) * c"),
         ("A^2 over the bound", "inverse_ * inverse_ * product", "inverse_ * product"),
         ("X over the bound", "sqrtf(inverse_)", "inverse_"),
+        ("C of no array", "if (p_.C != nullptr) load_unit", "load_unit"),
+        ("no scale at the end", "kLastQuintic ? last_scale()", "kLastQuintic ? 1.0f"),
+        ("scale in every step", "last_scale() : 1.0f", "last_scale() : last_scale()"),
+        ("scale of the short side", "max(p_.m, p_.n)", "min(p_.m, p_.n)"),
+        tiles=ALL_TILES,
+    )
+    + faults(
+        "kernels/device/elements.cuh",
+        ("gemm highest medium", "orthogonalize 0"),
         (
             "over a bound of zero",
-            "*p.bound == 0.0f ? 1.0f : 1.0f / *p.bound",
-            "1.0f / *p.bound",
+            "*bound == 0.0f ? 1.0f : 1.0f / *bound",
+            "*bound < 0.0f ? 1.0f : 1.0f / *bound",
         ),
-        ("C of no array", "if (p_.C != nullptr) load_unit", "load_unit"),
-        ("X without a", "static_cast<float>(NewtonSchulz::kA) * c[i]", "c[i]"),
-        ("no scale at the end", "kLastQuintic ? update_scale()", "kLastQuintic ? 1.0f"),
-        ("scale in every step", "update_scale() : 1.0f", "update_scale() : update_scale()"),
-        ("no update fades", "if (full_rms == 0.0f) return scale;", "return scale;"),
-        ("large updates grow", "fminf(1.0f, *launch_", "fmaxf(0.0f, *launch_"),
-        ("scale of the short side", "max(p_.m, p_.n)", "min(p_.m, p_.n)"),
+        ("X without a", "static_cast<float>(NewtonSchulz::kA) * x", "x"),
+        ("no update fades", "full_rms == 0.0f ? scale :", "true ? scale :"),
+        ("large updates grow", "fminf(1.0f, *update_rms", "fmaxf(0.0f, *update_rms"),
         tiles=ALL_TILES,
     )
     + faults(

@@ -54,6 +54,7 @@ PREPARE = faults(
     ("adam", "apply", "factors", "skip", "step amp", "step many"),
     ("amp_scale ignored", "if (inputs.amp_scale != nullptr) scale", "if (false) scale"),
     ("lr on the device ignored", "inputs.lr == nullptr ?", "true ?"),
+    ("the rate of another matrix", "p.rate.lr", "group.matrices[0].rate.lr"),
     ("a skipped step counts", "if (s.active != 0 && step_count", "if (step_count"),
     ("every call counts", " && step_count == StepCount::kAdvance) *p.step", ") *p.step"),
     ("skip flag ignored", "*inputs.skip == 0 ? 1 : 0", "*inputs.skip == 0 ? 1 : 1"),
@@ -87,7 +88,7 @@ PREPARE = faults(
     ("the same random numbers each step", "static_cast<uint64_t>(*p.step))", "0)"),
     ("a matrix too many", "if (idx >= group.num) return;", "if (idx > group.num) return;"),
     ("gradient not over tau", "scale / static_cast<double>(s.tau)", "scale"),
-    ("no weight decay", "1 - lr * options.weight_decay", "1.0"),
+    ("no weight decay", "1 - lr * p.rate.weight_decay", "1.0"),
     ("Nesterov's momentum of AdamW", "options.nesterov && p.rho != nullptr", "options.nesterov"),
     (
         "Nesterov's momentum in full",
@@ -234,7 +235,7 @@ PLANS = (
         ("step ksl", "step rank_one"),
         ("gradient overwritten, two bases", "both ? update : scratch", "scratch"),
         ("gradient overwritten, one basis", "both ? update : scratch", "update"),
-        ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
+        ("sums of another stride", "sums.num, sums.stride, i}", "sums.num, 1, i}"),
     )
     + faults(
         "plan/factor_update.cpp",
@@ -282,7 +283,7 @@ PLANS = (
             "is_tall ? tall_grams : wide_grams;",
             "is_tall ? wide_grams : tall_grams;",
         ),
-        ("bound from the sums of C", "gram.partials + kNumSums - 1", "gram.partials"),
+        ("bound from the sums of C", "sums.partials + kNumSums - 1", "sums.partials"),
         ("a bound for momentum", "starts_from_gram(options) ?", "true ?"),
         ("a bound in every step", "bound = nullptr;  // of the first step", ""),
         ("A without its bound", "    square.bound = bound;\n", ""),
@@ -300,7 +301,7 @@ PLANS = (
             "std::swap(X, next);",
             "std::swap(X, next);\n      if (!is_last) std::swap(X, next);",
         ),
-        ("sums of another stride", "num_partials, kNumSums, i}", "num_partials, 1, i}"),
+        ("sums of another stride", "last.num, last.stride, i}", "last.num, 1, i}"),
         ("update_rms of the update before", "  plan.update_rms(sums);\n}\n\nPlan", "}\n\nPlan"),
     )
     + faults(

@@ -3,6 +3,7 @@
 
 #include "cuda/kernels/device/vector.cuh"
 #include "cuda/kernels/matrices.h"
+#include "dykaf/newton_schulz.h"
 
 namespace dykaf::cuda {
 
@@ -54,6 +55,23 @@ DYKAF_DEVICE uint16_t stochastic(float x, DType dtype, uint32_t random) {
   // round_to_float16 leaves nothing to round.
   return dtype == DType::kBFloat16 ? round_to_bfloat16(x, random)
                                    : nearest_float16(round_to_float16(x, random));
+}
+
+// 1 / t^2 of a Newton-Schulz step; null and 0 stand for 1.
+DYKAF_DEVICE float inverse_bound(const float* bound) {
+  return bound == nullptr || *bound == 0.0f ? 1.0f : 1.0f / *bound;
+}
+
+// orthogonal_scale of a matrix with this long side, of whose direction `update_rms` still is the
+// root mean square.
+DYKAF_DEVICE float update_scale(float side, float full_rms, const float* update_rms) {
+  const float scale = static_cast<float>(kOrthogonalRms) * sqrtf(side);
+  return full_rms == 0.0f ? scale : scale * fminf(1.0f, *update_rms / full_rms);
+}
+
+// scale (a x + product).
+DYKAF_DEVICE float quintic(float x, float product, float scale) {
+  return scale * (static_cast<float>(NewtonSchulz::kA) * x + product);
 }
 
 // What a parameter may be: Place is read of a shard alone.
