@@ -167,7 +167,7 @@ void refresh_basis_(Batch& batch, const Inputs& inputs, Side side,
   if (batch.first().is_skinny()) {
     move_skinny_moment_(batch, options, turn, exp_avg);
   } else if (batch.first().exp_avg_sq.defined()) {
-    move_full_moment_(batch, options, turned, exp_avg);
+    move_full_moment_(batch, options, turn, exp_avg);
   } else if (batch.first().exp_avg_sq_row.defined()) {
     move_compact_moment_(batch, options, turn);
   }

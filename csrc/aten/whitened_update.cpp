@@ -3,11 +3,7 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/pow.h>
-#include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros_like.h>
-
-#include <algorithm>
 
 #include "aten/batch_ops.h"
 #include "aten/bounds.h"
@@ -29,14 +25,6 @@ at::Tensor inverse_powers(const at::Tensor& values, double exponent, at::ScalarT
   return at::where(mean.gt(0), powers, at::zeros_like(powers)).to(values.scalar_type());
 }
 
-// From eigenvectors; nothing if they cannot be had.
-std::optional<at::Tensor> exact_power(const at::Tensor& F, double exponent, at::ScalarType wide) {
-  const std::optional<Eigen> eigen = eigenvectors(F);
-  if (!eigen) return std::nullopt;
-  const at::Tensor& V = eigen->vectors;
-  return full_product(V.mul(inverse_powers(eigen->values, exponent, wide)), V.t());
-}
-
 }  // namespace
 
 InversePower inverse_power(Batch& batch, const Options& options, Side side, double exponent) {
@@ -45,18 +33,13 @@ InversePower inverse_power(Batch& batch, const Options& options, Side side, doub
   const at::Tensor F = batch.get(factor);
   const at::Tensor diagonals = inverse_powers(F.diagonal(0, -2, -1), exponent, batch.wide_dtype());
   if (options.roots == Roots::kTracked) return {diagonals};
-  std::vector<at::Tensor> powers;
-  std::vector<int64_t> failures;
-  for (int64_t i = 0; i < batch.size(); ++i) {
-    const auto power = exact_power(F[i], exponent, batch.wide_dtype());
-    powers.push_back(power ? *power : at::diag_embed(diagonals[i]));
-    failures.push_back(power ? 0 : 1);
-  }
-  if (std::any_of(failures.begin(), failures.end(), [](int64_t failed) { return failed > 0; })) {
-    const at::Tensor counts = batch.get(&Matrix::refresh_fallbacks);
-    batch.set(&Matrix::refresh_fallbacks, counts.add(at::tensor(failures).to(counts.device())));
-  }
-  return {at::stack(powers)};
+  const Eigen eigen = settled_eigenvectors(F);
+  const at::Tensor scaled =
+      eigen.vectors.mul(inverse_powers(eigen.values, exponent, batch.wide_dtype()).unsqueeze(1));
+  batch.set(&Matrix::refresh_fallbacks,
+            batch.get(&Matrix::refresh_fallbacks).add(eigen.sound.logical_not()));
+  return {at::where(per_matrix(eigen.sound), full_product(scaled, eigen.vectors.mT()),
+                    at::diag_embed(diagonals))};
 }
 
 at::Tensor times_left(const InversePower& left, const at::Tensor& X, MatmulPrecision precision) {
