@@ -43,15 +43,15 @@ class Spec:
     takes_stacks: bool = False
 
 
-def dykaf(**options: Any) -> Callable[[Parameters, int], Optimizer]:
-    """DyKAF with the fixed schedule, which its default schedule turns into at step 100."""
+def dykaf(kind: str = "DyKAF", **options: Any) -> Callable[[Parameters, int], Optimizer]:
+    """DyKAF or FISMO with the fixed schedule, which the default one turns into at step 100."""
 
     def make(parameters: Parameters, max_precond_dim: int) -> Optimizer:
         groups = [
             {"params": [p for p in parameters if p.ndim == ndim], "batch_dims": ndim - 2}
             for ndim in sorted({p.ndim for p in parameters})
         ]
-        optimizer: Optimizer = importlib.import_module("dykaf").DyKAF(
+        optimizer: Optimizer = getattr(importlib.import_module("dykaf"), kind)(
             groups,
             **COMMON,
             precondition_frequency=PRECONDITION_FREQUENCY,
@@ -149,6 +149,7 @@ SPECS: dict[str, Spec] = {
     "dykaf-no-skinny": dykaf_spec(5, skinny_rank=0),
     "dykaf-rank-one": dykaf_spec(5, second_moment="rank_one"),
     "dykaf-unstaggered": dykaf_spec(5, refresh_stagger=False),
+    "fismo": Spec(dykaf("FISMO"), "dykaf", 6, refresh=14, takes_stacks=True),
     "textbook-dykaf": Spec(textbook(TextbookDyKAF), None, 6, refresh=16),
     "textbook-soap": Spec(textbook(TextbookSOAP), None, 4, refresh=12),
     "soap-heavyball": Spec(soap_heavyball(None), "heavyball", 4, refresh=16),

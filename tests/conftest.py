@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import backends
+import optim_helpers
 import pytest
 import torch
 from optim_helpers import BOTH
@@ -27,6 +28,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     backends.select(config.getoption("--backend"))
+    config.addinivalue_line(
+        "markers", "of_dykaf: with each_optimizer, of what DyKAF alone has: its options, its values"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def is_meant(item: pytest.Item) -> bool:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("each_optimizer") != "FISMO" or not item.get_closest_marker("of_dykaf")
+
+    items[:] = [item for item in items if is_meant(item)]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -118,6 +130,16 @@ def matrices(request: pytest.FixtureRequest) -> Matrices:
     if not backends.takes_float64() and request.param == torch.float64:
         pytest.skip("the CUDA kernels take no float64")
     return Matrices(request.param)
+
+
+@pytest.fixture(params=["DyKAF", "FISMO"])
+def each_optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a module's tests with either class in place of its `DyKAF`."""
+    if request.param == "FISMO":
+        for module in (request.module, optim_helpers):
+            if hasattr(module, "DyKAF"):
+                monkeypatch.setattr(module, "DyKAF", optim_helpers.LenientFISMO)
+    return str(request.param)
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dykaf import DyKAF
+from dykaf import FISMO, DyKAF
+from dykaf.options import FISMO_FIXED, FISMO_RULES
 
 Bits = tuple[str, tuple[int, ...], bytes]
 
@@ -24,6 +25,16 @@ BOTH: dict[str, Any] = {
     "nesterov": False,
     "orthogonalize": 0,
 }
+
+
+class LenientFISMO(FISMO):
+    """FISMO in place of a DyKAF: leaves out those of its options that FISMO has not."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        known = FISMO_RULES.keys() - FISMO_FIXED.keys() | {"process_group"}
+        refused = {"integrator", "sides"}  # other values
+        refused |= {"orthogonalize"} if options.get("orthogonalize") == 0 else set()
+        super().__init__(params, **{key: options[key] for key in options if key in known - refused})
 
 
 def two_sided(params: Any, **options: Any) -> DyKAF:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from optim_helpers import LenientFISMO
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -84,7 +85,8 @@ class Model:
             {"params": self.params[:num]},
             {"params": self.params[num:], "batch_dims": 1, "lr": 3e-3},
         ]
-        self.optimizer = dykaf.DyKAF(groups, **{**OPTIONS, **options})
+        kind = LenientFISMO if options.pop("fismo", False) else dykaf.DyKAF
+        self.optimizer = kind(groups, **{**OPTIONS, **options})
 
     def place(self, whole: Tensor) -> Tensor:
         return whole.clone() if self.mesh is None else sharded(whole, self.mesh, self.placements)

@@ -19,6 +19,9 @@ from optim_helpers import params_of
 from torch import nn
 
 import dykaf
+from dykaf import DyKAF
+
+pytestmark = pytest.mark.usefixtures("each_optimizer")
 
 # One line in this many is interrupted; 1 takes a minute.
 EVERY = int(os.environ.get("INTERRUPT_EVERY", "4"))
@@ -30,12 +33,12 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(form: str, num_steps: int) -> dykaf.DyKAF:
+def make(form: str, num_steps: int) -> DyKAF:
     dtype = torch.bfloat16 if form == "master" else torch.float32
     shapes = [(6, 4), (2, 80), (5, 3), (5,)]
     params = [nn.Parameter(torch.ones(s, dtype=dtype, device=backends.device())) for s in shapes]
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 1e-2}]
-    optimizer = dykaf.DyKAF(groups, skinny_rank=4, precondition_frequency=2, **FORMS[form])
+    optimizer = DyKAF(groups, skinny_rank=4, precondition_frequency=2, **FORMS[form])
     for step in range(num_steps):
         set_gradients(optimizer, step)
         optimizer.step()
@@ -43,13 +46,13 @@ def make(form: str, num_steps: int) -> dykaf.DyKAF:
     return optimizer
 
 
-def set_gradients(optimizer: dykaf.DyKAF, step: int) -> None:
+def set_gradients(optimizer: DyKAF, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for param in params_of(optimizer):
         param.grad = torch.randn(param.shape, generator=generator).to(param)
 
 
-def snapshot(optimizer: dykaf.DyKAF) -> list[Any]:
+def snapshot(optimizer: DyKAF) -> list[Any]:
     params = params_of(optimizer)
     states = [
         {key: value.tolist() for key, value in optimizer.state.get(param, {}).items()}
@@ -117,6 +120,7 @@ def test_an_interruption_at_each_line(
     assert found["before"] > 100 // EVERY and found["after"] > 0
 
 
+@pytest.mark.of_dykaf
 def test_a_refresh_that_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor that is not finite has no eigenvectors: the basis stays, and training goes on."""
     optimizer = make("default", 3)

@@ -28,6 +28,8 @@ from dykaf import DyKAF, ops
 from dykaf.options import step_options
 from dykaf.state import Layout, new_state
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 # ---- GradScaler ----------------------------------------------------------------------------------
 
 
@@ -302,6 +304,7 @@ def _from_basis(state: dict[str, Tensor], key: str) -> Tensor:
     return left @ state[key].double() @ right.T
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(("m", "n"), [(48, 48), (64, 32)])
 @pytest.mark.parametrize("source", ["option", "torch"])

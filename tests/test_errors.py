@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from dykaf import DyKAF
 from dykaf.checks import check_grad
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 # ---- Options -------------------------------------------------------------------------------------
 
 FINITE = "a finite number >= 0"
@@ -130,11 +132,13 @@ def test_a_negative_lr_is_refused_where_it_is_set(lr: Any) -> None:
         optimizer.add_param_group({"params": [parameter(3)], "lr": lr})
 
 
+@pytest.mark.of_dykaf
 def test_every_option_has_its_bad_values() -> None:
     defaults = DyKAF([parameter(2)]).defaults
     assert set(BAD_OPTIONS) == set(defaults)
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.parametrize(("name", "expected", "value"), CASES)
 def test_bad_options(name: str, expected: str, value: Any) -> None:
     """At construction, in a group, in a group added late, and changed before a step."""
@@ -219,6 +223,7 @@ def test_a_period_beyond_64_bits_is_refused_or_works() -> None:
     assert float(optimizer.state[params_of(optimizer)[0]]["step"]) == 2
 
 
+@pytest.mark.of_dykaf
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="precondition_freq"):
         DyKAF([parameter(3)], precondition_freq=3)  # type: ignore[call-arg]

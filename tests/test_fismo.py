@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dykaf
 from dykaf import FISMO, DyKAF, ops
+from dykaf.work import check_capture
 
 MOUSSE: dict[str, Any] = {
     "betas": (0.95, 0.95),
@@ -298,3 +299,13 @@ def test_the_state_has_no_second_moment_but_of_vectors() -> None:
     assert "exp_avg_sq" not in optimizer.state[params[0]]
     assert "exp_avg_sq" in optimizer.state[params[1]]
     assert "both sides" in str(dykaf.summary(optimizer))
+
+
+def test_a_graph_holds_no_decompositions() -> None:
+    param = nn.Parameter(randn(6, 4))
+    optimizer = FISMO([param], roots="exact")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    work = [item._replace(on_gpu=True) for item in optimizer._collect()]
+    with pytest.raises(RuntimeError, match="expected roots='tracked', got 'exact'"):
+        check_capture(work, optimizer.state, counts_skips=True, is_shared=False)

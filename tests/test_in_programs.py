@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dykaf import DyKAF, param_groups
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 
 def model_of(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)

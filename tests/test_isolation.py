@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dykaf import DyKAF
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 STEPS = 4 if backends.is_gpu() else 25
 # Dense (one large enough for BLAS to use threads), one side over max_precond_dim, skinny, a vector.
 SHAPES = [(12, 9), (9, 130), (130, 9), (2, 80), (80, 2), (7,)]
@@ -63,16 +65,16 @@ def outcome(optimizer: DyKAF) -> list[tuple[Bits, dict[str, Bits]]]:
     return list(zip(params, state_bits(optimizer), strict=True))
 
 
-PLAIN: dict[str, list[tuple[Bits, dict[str, Bits]]]] = {}
+PLAIN: dict[tuple[type, str], list[tuple[Bits, dict[str, Bits]]]] = {}  # by class and case
 
 
 @pytest.fixture(params=OPTIONS)
 def case(request: pytest.FixtureRequest, grads: list[list[Tensor]]) -> str:
     """Whose plain run is known."""
-    if request.param not in PLAIN:
+    if (DyKAF, request.param) not in PLAIN:
         optimizer = make(**OPTIONS[request.param])
         run(optimizer, grads)
-        PLAIN[request.param] = outcome(optimizer)
+        PLAIN[DyKAF, request.param] = outcome(optimizer)
         refreshes = [
             state["refreshes"].sum() for state in optimizer.state.values() if "rho" in state
         ]
@@ -134,7 +136,7 @@ def test_the_bits_are_those_of_a_plain_run(
         with CONTEXTS[context]():
             run(optimizer, grads[first : STEPS - 1])
         run(optimizer, grads[STEPS - 1 :])
-        assert outcome(optimizer) == PLAIN[case]
+        assert outcome(optimizer) == PLAIN[DyKAF, case]
 
 
 def test_diagnostics_under_autocast(case: str, grads: list[list[Tensor]]) -> None:
@@ -181,7 +183,7 @@ def test_torch_is_told_nothing_while_a_step_runs(case: str, grads: list[list[Ten
             assert settings() == expected
             assert len(seen) > 10
             assert all(other == expected for other in seen)
-            assert outcome(optimizer) == PLAIN[case]
+            assert outcome(optimizer) == PLAIN[DyKAF, case]
 
 
 def test_optimizers_of_several_threads(grads: list[list[Tensor]]) -> None:

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dykaf import DyKAF
 from dykaf.checks import check_usable
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 # ---- Without memory or shape ---------------------------------------------------------------------
 
 SHAPES = [(6, 4), (5,), (4, 4), (4, 9)]

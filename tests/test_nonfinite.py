@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dykaf import DyKAF, ops
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 VALUES = [float("nan"), float("inf"), float("-inf")]
 SIZES = [1, 7, 2047, 2048, 2049]  # around the length of the vectors and chunks of the loops

@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "master": {"dtype": torch.bfloat16, "low_precision": "master"},
     "stochastic": {"dtype": torch.bfloat16},
     "rank_one": {"second_moment": "rank_one", "state_dtype": "bfloat16"},
+    "fismo": {"fismo": True},
 }
 
 

@@ -30,6 +30,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "master": {"dtype": torch.bfloat16, "low_precision": "master"},
     "float64": {"dtype": torch.float64},
     "medium": {"matmul_precision": "medium"},
+    "fismo": {"fismo": True},
+    "fismo, exact": {"fismo": True, "roots": "exact", "state_dtype": "bfloat16"},
     "all to AdamW": {"max_precond_dim": 0},
 }
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dykaf import DyKAF
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 
 def make(**options: object) -> DyKAF:
     params = {"first": (4, 3), "second": (5,)}

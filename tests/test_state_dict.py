@@ -18,6 +18,8 @@ from torch import nn
 from dykaf import DyKAF
 from dykaf.state import HOST_KEYS
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 STEPS = 20
 
 # Groups of (shapes, dtype, options). Together: two factors, one factor, none; stacks.
@@ -138,6 +140,7 @@ def test_loaded_state_is_not_shared() -> None:
     assert trajectory(optimizer) == before
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_loading_casts_nothing(dtype: torch.dtype) -> None:
     optimizer = two_sided([parameter(4, 3, dtype=dtype)])
@@ -194,6 +197,7 @@ def test_saved_options_are_loaded() -> None:
     assert trajectory(other) == trajectory(optimizer)
 
 
+@pytest.mark.of_dykaf
 def test_options_that_an_old_checkpoint_lacks_come_from_the_constructor() -> None:
     optimizer = DyKAF([parameter(4, 3)], integrator="bug")
     saved = optimizer.state_dict()
@@ -203,6 +207,7 @@ def test_options_that_an_old_checkpoint_lacks_come_from_the_constructor() -> Non
     assert other.param_groups[0]["integrator"] == "diagonal"
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.parametrize("metric_power", [0.0, 1.0])
 def test_a_checkpoint_from_when_metric_power_was_an_option(metric_power: float) -> None:
     """The entry goes. Other powers than 0 kept matrices from the skinny form, and still do."""
@@ -219,6 +224,7 @@ def test_a_checkpoint_from_when_metric_power_was_an_option(metric_power: float) 
     assert trajectory(other) == trajectory(optimizer)
 
 
+@pytest.mark.of_dykaf
 def test_options_that_an_old_pickle_lacks_come_from_its_defaults() -> None:
     state = DyKAF([parameter(4, 3)], integrator="bug").__getstate__()
     del state["param_groups"][0]["integrator"]
@@ -387,6 +393,7 @@ def test_offsets_follow_a_loaded_period() -> None:
     assert trajectory(other) == trajectory(optimizer)
 
 
+@pytest.mark.of_dykaf
 def test_a_state_from_a_device_without_float64() -> None:
     """There the numbers that are float64 here are float32; the run goes on from their values."""
     options = {"second_moment": "rank_one"}
@@ -404,6 +411,7 @@ def test_a_state_from_a_device_without_float64() -> None:
     run(target, range(4, 6))
 
 
+@pytest.mark.of_dykaf
 def test_a_checkpoint_from_before_sides_goes_on_as_it_was() -> None:
     """Its groups lack the options of the present default, and its matrices have both factors."""
     optimizer, other = two_sided([parameter(4, 3)]), DyKAF([parameter(4, 3)])
@@ -419,6 +427,7 @@ def test_a_checkpoint_from_before_sides_goes_on_as_it_was() -> None:
     assert trajectory(other) == trajectory(optimizer)
 
 
+@pytest.mark.of_dykaf
 def test_a_checkpoint_of_adamw_keeps_the_form_of_matrices() -> None:
     """Its groups are no older ones of this optimizer."""
     matrix, vector = parameter(4, 3), parameter(3)

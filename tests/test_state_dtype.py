@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dykaf import DyKAF, narrow
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 SHAPES = [(12, 8), (3, 130), (9,), (70, 4)]  # the second one is skinny
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -61,6 +63,7 @@ def test_it_is_float32_rounded_after_every_step(form: str, dtype: torch.dtype) -
     assert_same(kept, rounded)
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.parametrize(("limit", "num_passes"), [(1, 3), (140_000, 2), (200_000, 1)])
 def test_a_step_in_passes_is_the_same(
     limit: int, num_passes: int, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,8 @@ from optim_helpers import frozen, parameter, params_of, refuses, run, trajectory
 
 from dykaf import DyKAF
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 # ---- Structure -----------------------------------------------------------------------------------
 
 
@@ -24,6 +26,7 @@ def _state_message(key: str, expected: tuple[int, ...], got: tuple[int, ...]) ->
 CHANGED = "state of param_groups[0]['params'][0], which cannot follow a change of "
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.parametrize(
     ("option", "value", "shape", "dtype", "message"),
     [
@@ -118,6 +121,7 @@ def test_a_parameter_that_became_another(
         optimizer.step()
 
 
+@pytest.mark.of_dykaf
 def test_structure_of_what_has_no_factors_may_change() -> None:
     """A vector's state is the same under all of them."""
     optimizer = two_sided([parameter(5)])
@@ -225,9 +229,10 @@ def test_missing_and_unknown_saved_tensors() -> None:
 def test_saved_state_of_another_parameter(saved_with: dict[str, Any], message: str) -> None:
     optimizer = two_sided([parameter(4, 3)])
     run(optimizer, range(2))
-    shape = saved_with.pop("shape")
+    options = dict(saved_with)
+    shape = options.pop("shape")
     with refuses(optimizer, PREFIX + message):
-        optimizer.load_state_dict(_saved(*shape, **saved_with))
+        optimizer.load_state_dict(_saved(*shape, **options))
 
 
 def test_bad_options_in_a_saved_group() -> None:

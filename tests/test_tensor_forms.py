@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dykaf import DyKAF
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SECOND_MOMENTS = ["full", "rank_one", "factored"]
 

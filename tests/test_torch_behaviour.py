@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from dykaf import DyKAF
 from dykaf.work import check_capture
 
+pytestmark = pytest.mark.usefixtures("each_optimizer")
+
 # Forty steps amplify a rounding difference by the conditioning of the bases (test_reference.py).
 TRAJECTORY = 1e-8
 
@@ -103,6 +105,7 @@ def _reference(param: Tensor, **options: Any) -> ReferenceDyKAF:
     return two_sided_reference(param.detach(), stagger_offsets=None, **options)
 
 
+@pytest.mark.of_dykaf
 @pytest.mark.parametrize(
     ("option", "value", "changes"),
     [
@@ -141,6 +144,7 @@ def test_options_changed_in_flight(option: str, value: Any, changes: dict[str, A
     assert float((param.detach() - unchanged.W).norm()) > 1e3 * TRAJECTORY * distance
 
 
+@pytest.mark.of_dykaf
 def test_options_of_groups_are_their_own() -> None:
     shapes = [(6, 4), (4, 6)]
     variants: list[dict[str, Any]] = [

@@ -113,8 +113,11 @@ class Reported(Optimizer):
                 state = self.state.get(param)
                 if state and state["step"].numel() > 0:  # else another rank has it
                     name = param_name(group, group_idx, idx)
+                    backend = ops.backend_of(state["exp_avg"])
+                    if backend == "cuda" and "exponent" in group and "rho" in state:
+                        backend = "aten"  # the kernels have Adam's updates alone
                     report[name] = {
-                        "backend": ops.backend_of(state["exp_avg"]),
+                        "backend": backend,
                         **parameter_diagnostics(host_entries_(state)),
                     }
         return report

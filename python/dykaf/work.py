@@ -313,6 +313,8 @@ def check_capture(
             _refuse("parameters on the GPU", f"{item.entries[0].name} on {item.device}")
         if item.device.type == "cuda" and item.device.index != torch.cuda.current_device():
             _refuse("parameters on the captured GPU", f"{item.entries[0].name} on {item.device}")
+        if item.group.get("roots") == "exact":
+            _refuse("roots='tracked'", "'exact', for which the CPU must wait")
         if item.group["nonfinite"] == "raise":
             _refuse('nonfinite="skip" or "propagate"', '"raise", for which the CPU must wait')
         if item.group["nonfinite"] == "skip" and not counts_skips:
