@@ -240,3 +240,13 @@ def test_the_packages_own_rules_take_large_sides_alone() -> None:
     assert _C.library_calls() == []
     rules = products.read(products.DEFAULT_FILE)
     assert products.are_by_library(rules, 90, "high", "NN", 4096, 4096, 4096)
+
+
+@on_host
+def test_new_rules_hold_from_the_next_step_on() -> None:
+    """Plans that are kept from one step to the next are made anew."""
+    optimizer = optimizer_of()
+    for step, (text, expected) in enumerate((("", False), ("", False), (ANY, True), ("", False))):
+        use(text)
+        run(optimizer, range(2 * step, 2 * step + 2))
+        assert (_C.library_calls() != []) == expected
