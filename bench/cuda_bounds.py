@@ -205,7 +205,10 @@ CEILINGS = (
     "The least of three: the instruction, L2 and shared memory by the block's flops per byte."
 )
 MILLISECONDS = "Bound / estimate; of the rows with other products the estimate, on an H100 alone."
-FIRST_STEP = "Eigenvectors and decompositions, one matrix after the other."
+FIRST_STEP = (
+    "Eigenvectors one matrix after the other; here of sides up to 1,024, longer ones start from "
+    "orthogonal iterations."
+)
 OTHER_SETS = (
     "The sets of bench/shapes.py in their own sizes, float32; milliseconds. cuBLAS: the estimate "
     "of a plain step with its large plain products there."
