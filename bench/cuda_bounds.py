@@ -223,7 +223,10 @@ MILLISECONDS = (
     "Bound / estimate; of the rows with other products the estimate. cuBLAS has what the package's "
     'rules give it: large sides on an H100 at "high" and "medium".'
 )
-FIRST_STEP = "Eigenvectors and decompositions, one matrix after the other."
+FIRST_STEP = (
+    "Eigenvectors one matrix after the other; here of sides up to 1,024, longer ones start from "
+    "orthogonal iterations."
+)
 OTHER_SETS = (
     "The sets of bench/shapes.py in their own sizes, float32; milliseconds. Without cuBLAS, and "
     "with symmetric products split along k at no cost: of a plain step, on the device alone."

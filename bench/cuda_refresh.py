@@ -1,7 +1,7 @@
 """Counts of refreshes and of the first step, which the CUDA backend leaves to torch's operations.
 
-csrc/aten does them: the matrices of one shape whose basis is due go as one batch. How many
-operations that takes, and how many numbers go in and out of them, was counted by running them
+csrc/aten does them: the matrices of one shape whose basis is due, or whose gradient is the first,
+go as one batch. How many operations that takes, and how many numbers go in and out of them, was counted by running them
 (tests/test_cuda_bounds.py does it again). An operation is a launch at least; views are none.
 """
 
@@ -13,21 +13,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.cuda_costs import Matrix, default_options
-from bench.cuda_rates import EAGER, FLOAT, LAUNCH, QR_COLUMN, QR_MATRIX, Device
-from dykaf.schedule import stagger_offsets
+from bench.cuda_rates import EAGER, FLOAT, LAUNCH, Device
+from dykaf.schedule import BATCH_ENTRIES, stagger_offsets
 from dykaf.state import Layout
 
 # Operations of one batch; a batch of several stacks its arrays first.
-DENSE_OPS, DENSE_STACKS = 105, 6
-LONG_OPS, LONG_STACKS = 139, 7  # without the four by which a CPU alone looks at the result
+DENSE_OPS, DENSE_STACKS = 107, 6
+LONG_OPS, LONG_STACKS = 257, 7
+FIRST_DENSE_OPS, FIRST_DENSE_STACKS = 103, 6
+FIRST_LONG_OPS, FIRST_LONG_STACKS = 191, 5
 # Numbers in and out of them per matrix, products included: of a side n of a matrix of `size`; of
 # `used` rows of length l and a short side s.
 DENSE_NUMBERS = (97, 37)  # n^2, size
-LONG_NUMBERS = (22, 7, 54)  # used l, s l, used^2
+LONG_NUMBERS = (24.8, 8.4, 165)  # used l, s l, used^2
 DENSE_PRODUCTS, CORRECTIONS = 5, 2 / 32  # of n x n; the correction is every 32nd time
-FIRST_DENSE_OPS, FIRST_LONG_OPS = 99, 129  # of one matrix: they go one by one
-
-BATCH_ENTRIES = 1 << 24  # kMaxEntries of csrc/aten/matrix.cpp
+LONG_PRODUCTS = 8  # of used x l with l x used or used x used: a pass has two, the last one has one
+# Of used x used: those of a pass, twice, of P's four passes, and six with T and F.
+LONG_SMALL_PRODUCTS, LONG_CHOLESKYS, LONG_SOLVES = 14, 10, 8
+LONGEST_WITH_EIGENVECTORS, FIRST_ITERATIONS = 1024, 2  # csrc/aten/first_basis
 
 
 @dataclass
@@ -55,17 +58,21 @@ def work_of(device: Device, operations: float, seconds: float, numbers: float) -
     return Work(operations, seconds + memory, likely)
 
 
+def turn_seconds(device: Device, n: int, num: int) -> float:
+    """A power iteration of `num` sides n in one batch, with their bases."""
+    rate = device.library_rate("float32", n, n, n, num)
+    products = num * DENSE_PRODUCTS * 2.0 * n**3 / rate
+    solves = num * 2 * n**3 / rate  # two, as products of half the flops
+    return products + solves + 3 * max(device.cholesky_seconds(n), num * n**3 / 3 / rate)
+
+
 def refresh_of(p: Matrix, num: int, device: Device) -> Work:
     """Of the side with a factor in full, of `num` matrices in one batch."""
     n, other = p.side, p.size // p.side
     operations = DENSE_OPS + (DENSE_STACKS if num > 1 else 0)
-    squares = DENSE_PRODUCTS + CORRECTIONS
-    cube = 2.0 * n**3
-    rate = device.library_rate("float32", n, n, n, num)
-    seconds = num * squares * cube / rate
+    seconds = turn_seconds(device, n, num)
+    seconds += num * CORRECTIONS * 2.0 * n**3 / device.library_rate("float32", n, n, n, num)
     seconds += num * 2.0 * p.size * n / device.library_rate("float32", n, n, other, num)
-    seconds += num * 2 * n**3 / rate  # two triangular solves, as products of half the flops
-    seconds += 3 * max(device.cholesky_seconds(n), num * n**3 / 3 / rate)
     numbers = DENSE_NUMBERS[0] * n * n + DENSE_NUMBERS[1] * p.size
     return work_of(device, operations, seconds, num * numbers)
 
@@ -77,14 +84,18 @@ def long_period(p: Matrix) -> int:
 
 
 def long_refresh_of(p: Matrix, num: int, device: Device) -> Work:
-    """Of the long side of skinny matrices: Q of the rows in use, matrix by matrix."""
+    """Of the long sides of `num` skinny matrices in one batch."""
     used, s, length = p.skinny_rank + p.short * long_period(p), p.short, p.long
     operations = LONG_OPS + (LONG_STACKS if num > 1 else 0)
-    rate = device.library_rate("float32", used, used, used, num)
-    seconds = num * (device.qr_seconds(used) + QR_MATRIX.value) + QR_COLUMN.value * used
-    # T core T^T, S P, Z P, exp_avg V^T
-    flops = 6.0 * used**3 + 2.0 * length * used * p.skinny_rank + 2.0 * s * length * p.skinny_rank
-    seconds += num * flops / rate
+    rate = device.library_rate("float32", used, used, length, num)
+    small_rate = device.library_rate("float32", used, used, used, num)
+    # and the new basis, exp_avg in it
+    flops = LONG_PRODUCTS * 2.0 * used**2 * length
+    flops += 2.0 * length * used * p.skinny_rank + 2.0 * s * length * p.skinny_rank
+    seconds = num * flops / rate
+    seconds += num * (2.0 * LONG_SMALL_PRODUCTS + LONG_SOLVES) * used**3 / small_rate
+    cholesky = max(device.cholesky_seconds(used), num * used**3 / 3 / small_rate)
+    seconds += LONG_CHOLESKYS * cholesky
     numbers = sum(
         c * x for c, x in zip(LONG_NUMBERS, (used * length, s * length, used**2), strict=True)
     )
@@ -146,18 +157,31 @@ def refreshes_of(
     return Refreshes(mean, most)
 
 
+def first_of(p: Matrix, num: int, device: Device) -> Work:
+    """Of the first gradients of `num` matrices in one batch: factors and bases of each side."""
+    rate = device.library_rate("float32", p.side, p.side, p.side, num)
+    # Q^T F Q and the factor's product
+    seconds = num * (4.0 * p.side**3 + 2.0 * p.size * p.side) / rate
+    if p.side > LONGEST_WITH_EIGENVECTORS:
+        seconds += FIRST_ITERATIONS * turn_seconds(device, p.side, num)
+    else:
+        seconds += num * device.eigh_seconds(p.side)  # one matrix after the other
+    if p.skinny_rank:
+        seconds += num * device.eigh_seconds(p.short)
+        cholesky = device.cholesky_seconds(p.short)
+        products = LONG_PRODUCTS * 2.0 * p.short**2 * p.long
+        seconds += LONG_CHOLESKYS / 2 * cholesky + num * products / rate
+    operations, stacks = FIRST_DENSE_OPS, FIRST_DENSE_STACKS
+    if p.skinny_rank:
+        operations, stacks = FIRST_LONG_OPS, FIRST_LONG_STACKS
+    operations += stacks if num > 1 else 0
+    return work_of(device, operations, seconds, num * (20 * p.side**2 + 10 * p.size))
+
+
 def first_step_of(matrices: Iterable[Matrix], device: Device) -> Work:
-    """First gradients: factors, and eigenvectors of each side, one matrix after the other."""
+    """First gradients of all matrices with a factor."""
     total = Work()
-    for p in matrices:
-        if p.is_adamw:
-            continue
-        rate = device.library_rate("float32", p.side, p.side, p.side)
-        seconds = device.eigh_seconds(p.side)
-        # Q^T F Q and the factor's product
-        seconds += (4.0 * p.side**3 + 2.0 * p.size * p.side) / rate
-        if p.skinny_rank:
-            seconds += device.qr_seconds(p.short) + device.eigh_seconds(p.short)
-        operations = FIRST_LONG_OPS if p.skinny_rank else FIRST_DENSE_OPS
-        total.add(work_of(device, operations, seconds, 20 * p.side**2 + 10 * p.size))
+    for p, sizes in batches(p for p in matrices if not p.is_adamw).items():
+        for num in sizes:
+            total.add(first_of(p, num, device))
     return total

@@ -78,13 +78,14 @@ Eigen settled_eigenvectors(const at::Tensor& a) {
   const at::Tensor given = decomposable(a);
   const Eigen eigen = judged_eigenvectors(given);
   const at::Tensor sound = eigen.sound.to(at::kCPU);
+  bool* is_sound = sound.mutable_data_ptr<bool>();
   for (int64_t i = 0; i < given.size(0); ++i) {
     for (const auto dtype : {given.scalar_type(), at::kDouble}) {
-      if (sound[i].item<bool>()) break;
+      if (is_sound[i]) break;
       const Eigen own = judged_eigenvectors(given.narrow(0, i, 1).to(dtype));
       eigen.values[i].copy_(own.values[0]);
       eigen.vectors[i].copy_(own.vectors[0]);
-      sound[i].copy_(own.sound[0]);
+      is_sound[i] = own.sound.item<bool>();
     }
   }
   return {eigen.values.to(a.options()), eigen.vectors.to(a.options()), sound.to(a.device())};

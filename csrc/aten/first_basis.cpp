@@ -73,8 +73,9 @@ FirstBasis complete_basis(const at::Tensor& vectors) {
 // Those with as many vectors go together.
 FirstBasis completed(const Leading& leading) {
   std::map<int64_t, std::vector<int64_t>> places;
-  for (int64_t i = 0; i < leading.counts.size(0); ++i) {
-    places[leading.counts[i].item<int64_t>()].push_back(i);
+  const at::Tensor counts = leading.counts.contiguous();
+  for (int64_t i = 0; i < counts.size(0); ++i) {
+    places[counts.const_data_ptr<int64_t>()[i]].push_back(i);
   }
   const at::Tensor& vectors = leading.vectors;
   const int64_t n = vectors.size(1);

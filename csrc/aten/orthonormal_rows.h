@@ -5,17 +5,16 @@
 
 namespace dykaf::aten {
 
-// Orthonormal rows Z = last X of rows T Z.
+// Orthonormal rows, last X.
 struct OrthonormalRows {
   at::Tensor X;      // [b, k, l]
   at::Tensor last;   // [b, k, k]
-  at::Tensor T;      // [b, k, k]
   at::Tensor sound;  // bool [b]; where false the others are of no use
 };
 
 // Of any rows [b, k, l], in products and decompositions of small matrices alone, whatever the
-// number of matrices. T is lower triangular but for rounding, with a diagonal that is not negative.
-// Rows that are combinations of those before them, to rounding, leave rows of zeros.
+// number of matrices: row i is a positive multiple of what the given row i has outside of those
+// before it. What is a combination of those before it, to rounding, leaves a row of zeros.
 //
 // A pass is S = D X X^T D + shift I = K K^T, X <- K^-1 D X, with the inverse lengths D (shifted
 // CholeskyQR, Fukaya et al. 2020). The shift, more than the rounding of S, keeps S definite; what a

@@ -39,11 +39,25 @@ at::Tensor live_columns(const at::Tensor& x) {
       .to(x.scalar_type());
 }
 
+// Rows T Z of a long side with Z = last X, whose rows are orthonormal or zero.
+struct LongRows {
+  at::Tensor X;      // [b, used, l]
+  at::Tensor last;   // [b, used, used]
+  at::Tensor T;      // [b, used, used]
+  at::Tensor sound;  // bool [b]
+};
+
+// By Cholesky factors, on any device.
+LongRows cholesky_rows(const at::Tensor& rows) {
+  const auto [X, last, sound] = orthonormal_rows(rows);
+  return {X, last, full_product(full_product(rows, X.mT()), last.mT()), sound};
+}
+
 // The rows [b, used, l] by Householder's decomposition, on the CPU. What a refresh has left
 // orthonormal but for rounding stays but for every 32nd time, and only what the others have outside
 // of it is decomposed, a quarter of the work, as long as all comes out orthonormal: not where rows
 // are zero, or were rounded.
-OrthonormalRows householder_rows(const Batch& batch, Side side, const at::Tensor& rows) {
+LongRows householder_rows(const Batch& batch, Side side, const at::Tensor& rows) {
   const Matrix& first = batch.first();
   const int64_t inner = first.rows[0];
   const int64_t added = rows.size(1) - inner;
@@ -119,7 +133,7 @@ void initialize_skinny_(Batch& batch, const Options& options, const ScaledGradie
   batch.set(first.is_wide() ? &Matrix::Q_L : &Matrix::Q_R, Q);
   batch.set(first.is_wide() ? &Matrix::L : &Matrix::R, rotated(unit, Q));
 
-  const auto [X, last, T, is_decomposed] = orthonormal_rows(H);
+  const auto [X, last, T, is_decomposed] = cholesky_rows(H);
   const at::Tensor inner = symmetric(full_product(T.mT(), T));
   const at::Tensor U = basis_of(inner);
   const at::Tensor trace = prior.mul(l).add_(gram_trace, gain / s);
@@ -184,7 +198,7 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   const at::Tensor flat = batch.get(&Matrix::flat);
   const at::Tensor rows = batch.get_part(rows_in(used));
   const auto [X, last, T, is_decomposed] =
-      looks == Looks::kOnHost ? householder_rows(batch, side, rows) : orthonormal_rows(rows);
+      looks == Looks::kOnHost ? householder_rows(batch, side, rows) : cholesky_rows(rows);
   const at::Tensor core = batch.get(&Matrix::core);
   const at::Tensor used_core = core.narrow(1, 0, used).narrow(2, 0, used);
   const at::Tensor old_F = symmetric(full_product(full_product(T.mT(), used_core), T));
