@@ -47,6 +47,8 @@ class FactorUpdatePlan {
         average_left(i, H, static_cast<double>(p.n), left);
         average_right(i, H, static_cast<double>(p.m), right);
         break;
+      case Integrator::kCoupled:  // of whitened updates, which are csrc/aten's
+        break;
     }
   }
 

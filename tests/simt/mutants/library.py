@@ -144,7 +144,7 @@ LIBRARY = (
     )
     + faults(
         "plan/skinny_update.cpp",
-        STEPS,
+        ("skinny step",),
         (
             "skinny projections are rounded",
             "full_{MatmulPrecision::kHighest}",
