@@ -153,7 +153,8 @@ def test_a_matrix_that_cannot_be_updated_is_named(
     done = getattr(dykaf.ops.Jobs, run)
 
     def with_a_failure(*args: Any) -> Any:
-        return done(*args)._replace(failed=[[1], []])
+        report = done(*args)
+        return report._replace(failed=[[1], *report.failed[1:]])
 
     monkeypatch.setattr(dykaf.ops.Jobs, run, with_a_failure)
     with pytest.raises(RuntimeError) as error:

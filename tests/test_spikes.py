@@ -13,7 +13,7 @@ from bounded_steps import FORMS, BoundedSteps
 from optim_helpers import randn
 from torch import nn
 
-from dykaf import DyKAF
+from dykaf import FISMO, DyKAF
 
 BETAS = (0.9, 0.95)
 LR = 1e-2
@@ -68,6 +68,14 @@ def test_spikes_end_no_worse_than_with_adamw(form: str, spike: float, record_pro
     record_property("loss", loss)
     record_property("adamw", adamw(spike))
     assert loss <= adamw(spike) * (1 if form == "default" else FACTOR)
+
+
+@pytest.mark.skipif("__import__('backends').is_gpu()", reason="of a length for the CPU")
+@pytest.mark.parametrize("spike", SIZES)
+def test_spikes_end_no_worse_with_fismo(spike: float) -> None:
+    """Not divided by the root of p, the spike's whitened gradient would be the momentum's
+    direction for hundreds of steps."""
+    assert classify(FISMO, spike) <= adamw(spike)
 
 
 @pytest.mark.parametrize("second_moment", ["full", "rank_one", "factored"])

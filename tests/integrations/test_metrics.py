@@ -161,5 +161,5 @@ def test_a_monitor_changes_no_bit_and_can_leave() -> None:
 
 
 def test_other_optimizers_are_refused() -> None:
-    with pytest.raises(TypeError, match="expected a DyKAF, got AdamW"):
+    with pytest.raises(TypeError, match="expected a DyKAF or FISMO, got AdamW"):
         Monitor(torch.optim.AdamW(nn.Linear(2, 2).parameters()))

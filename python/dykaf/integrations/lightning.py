@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dykaf.engine import KroneckerOptimizer
 from dykaf.integrations import require
 from dykaf.integrations.metrics import Monitor
-from dykaf.optimizer import DyKAF
 
 require("lightning")  # before the imports of it, which would not say what to install
 
@@ -34,7 +34,11 @@ class DiagnosticsCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to time the steps."""
-        ours = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, DyKAF)]
+        ours = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if isinstance(optimizer, KroneckerOptimizer)
+        ]
         self._monitors = [
             Monitor(optimizer, prefix=f"dykaf-{idx}/" if idx else "dykaf/")
             for idx, optimizer in enumerate(ours)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from dykaf.optimizer import DyKAF
+from dykaf.engine import KroneckerOptimizer
 
 
 def summarize(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -44,16 +44,16 @@ def summarize(report: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return flat
 
 
-def unwrapped(optimizer: Any) -> DyKAF:
-    """The DyKAF inside of what Accelerate or Fabric made of it.
+def unwrapped(optimizer: Any) -> KroneckerOptimizer:
+    """The DyKAF or FISMO inside of what Accelerate or Fabric made of it.
 
     Raises:
         TypeError: if there is none.
     """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    if not isinstance(optimizer, DyKAF):
-        raise TypeError(f"optimizer: expected a DyKAF, got {type(optimizer).__name__}")
+    if not isinstance(optimizer, KroneckerOptimizer):
+        raise TypeError(f"optimizer: expected a DyKAF or FISMO, got {type(optimizer).__name__}")
     return optimizer
 
 
