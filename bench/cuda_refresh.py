@@ -1,8 +1,9 @@
 """Counts of refreshes and of the first step, which the CUDA backend leaves to torch's operations.
 
 csrc/aten does them: the matrices of one shape whose basis is due, or whose gradient is the first,
-go as one batch. How many operations that takes, and how many numbers go in and out of them, was counted by running them
-(tests/test_cuda_bounds.py does it again). An operation is a launch at least; views are none.
+go as one batch. How many operations that takes, and how many numbers go in and out of them, was
+counted by running them (tests/test_cuda_bounds.py does it again). An operation is a launch at
+least; views are none.
 """
 
 from __future__ import annotations

@@ -362,8 +362,8 @@ def test_what_a_batch_holds_is_what_the_backend_takes() -> None:
 )
 def test_offsets_balance_the_work(shapes: list[tuple[int, int]], period: int) -> None:
     """What shares a slot by being alike is a side, or costs no more than a sixteenth of a product
-    with all bases. It goes to the emptiest slot, whose load is at most the mean: no slot exceeds the
-    mean by more than that."""
+    with all bases. It goes to the emptiest slot, whose load is at most the mean: no slot exceeds
+    the mean by more than that."""
     layouts = [layout(*shape) for shape in shapes]
     offsets = stagger_offsets((each, period) for each in layouts)
     assert all(0 <= place < period for places in offsets for place in places)

@@ -43,9 +43,9 @@ class Offsets:
 BATCH_ENTRIES = 1 << 24
 
 # Sides that are alike share a step as long as their cubes add up to less than this part of the
-# multiply-adds of one product of every gradient with its bases. A refresh takes a dozen multiply-adds
-# for one of its cube, a plain step at least three for one of those: a quarter of a plain step, and
-# half in time where decompositions are slow.
+# multiply-adds of one product of every gradient with its bases. A refresh takes a dozen for one of
+# its cube, a plain step at least three for one of those: a quarter of a plain step, and about half
+# of its time, for decompositions are slower.
 _SHARE = 1 / 16
 
 
@@ -88,8 +88,10 @@ def stagger_offsets(layouts: Iterable[tuple[Layout, int]]) -> list[tuple[int, in
 
 
 class _Task:
-    """A side of a parameter; `cost` is that of a turn, of one matrix or, of a stack that is longer
-    than the period, of more."""
+    """A side of a parameter.
+
+    `cost` is that of a turn: of one matrix or, of a stack longer than the period, of more.
+    """
 
     def __init__(self, layout: Layout, side: int, cost: int, period: int) -> None:
         self.layout, self.period = layout, period
@@ -105,8 +107,10 @@ class _Task:
 
 
 def _pieces(tasks: Sequence[_Task], most: float) -> list[list[int]]:
-    """What has a cost, in groups of places that share a slot; those that are alike are cut into as
-    few equal ones as `most` and the batches' memory allow."""
+    """What has a cost, in groups of places that share a slot.
+
+    Those that are alike are cut into as few equal ones as `most` and a batch's memory allow.
+    """
     alike: dict[object, list[int]] = {}
     for idx, task in enumerate(tasks):
         if task.cost:
