@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 from dykaf import DyKAF, ops
 from dykaf.nonfinite import Skips
+from dykaf.work import GroupWork
 
 DOC = Path(__file__).parent.parent / "docs" / "cuda.md"
 H100, A100 = DEVICES["H100"], DEVICES["A100"]
@@ -275,7 +275,8 @@ def test_operations_of_first_gradients(shape: tuple[int, int], num: int) -> None
 def test_operations_of_the_skip_flag(num: int) -> None:
     """Beside what turns the flag into an integer for each group."""
     skips = Skips()
-    items: Any = [SimpleNamespace(group={"nonfinite": "skip"}) for _ in range(num)]
+    group = {"nonfinite": "skip"}
+    items = [GroupWork(group, torch.device("cpu"), True, []) for _ in range(num)]
     maxima = [torch.ones(5, dtype=torch.float64) for _ in range(num)]
     for _ in range(2):  # the first makes the count
         with Traffic() as traffic:

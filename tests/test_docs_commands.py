@@ -68,6 +68,7 @@ RUN_HERE = [
 NOT_RUN = {
     "make demo-distributed": "takes a minute; tests/test_train_gpt_parallel.py runs its parts",
     'pip install "setuptools>=77"*': "needs a network",
+    "*python -m bench host": "measures the machine; tests/test_bench_host.py runs it small",
     "python -m bench peaks": "measures the machine; tests/test_bench.py takes peaks for given",
     "python -m bench.distributed_costs*": "takes minutes; test_distributed_costs.py has parts",
     "python -m bench.evidence --quick": "needs a network and a quarter of an hour",

@@ -266,7 +266,7 @@ def test_parameters_that_do_not_fit() -> None:
         (
             "integrator",
             "euler",
-            "options['integrator']: expected one of 'ksl', 'bug', 'diagonal', got 'euler'",
+            "options['integrator']: expected one of 'ksl', 'bug', 'diagonal', 'coupled', got 'euler'",
         ),
         (
             "second_moment",

@@ -185,11 +185,11 @@ class NoMemory:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def step_(self, jobs: Any, started: Any) -> Any:
+    def Jobs(self, jobs: Any) -> Any:  # noqa: N802
         self._left -= 1
         if self._left < 0 and any(job.options["lr"] == -1 for job in jobs):
             raise MemoryError("no memory")
-        return self._real.step_(jobs, started)
+        return self._real.Jobs(jobs)
 
 
 def step_without_memory() -> tuple[str, str, list[int], list[int]]:

@@ -96,6 +96,7 @@ class Entry:
 
 
 _ALL = slice(None)
+_NOTHING = torch.empty(0, device="cpu")
 Runs = Sequence[tuple[Mapping[str, Any], int]]
 
 
@@ -129,9 +130,8 @@ class GroupWork(NamedTuple):
         """What of it may be kept after the step: gradients and parameters are for users to free."""
         if not self.has_tensors:
             return self
-        nothing = torch.empty(0, device="cpu")
         entries = [
-            Entry(nothing, nothing, nothing, e.layout, e.index, e.name, group=e.group)
+            Entry(_NOTHING, _NOTHING, _NOTHING, e.layout, e.index, e.name, group=e.group)
             for e in self.entries
         ]
         return self._replace(entries=entries, has_tensors=False)
