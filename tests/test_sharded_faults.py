@@ -185,7 +185,7 @@ class NoMemory:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def Jobs(self, jobs: Any) -> Any:  # noqa: N802
+    def Jobs(self, jobs: Any) -> Any:
         self._left -= 1
         if self._left < 0 and any(job.options["lr"] == -1 for job in jobs):
             raise MemoryError("no memory")
