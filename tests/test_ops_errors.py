@@ -266,7 +266,8 @@ def test_parameters_that_do_not_fit() -> None:
         (
             "integrator",
             "euler",
-            "options['integrator']: expected one of 'ksl', 'bug', 'diagonal', 'coupled', got 'euler'",
+            "options['integrator']: expected one of 'ksl', 'bug', 'diagonal', 'coupled', "
+            "got 'euler'",
         ),
         (
             "second_moment",
