@@ -3,7 +3,6 @@
     python -m bench.cuda_bounds                        # tables for the screen
     python -m bench.cuda_bounds --markdown             # the same for a document
     python -m bench.cuda_bounds --write docs/cuda.md   # between the markers of that file
-    python -m bench.cuda_bounds --measure-host         # the host's time per parameter, here
 
 Nothing of this package was measured on a GPU. Launches, bytes, flops, operations and memory are
 counted (bench/cuda_costs.py, cuda_refresh.py, cuda_others.py). Times are bounds and estimates
@@ -13,13 +12,9 @@ counted (bench/cuda_costs.py, cuda_refresh.py, cuda_others.py). Times are bounds
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-import dykaf
 from bench import cuda_others as others
 from bench.cuda_costs import passes_of
 from bench.cuda_models import PRICED, shape_set
@@ -233,23 +228,6 @@ OTHER_SETS = (
 )
 
 
-def measured_host() -> Iterator[str]:
-    """The fastest of 50 steps of the CPU backend over 500 parameters of 4 x 4, and of 4 numbers:
-    nearly all is the host's work, which a step on a GPU has as well."""
-    torch.set_num_threads(1)
-    for name, shape in (("matrix", (4, 4)), ("vector", (4,))):
-        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(500)]
-        optimizer = dykaf.DyKAF(params, refresh_schedule="fixed", precondition_frequency=10**6)
-        for param in params:
-            param.grad = torch.randn(shape)
-        seconds = []
-        for _ in range(50):
-            start = time.perf_counter()
-            optimizer.step()
-            seconds.append(time.perf_counter() - start)
-        yield f"{name}: {1e6 * min(seconds) / len(params):.1f} us"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.cuda_bounds",
@@ -258,11 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="cells without padding")
     parser.add_argument("--write", type=Path, help="put the tables between the file's markers")
-    parser.add_argument("--measure-host", action="store_true", help="the host's time here alone")
     options = parser.parse_args(arguments)
-    if options.measure_host:
-        print("\n".join(measured_host()))
-        return
     text = ""
     for title, note, table in sections(in_document=bool(options.write)):
         text += f"\n### {title}\n\n" + (f"{note}\n\n" if note else "")

@@ -201,6 +201,9 @@ bool CudaStep::kept_serves() const {
   size_t num_matrices = 0;
   for (const CudaPasses::Pass& pass : kept_.passes) {
     num_matrices += pass.indices.size();
+    // Where its gradients go, and how much is done with them, differs from step to step.
+    const auto is_skinny = [](const auto& p) { return p.is_skinny(); };
+    if (std::any_of(pass.problems.begin(), pass.problems.end(), is_skinny)) return false;
     if (!cuda::serves(pass.plan, group_.options)) return false;
   }
   // Of all matrices, then and now.
