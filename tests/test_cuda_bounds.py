@@ -21,6 +21,7 @@ from bench.cuda_rates import (
     DEVICES,
     EAGER,
     HOST_MATRIX,
+    HOST_VECTOR,
     LARGE,
     LAUNCH,
     MEDIUM,
@@ -398,7 +399,7 @@ def test_counts_of_a_step_by_hand() -> None:
     assert step.kernels() == plan + 4
     assert step.operations == 7 + 2 * 12
     host = 2 * HOST_MATRIX.value + (step.kernels() + 4) * LAUNCH.value + step.operations * 5e-6
-    assert step.host() == pytest.approx(host + 9.5e-6)
+    assert step.host() == pytest.approx(host + HOST_VECTOR.value)
 
 
 def test_the_slower_of_host_and_device_sets_the_pace() -> None:
