@@ -32,7 +32,10 @@ at::Tensor is_distinct(const at::Tensor& eigenvalues, const at::Tensor& flat, in
 
 // 1 for the columns of x [..., k, l] with an entry that is not zero, else 0, [..., 1, l]. In the
 // others weights have had no gradient: what a decomposition of x leaves there is rounding.
-at::Tensor live_columns(const at::Tensor& x) {
+at::Tensor live_columns(const at::Tensor& x, Looks looks) {
+  if (looks == Looks::kOnHost) {  // where a norm of columns is slow
+    return x.abs().amax(-2, /*keepdim=*/true).gt(0).to(x.scalar_type());
+  }
   constexpr double kLargest = std::numeric_limits<double>::infinity();
   return at::linalg_vector_norm(x, kLargest, at::IntArrayRef({-2}), /*keepdim=*/true)
       .gt(0)
@@ -140,8 +143,9 @@ void initialize_skinny_(Batch& batch, const Options& options, const ScaledGradie
   const at::Tensor core = rotated(inner, U);
   const at::Tensor seen =
       is_distinct(core.diagonal(0, 1, 2), at::zeros({1, 1}, core.options()), first.long_side());
-  const at::Tensor basis =
-      full_product(full_product(U.mT(), last), X).mul_(seen.unsqueeze(2)).mul_(live_columns(H));
+  const at::Tensor basis = full_product(full_product(U.mT(), last), X)
+                               .mul_(seen.unsqueeze(2))
+                               .mul_(live_columns(H, Looks::kNever));
   const at::Tensor sound = is_decomposed.logical_and(is_sound(basis, seen));
   failures.add_(sound.logical_not());
 
@@ -233,7 +237,7 @@ void refresh_long_(Batch& batch, const Options& options, Looks looks) {
   const at::Tensor seen = is_distinct(new_diagonal, flat.unsqueeze(1), l);
   const at::Tensor basis = full_product(full_product(P.narrow(2, 0, kept).mT(), last), X)
                                .mul_(seen.unsqueeze(2))
-                               .mul_(live_columns(rows));
+                               .mul_(live_columns(rows, looks));
   const at::Tensor exp_avg = batch.get(&Matrix::exp_avg);
   const at::Tensor bounded =
       bounded_second_moment(moments, options, first.is_wide() ? exp_avg : exp_avg.mT(), basis,
