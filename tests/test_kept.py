@@ -257,6 +257,55 @@ def test_bad_gradients_are_refused_as_ever() -> None:
     assert values(optimizer) == before
 
 
+def reshaped_parameter(optimizer: dykaf.DyKAF) -> None:
+    param = params_of(optimizer)[0]
+    grad, param.grad = param.grad, None
+    param.data = param.data.view(4, 6)
+    param.grad = grad.view(4, 6)
+
+
+def reshaped_state(optimizer: dykaf.DyKAF) -> None:
+    exp_avg = optimizer.state[params_of(optimizer)[0]]["exp_avg"]
+    exp_avg.data = exp_avg.data.view(4, 6)
+
+
+def state_of_another_dtype(optimizer: dykaf.DyKAF) -> None:
+    """In the same memory."""
+    exp_avg = optimizer.state[params_of(optimizer)[0]]["exp_avg"]
+    exp_avg.data = exp_avg.data.view(torch.int32)
+
+
+@pytest.mark.parametrize("change", [reshaped_parameter, reshaped_state, state_of_another_dtype])
+def test_memory_of_another_form_is_refused(change: Callable[[dykaf.DyKAF], object]) -> None:
+    """At the addresses where all else was; as by a step that reads all."""
+    messages = []
+    for is_kept in (True, False):
+        optimizer = make()
+        for step in range(5):
+            set_gradients(optimizer, step)
+            if step < 4:
+                optimizer.step()
+        change(optimizer)
+        if not is_kept:
+            optimizer._kept = None
+        with pytest.raises(ValueError) as error:
+            optimizer.step()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_maxima_of_inference_mode_are_plain_tensors() -> None:
+    optimizer = make()
+    for step in range(4):
+        set_gradients(optimizer, step)
+        optimizer.step()
+    set_gradients(optimizer, 4)
+    with torch.inference_mode():
+        _, maxima = optimizer._take_kept(captured=False)
+    assert not any(value.is_inference() for value in maxima)
+    assert bool(maxima) != backends.is_aten()
+
+
 def test_nothing_is_kept_alive() -> None:
     """Gradients, replaced parameters and state are freed at once, as with torch.optim."""
     optimizer = make()

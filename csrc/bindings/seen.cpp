@@ -25,13 +25,14 @@ Seen::Tensor::Tensor(PyObject* object)
     : object(object),
       impl(THPVariable_Unpack(object).unsafeGetTensorImpl()),
       data(memory_of(THPVariable_Unpack(object))),
-      numel(THPVariable_Unpack(object).numel()) {}
+      dtype(THPVariable_Unpack(object).scalar_type()),
+      sizes(THPVariable_Unpack(object).sizes()) {}
 
 bool Seen::Tensor::is(PyObject* other) const {
   if (other != object || !is_plain_tensor(other)) return false;
   const at::Tensor& tensor = THPVariable_Unpack(other);
   return tensor.unsafeGetTensorImpl() == impl && memory_of(tensor) == data &&
-         tensor.numel() == numel;
+         tensor.scalar_type() == dtype && tensor.sizes() == at::IntArrayRef(sizes);
 }
 
 Seen::Seen(const py::list& groups, const py::dict& states) {

@@ -1,6 +1,7 @@
 // What a step has found of parameters and state, to tell at the next one whether all is as it was.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
@@ -31,7 +32,8 @@ class Seen {
     const PyObject* object;
     const c10::TensorImpl* impl;
     const void* data;
-    int64_t numel;
+    at::ScalarType dtype;
+    at::DimVector sizes;
 
     explicit Tensor(PyObject* object);
     bool is(PyObject* other) const;

@@ -94,6 +94,7 @@ class Jobs {
       let_go();
       return std::nullopt;
     }
+    const Apart apart;
     size_t i = 0;
     for (const Job& job : jobs_) {
       maxima_.push_back(job.problems().grad_max_of(entries_of(grads_, places_[i++])));

@@ -2,8 +2,9 @@
 
 from dykaf._build import build_info, check_torch
 
-check_torch()  # before the first import of dykaf._C, which another torch may make fail
+check_torch()
 
+# E402: after it, for another torch may make the first import of dykaf._C fail.
 from dykaf.engine import describe_plan  # noqa: E402
 from dykaf.fismo import FISMO  # noqa: E402
 from dykaf.optimizer import DyKAF  # noqa: E402

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from dykaf import ops
 from dykaf.options import StepOptions, check_options, rules_of, step_options
-from dykaf.state import STRUCTURAL_OPTIONS, State
+from dykaf.schedule import PLANNED_OPTIONS
+from dykaf.state import State
 from dykaf.work import GroupWork
-
-# What a job's layouts and places in the refresh period hang on.
-PLANNED_OPTIONS = ("precondition_frequency", *STRUCTURAL_OPTIONS)
 
 
 class Kept:

@@ -328,17 +328,12 @@ def _started(started: Tensor | None) -> Tensor:
     return torch.zeros(1, device="cpu") if started is None else started
 
 
-def step_all_(jobs: Sequence[StepJob], started: Tensor | None = None) -> StepReport:
-    """:meth:`Jobs.run` of new ones."""
-    return Jobs(jobs).run(started)
-
-
 def step_(*args: Any, **kwargs: Any) -> None:
-    """:func:`step_all_` of one :class:`StepJob`, given by its fields.
+    """:meth:`Jobs.run` of one :class:`StepJob`, given by its fields.
 
     Raises:
         RuntimeError: naming parameters that could not be updated.
     """
-    report = step_all_([StepJob(*args, **kwargs)])
+    report = Jobs([StepJob(*args, **kwargs)]).run()
     if report.failed[0]:
         raise RuntimeError(f"step_: could not update the parameters {report.failed[0]}")

@@ -9,7 +9,8 @@ from typing import Any
 
 from dykaf.state import STRUCTURAL_OPTIONS, Layout, shape_of
 
-_OPTIONS = ("precondition_frequency", *STRUCTURAL_OPTIONS)
+# What layouts and the places of their sides in the period hang on.
+PLANNED_OPTIONS = ("precondition_frequency", *STRUCTURAL_OPTIONS)
 
 
 class Offsets:
@@ -25,7 +26,10 @@ class Offsets:
     def of(self, param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
         """For each parameter the offsets of its left and its right side."""
         key: list[object] = [
-            (*(group[name] for name in _OPTIONS), *(shape_of(param) for param in group["params"]))
+            (
+                *(group[name] for name in PLANNED_OPTIONS),
+                *(shape_of(param) for param in group["params"]),
+            )
             for group in param_groups
         ]
         if key != self._key:
