@@ -49,7 +49,7 @@ RUN_BY = {
     ],
     "integrations/test_experts.py::test_a_run": ["python -m bench.experts"],
     "test_tune.py::test_it_writes_rules_that_decide": ["python -m bench.tune --out products.txt"],
-    "test_cuda_bounds.py::test_the_document_has_the_tables_as_printed": [
+    "test_cuda_bounds_tables.py::test_the_document_has_the_tables_as_printed": [
         "python -m bench.cuda_bounds"
     ],
     "make mutate": ["python tests/simt/mutate.py*"],
