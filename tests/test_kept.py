@@ -79,7 +79,7 @@ def nothing(optimizer: dykaf.DyKAF, step: int) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_values_are_those_of_a_step_that_reads_all(form: str) -> None:
-    assert both(form, nothing) == (0 if backends.is_aten() else 8)
+    assert both(form, nothing) == 8
 
 
 def test_a_kept_step_reads_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_a_kept_step_reads_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Layouts, "of", lambda *args: calls.append(args) or of(*args))
     set_gradients(optimizer, 4)
     optimizer.step()
-    assert len(calls) == (len(SHAPES) if backends.is_aten() else 0)
+    assert not calls
     optimizer._kept = None
     set_gradients(optimizer, 5)
     optimizer.step()
@@ -120,7 +120,7 @@ def not_finite(optimizer: dykaf.DyKAF, step: int) -> None:
 @pytest.mark.parametrize("change", [rates, options, not_finite])
 @pytest.mark.filterwarnings("ignore:gradient of")
 def test_what_may_change_from_step_to_step(change: Callable[[dykaf.DyKAF, int], object]) -> None:
-    assert both("default", change) > 3 or backends.is_aten()
+    assert both("default", change) > 3
 
 
 def no_gradient(optimizer: dykaf.DyKAF) -> None:
@@ -223,9 +223,10 @@ def test_another_backend_is_noticed() -> None:
     if backends.is_aten():
         return
     set_gradients(optimizer, 6)
+    before = optimizer._kept
     with dykaf.ops.aten_alone():
         optimizer.step()
-        assert optimizer._kept is None
+        assert optimizer._kept is not before
 
 
 @pytest.mark.parametrize("what", ["betas", "max_precond_dim", "nonfinite"])
@@ -303,7 +304,7 @@ def test_maxima_of_inference_mode_are_plain_tensors() -> None:
     with torch.inference_mode():
         _, maxima = optimizer._take_kept(captured=False)
     assert not any(value.is_inference() for value in maxima)
-    assert bool(maxima) != backends.is_aten()
+    assert maxima
 
 
 def test_nothing_is_kept_alive() -> None:
@@ -314,7 +315,7 @@ def test_nothing_is_kept_alive() -> None:
         optimizer.step()
     set_gradients(optimizer, 4)
     optimizer.step()
-    assert backends.is_aten() or isinstance(optimizer._kept, Kept)
+    assert isinstance(optimizer._kept, Kept)
     param = params_of(optimizer)[0]
     state = optimizer.state[param]
     gone: list[Tensor] = [param.grad, state["exp_avg"], param]

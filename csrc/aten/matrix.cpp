@@ -24,6 +24,33 @@ constexpr std::array kArrays = {
     &Matrix::exp_avg,
 };
 
+constexpr std::array kInputs = {&Matrix::grad, &Matrix::param, &Matrix::update, &Matrix::grad_max};
+
+constexpr std::array kState = {
+    &Matrix::master,
+    &Matrix::exp_avg,
+    &Matrix::exp_avg_sq,
+    &Matrix::exp_avg_sq_row,
+    &Matrix::exp_avg_sq_col,
+    &Matrix::exp_avg_sq_scale,
+    &Matrix::L,
+    &Matrix::R,
+    &Matrix::Q_L,
+    &Matrix::Q_R,
+    &Matrix::rho,
+    &Matrix::basis,
+    &Matrix::core,
+    &Matrix::flat,
+    &Matrix::step,
+    &Matrix::refresh_fallbacks,
+    &Matrix::update_rms,
+};
+
+at::Tensor without_ownership(const at::Tensor& x) {
+  return at::from_blob(
+      x.mutable_data_ptr(), x.sizes(), x.strides(), [](void*) {}, x.options(), x.device());
+}
+
 at::ScalarType scalar_type_of(DType dtype) {
   switch (dtype) {
     case DType::kFloat64:
@@ -85,6 +112,17 @@ Matrix::Matrix(const Problem<T>& p, at::Device device)
   update_rms = over(p.update_rms, {}, at::kFloat);
 }
 
+void Matrix::let_go_of_inputs() {
+  for (const Array array : kInputs) (this->*array).reset();
+}
+
+void Matrix::disown_state() {
+  for (const Array array : kState) {
+    at::Tensor& tensor = this->*array;
+    if (tensor.defined()) tensor = without_ownership(tensor);
+  }
+}
+
 at::Tensor Batch::stacked(const std::vector<at::Tensor>& tensors) {
   return tensors.size() == 1 ? tensors[0].unsqueeze(0) : at::stack(tensors);
 }
@@ -115,10 +153,8 @@ void Batch::commit(const std::optional<at::Tensor>& skip) {
   std::vector<at::Tensor> sources;
   const auto add = [&](const std::vector<at::Tensor>& to, const at::Tensor& values) {
     const at::Tensor kept = skip ? at::where(skip->ne(0), stacked(to), values) : values;
-    for (size_t i = 0; i < to.size(); ++i) {
-      targets.push_back(to[i]);
-      sources.push_back(kept.select(0, static_cast<int64_t>(i)));
-    }
+    targets.insert(targets.end(), to.begin(), to.end());
+    for (at::Tensor& row : kept.unbind(0)) sources.push_back(std::move(row));
   };
   for (const auto& [array, values] : staged_) {
     add(parts([&, key = array](const Matrix& w) { return w.*key; }), values);

@@ -58,6 +58,10 @@ struct Matrix {
   template <typename T>
   explicit Matrix(const Problem<T>& p, at::Device device = at::kCPU);
 
+  void let_go_of_inputs();
+  // Of the state, what is left is addresses.
+  void disown_state();
+
   bool is_adamw() const { return !rho.defined(); }
   bool is_unsided() const { return !L.defined() && !R.defined(); }
   bool is_skinny() const { return basis.defined(); }

@@ -48,6 +48,17 @@ std::vector<size_t> places_of(const Matrices& matrices, const std::vector<const 
   return places;
 }
 
+// Those at `places`, in `room` if they are not all.
+const Matrices& some_of(const Matrices& all, const std::vector<size_t>& places, Matrices& room) {
+  if (places.size() == all.size()) return all;
+  room = chosen(all, places);
+  return room;
+}
+
+at::Tensor nan_for_infinite(const at::Tensor& x) {
+  return at::where(at::isfinite(x), x, at::full_like(x, std::numeric_limits<double>::quiet_NaN()));
+}
+
 }  // namespace
 
 at::Tensor grad_max(const std::vector<at::Tensor>& gradients, at::ScalarType dtype) {
@@ -67,13 +78,12 @@ at::Tensor grad_max(const std::vector<at::Tensor>& gradients, at::ScalarType dty
     for (size_t i : places) list.push_back(gradients[i]);
     const auto norms = at::_foreach_norm(list, std::numeric_limits<double>::infinity());
     const at::Tensor stacked = at::stack(norms).to(dtype);
+    if (places.size() == maxima.size()) return nan_for_infinite(stacked);
     for (size_t k = 0; k < places.size(); ++k) {
       maxima[places[k]] = stacked[static_cast<int64_t>(k)];
     }
   }
-  const at::Tensor all = at::stack(maxima);
-  return at::where(at::isfinite(all), all,
-                   at::full_like(all, std::numeric_limits<double>::quiet_NaN()));
+  return nan_for_infinite(at::stack(maxima));
 }
 
 void rotate(const Matrices& matrices, const Inputs& inputs, Rotation rotation) {
@@ -190,7 +200,8 @@ void Step::reset_() {
 StepReport Step::run_() {
   StepReport report;
   report.waiting = places_.still_waiting(matrices_);
-  const Matrices running = chosen(matrices_, places_.running);
+  Matrices room;
+  const Matrices& running = some_of(matrices_, places_.running, room);
   const c10::OptionalDeviceGuard guard(device_of(running));
   std::vector<const Matrix*> failed;
   for_each_batch(pointers(running), together, [&](Batch batch) {
@@ -209,7 +220,10 @@ StepReport Step::run_() {
       done.push_back(i);
     }
   }
-  for (size_t i : refresh_due_(chosen(matrices_, done), inputs_)) report.stayed.push_back(done[i]);
+  Matrices done_room;
+  for (size_t i : refresh_due_(some_of(matrices_, done, done_room), inputs_)) {
+    report.stayed.push_back(done[i]);
+  }
   return report;
 }
 

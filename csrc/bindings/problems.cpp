@@ -66,14 +66,13 @@ void set_inputs(Problem<T>& p, const MatrixInputs& inputs, int64_t i, size_t pla
 }
 
 void set_inputs(aten::Matrix& w, const MatrixInputs& inputs, int64_t i, size_t place, DType) {
-  const auto matrix = [&](const at::Tensor* tensor) {
-    at::Tensor taken = tensor->detach();
-    take(taken, i, {w.m, w.n});
-    return taken;
+  const auto matrix = [&](at::Tensor tensor) {
+    take(tensor, i, {w.m, w.n});
+    return tensor;
   };
-  if (inputs.grad != nullptr) w.grad = matrix(inputs.grad);
-  if (inputs.param != nullptr) w.param = matrix(inputs.param);
-  if (inputs.update != nullptr) w.update = matrix(inputs.update);
+  if (inputs.grad != nullptr) w.grad = matrix(*inputs.grad);
+  if (inputs.param != nullptr) w.param = matrix(*inputs.param);
+  if (inputs.update != nullptr) w.update = matrix(*inputs.update);
   if (inputs.grad_max != nullptr) {
     w.grad_max = inputs.grad_max->select(0, static_cast<int64_t>(place));
   }
@@ -146,8 +145,12 @@ at::Tensor largest_of(const std::vector<Gradient>& parts, [[maybe_unused]] const
 TensorList views_of(const TensorList& grads, const std::vector<int64_t>& counts) {
   TensorList parts;
   for (size_t i = 0; i < grads.size(); ++i) {
-    const at::Tensor rows = grads[i].detach().view({counts[i], grads[i].numel() / counts[i]});
-    for (int64_t j = 0; j < counts[i]; ++j) parts.push_back(rows.select(0, j));
+    if (counts[i] == 1) {
+      parts.push_back(grads[i]);
+      continue;
+    }
+    const at::Tensor rows = grads[i].view({counts[i], grads[i].numel() / counts[i]});
+    for (const at::Tensor& row : rows.unbind(0)) parts.push_back(row);
   }
   return parts;
 }
@@ -210,48 +213,56 @@ void Problems::write_back() {
 }
 
 bool Problems::keep() {
-  const bool is_enough = copies_.empty() && aten.matrices.empty();
+  const bool has_addresses = device_.is_cpu() || device_.is_cuda();
+  const bool is_enough = copies_.empty() && (aten.matrices.empty() || has_addresses);
+  for (aten::Matrix& w : aten.matrices) {
+    w.let_go_of_inputs();
+    if (is_enough && !is_kept_) w.disown_state();
+  }
+  is_kept_ = is_enough;
   params_.clear();
   copies_.clear();
   grad_max_.reset();
   return is_enough;
 }
 
-template <typename T>
-void Problems::renew(ProblemList<T>& list, const TensorList& grads,
+template <typename Matrix>
+void Problems::renew(MatrixList<Matrix>& list, const TensorList& grads,
                      const std::vector<Rate>& rates) {
   for (size_t k = 0; k < list.matrices.size(); ++k) {
-    Problem<T>& p = list.matrices[k];
-    const MatrixInputs given{.grad = &grads[list.sources[k]], .grad_max = &*grad_max_};
-    set_inputs(p, given, list.members[k], list.places[k], p.dtype);
-    p.rate = rates[list.sources[k]];
+    Matrix& p = list.matrices[k];
+    const size_t source = list.sources[k];
+    const MatrixInputs given{
+        .grad = &grads[source], .param = &params_[source], .grad_max = &*grad_max_};
+    set_inputs(p, given, list.members[k], list.places[k], dtype_of("grads", grads[source]));
+    p.rate = rates[source];
   }
 }
 
 void Problems::renew(const TensorList& params, const TensorList& grads, const at::Tensor& grad_max,
                      const std::vector<Rate>& rates) {
+  const Apart apart;
   params_ = params;
   grad_max_ = grad_max;
   renew(single, grads, rates);
   renew(wide, grads, rates);
   renew(cuda, grads, rates);
+  renew(aten, grads, rates);
 }
 
 at::Tensor Problems::grad_max_of(const TensorList& grads) const {
-  std::vector<Gradient> parts(num_matrices_);
-  const auto add = [&](const auto& list) {
-    for (size_t k = 0; k < list.matrices.size(); ++k) {
-      const auto& p = list.matrices[k];
-      const at::Tensor& grad = grads[list.sources[k]];
-      const auto* data = static_cast<const char*>(grad.const_data_ptr());
-      const int64_t bytes = p.size() * static_cast<int64_t>(grad.element_size());
-      parts[list.places[k]] = {data + list.members[k] * bytes, p.size(), p.dtype};
-    }
+  std::vector<int64_t> counts(grads.size(), 0);
+  const auto count = [&](const auto& list) {
+    for (size_t source : list.sources) counts[source] += 1;
   };
-  add(single);
-  add(wide);
-  add(cuda);
-  return largest_of(parts, device_, cuda.matrices.empty() ? Backend::kCpu : Backend::kCuda);
+  count(single);
+  count(wide);
+  count(cuda);
+  count(aten);
+  if (!aten.matrices.empty())
+    return aten::grad_max(views_of(grads, counts), grad_max_dtype(device_));
+  const Backend backend = cuda.matrices.empty() ? Backend::kCpu : Backend::kCuda;
+  return largest_of(gradients_of(grads, counts), device_, backend);
 }
 
 bool Problems::needs_a_look() const {
@@ -261,8 +272,9 @@ bool Problems::needs_a_look() const {
   const auto is_unfit = [](const auto& p) {
     return p.is_skinny() && !rows_fit(p, p.rows[0], p.rows[1]);
   };
+  const auto is_fresh = [](const auto& p) { return awaits_first_gradient(p); };
   return any_of(single, is_unfit) || any_of(wide, is_unfit) || any_of(cuda, is_unfit) ||
-         any_of(cuda, [](const auto& p) { return dykaf::awaits_first_gradient(p); });
+         any_of(aten, is_unfit) || any_of(cuda, is_fresh) || any_of(aten, is_fresh);
 }
 
 namespace {

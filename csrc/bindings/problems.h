@@ -93,14 +93,15 @@ class Problems {
               const Options& options);
   const at::Tensor& contiguous_param(const at::Tensor& param);
 
-  template <typename T>
-  void renew(ProblemList<T>& list, const TensorList& grads, const std::vector<Rate>& rates);
+  template <typename Matrix>
+  void renew(MatrixList<Matrix>& list, const TensorList& grads, const std::vector<Rate>& rates);
 
   at::Device device_;
   TensorList params_;
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // contiguous copy, original
   std::optional<at::Tensor> grad_max_;
   size_t num_matrices_ = 0;
+  bool is_kept_ = false;
 };
 
 // The entries of a vector at `places`, which ascend. Where they are a range nothing is copied to
