@@ -84,7 +84,6 @@ def time_shape(
         params,
         matmul_precision=precision,
         refresh_schedule="fixed",
-        refresh_stagger=False,
         precondition_frequency=period,
     )
     classes = classes_of(shape)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 
 import torch
-from reference import first_basis, next_refresh, positive_qr, rayleigh, refresh_interval
+from reference import first_basis, next_refresh, positive_qr, rayleigh
 from torch import Tensor
 
 
@@ -39,7 +39,7 @@ def quintic(N: Tensor, steps: int) -> Tensor:
 
 
 class ReferenceFISMO:
-    """FISMO for one matrix; options are those of dykaf.FISMO, the stagger is given as offsets.
+    """FISMO for one matrix; options are those of dykaf.FISMO, and offsets as in ReferenceDyKAF.
 
     Attributes: W, t, factors [P, Q] and means [p, q] (None for a side that is not kept), bases, M.
     """
@@ -169,6 +169,7 @@ class ReferenceFISMO:
         self._schedule(side)
 
     def _schedule(self, side: int) -> None:
-        interval = refresh_interval(self.t, self.precondition_frequency, self.refresh_schedule)
         offset = None if self.stagger_offsets is None else self.stagger_offsets[side]
-        self.next_refresh[side] = next_refresh(self.t, interval, offset)
+        self.next_refresh[side] = next_refresh(
+            self.t, self.precondition_frequency, self.refresh_schedule, offset
+        )

@@ -211,15 +211,19 @@ def momentum_bound(betas: tuple[float, float], t: int) -> float:
 
 
 def refresh_interval(t: int, precondition_frequency: int, schedule: str) -> int:
-    """Steps from a refresh at step t to the next one, without stagger."""
+    """Steps from a refresh at step t to the next one, at most."""
     if schedule == "fixed":
         return precondition_frequency
     return min(precondition_frequency, max(1, t // 10))
 
 
-def next_refresh(t: int, interval: int, offset: int | None) -> int:
-    """t + interval; with an offset the largest u in (t, t + interval], u = offset mod interval."""
-    if offset is None:
+def next_refresh(t: int, precondition_frequency: int, schedule: str, offset: int | None) -> int:
+    """The largest u in (t, t + interval], u = offset mod interval.
+
+    For "fixed", or without an offset, t + interval.
+    """
+    interval = refresh_interval(t, precondition_frequency, schedule)
+    if schedule == "fixed" or offset is None:
         return t + interval
     return max(u for u in range(t + 1, t + interval + 1) if u % interval == offset % interval)
 
@@ -231,9 +235,9 @@ class ReferenceDyKAF:
     """DyKAF for one m x n matrix in textbook form, float64.
 
     L, R and exp_avg live in the original coordinates (exp_avg is projected at every step),
-    exp_avg_sq in the rotated basis. Options are those of dykaf.DyKAF; the stagger is given as
-    `stagger_offsets`, one offset per side, or None. `dense` runs the factor update on the mn x mn
-    matrix.
+    exp_avg_sq in the rotated basis. Options are those of dykaf.DyKAF, and `stagger_offsets`, one
+    offset per side, or None, for the places in the period of the geometric schedule. `dense` runs
+    the factor update on the mn x mn matrix.
 
     Attributes: W, t, L, R, rho [rho_L, rho_R], Q_L, Q_R (None for a side that is not kept),
     exp_avg, exp_avg_sq or exp_avg_sq_row/_col/_scale, next_refresh, refreshes, update_rms;
@@ -471,9 +475,10 @@ class ReferenceDyKAF:
         setattr(self, name, vector)
 
     def _schedule(self, side: int) -> None:
-        interval = refresh_interval(self.t, self.precondition_frequency, self.refresh_schedule)
         offset = None if self.stagger_offsets is None else self.stagger_offsets[side]
-        self.next_refresh[side] = next_refresh(self.t, interval, offset)
+        self.next_refresh[side] = next_refresh(
+            self.t, self.precondition_frequency, self.refresh_schedule, offset
+        )
 
     def _rotate(self, X: Tensor) -> Tensor:
         X = X if self.Q_L is None else self.Q_L.T @ X

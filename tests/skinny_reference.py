@@ -31,6 +31,7 @@ class ReferenceSkinny:
         rescale_exp_avg_sq: bool = True,
         long_first: bool = False,
         nesterov: bool = False,
+        stagger_offsets: tuple[int, int] | None = None,
     ) -> None:
         self.W, self.rank, self.lr, self.betas, self.eps = W.clone(), rank, lr, betas, eps
         self.weight_decay = weight_decay
@@ -38,6 +39,7 @@ class ReferenceSkinny:
         self.decay = factor_beta
         self.rescale, self.nesterov = rescale_exp_avg_sq, nesterov
         self.long_first = long_first  # where both sides are refreshed: of an l x s parameter
+        self.stagger_offsets = stagger_offsets  # of the short and the long side
         self.t = -1
 
     @classmethod
@@ -112,11 +114,9 @@ class ReferenceSkinny:
         self.since: list[Tensor] = []
         self.exp_avg = torch.zeros(short, long).double()
         self.v, self.v_rest = torch.zeros(short, short).double(), torch.zeros(short).double()
-        interval = reference.refresh_interval(0, self.precondition_frequency, "geometric")
-        self.next_refresh: list[float] = [interval, interval]
+        self.next_refresh: list[float] = [self._after(side) for side in range(2)]
 
     def _refresh(self, short: int, long: int) -> None:
-        interval = reference.refresh_interval(self.t, self.precondition_frequency, "geometric")
         is_full = self.V.shape[1] + (len(self.since) + 1) * short > 2 * self.rank
         for is_long in (self.long_first, not self.long_first):
             if self.t < self.next_refresh[is_long] and not (is_long and is_full):
@@ -125,7 +125,11 @@ class ReferenceSkinny:
                 self._refresh_long(long)
             else:
                 self._refresh_short()
-            self.next_refresh[is_long] = self.t + interval
+            self.next_refresh[is_long] = self._after(is_long)
+
+    def _after(self, side: int) -> int:
+        offset = None if self.stagger_offsets is None else self.stagger_offsets[side]
+        return reference.next_refresh(self.t, self.precondition_frequency, "geometric", offset)
 
     def growth(self, old: Tensor, new: Tensor) -> Tensor:
         return (new / old).clamp(0.1, 10) if self.rescale else torch.ones_like(new)

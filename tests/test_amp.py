@@ -326,7 +326,6 @@ def test_medium_stays_near_highest(m: int, n: int, source: str) -> None:
             matmul_precision=option,
             precondition_frequency=100,
             refresh_schedule="fixed",
-            refresh_stagger=False,
         )
         run(optimizer, range(2))
         states[precision] = optimizer.state[param]

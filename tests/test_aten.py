@@ -85,7 +85,7 @@ def test_launches_do_not_grow_with_the_number_of_parameters(name: str, dtype: to
     totals = []
     for num in (2, 5):
         params = several(num, (8, 5), (4, 130), (7,), (3, 8, 5), dtype=dtype)
-        options = {"precondition_frequency": 1, "refresh_stagger": False, **FORMS[name]}
+        options = {"precondition_frequency": 1, **FORMS[name]}
         optimizer = DyKAF([{"params": params, "batch_dims": 0}], **options)
         run(optimizer, range(3))
         with Calls() as calls:
@@ -168,8 +168,8 @@ def test_a_run_goes_on_with_another_backend() -> None:
     shape = (6, 9)
     W = randn(*shape, seed=1)
     param = nn.Parameter(W.clone())
-    optimizer = two_sided([param], refresh_stagger=False)
-    ref = two_sided_reference(W, stagger_offsets=None)
+    optimizer = two_sided([param])
+    ref = two_sided_reference(W, stagger_offsets=optimizer._stagger_offsets()[0])
     for step in range(30):
         param.grad = randn(*shape, seed=step) + randn(*shape, seed=99)
         ref.step(param.grad)

@@ -72,3 +72,6 @@ def test_the_work_of_a_matrix(shape: tuple[int, int]) -> None:
     left, right = task.refreshes
     assert (left > 0, right > 0) == (m <= n, m > n)
     assert max(left, right) == 6 * short**3 + short * short * long
+    assert task.slots == (3, 4)
+    group["refresh_schedule"] = "fixed"
+    assert task_of(Layout.of(torch.ones(shape), group), group, (3, 4), [0]).slots == (0, 0)

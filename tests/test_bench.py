@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import sys
@@ -262,8 +263,8 @@ def test_textbook_dykaf_with_one_factor(shape: tuple[int, int]) -> None:
     grads = random_grads(*shape, 9)
     textbook = trajectory(lambda params: TextbookDyKAF(params, **options), grads)
     del options["bounded"]
-    options |= {"refresh_schedule": "fixed", "refresh_stagger": False}
-    options |= {"factor_beta": None, "rescale_exp_avg_sq": False, "lr": 3e-3}
+    options |= {"refresh_schedule": "fixed", "factor_beta": None}
+    options |= {"rescale_exp_avg_sq": False, "lr": 3e-3}
     torch.testing.assert_close(
         textbook, trajectory(lambda params: two_sided(params, **options), grads)
     )
@@ -347,6 +348,26 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert sizes["other"] < sizes["total"] / 2
         assert record["peak_bytes"] >= sizes["total"] - sizes["other"]
     assert "In all about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dykaf-both", "dykaf-fixed", "fismo"])
+def test_a_measured_period_has_one_refresh_of_each_basis(name: str) -> None:
+    run_ = step.SetRun(SHAPE_SETS["gpt2"].workload("tiny"), [name], "cpu")
+    run_.run(0, lambda: None)
+    optimizer = run_.optimizers[name]
+    states = [state for state in optimizer.state.values() if "refreshes" in state]
+
+    def refreshes() -> torch.Tensor:
+        return torch.cat([state["refreshes"].flatten() for state in states])
+
+    counts = [refreshes()]
+    for _ in range(optimizers.PRECONDITION_FREQUENCY):
+        optimizer.step()
+        counts.append(refreshes())
+    bases = sum(f"Q_{side}" in state for state in states for side in "LR")
+    assert (counts[-1] - counts[0]).max() == 1 and (counts[-1] - counts[0]).sum() == bases > 4
+    most = max(int((after - before).sum()) for before, after in itertools.pairwise(counts))
+    assert most == bases if name == "dykaf-fixed" else most <= bases / 2
 
 
 def test_state_bytes_agree_with_the_optimizers_own() -> None:

@@ -213,8 +213,9 @@ def test_a_block_has_one_multiprocessor() -> None:
 @pytest.mark.parametrize("num", [1, 3])
 def test_operations_and_traffic_of_a_refresh(shape: tuple[int, int], num: int) -> None:
     with ops.aten_alone():
-        options = {"refresh_schedule": "fixed", "refresh_stagger": False}
-        optimizer = DyKAF(params_of(*num * [shape]), precondition_frequency=4, **options)
+        optimizer = DyKAF(
+            params_of(*num * [shape]), refresh_schedule="fixed", precondition_frequency=4
+        )
         *_, plain, due = steps_of(optimizer, 5)
     operations = due.total - plain.total
     assert operations == refresh.DENSE_OPS + (refresh.DENSE_STACKS if num > 1 else 0)
@@ -232,8 +233,8 @@ def test_operations_and_traffic_of_a_refresh(shape: tuple[int, int], num: int) -
 def test_operations_and_traffic_of_a_long_sides_refresh(shape: tuple[int, int], num: int) -> None:
     p = matrix(*shape)
     with ops.aten_alone():
-        options = {"refresh_schedule": "fixed", "refresh_stagger": False}
-        found = steps_of(DyKAF(params_of(*num * [shape]), **options), 20)[12:]
+        optimizer = DyKAF(params_of(*num * [shape]), refresh_schedule="fixed")
+        found = steps_of(optimizer, 20)[12:]
     plain = min(found, key=lambda traffic: traffic.total)
     due = [traffic for traffic in found if traffic.total > plain.total]
     assert len(due) == 8 // refresh.long_period(p)

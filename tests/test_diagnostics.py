@@ -62,8 +62,9 @@ def test_orthogonality_error() -> None:
 
 def test_a_run_against_the_reference() -> None:
     param = parameter(6, 4, dtype=torch.float64)
-    options: dict[str, Any] = {"precondition_frequency": 4, "integrator": "ksl"}
-    optimizer = two_sided([param], refresh_stagger=False, **options)
+    options: dict[str, Any] = {"refresh_schedule": "fixed", "precondition_frequency": 4}
+    options["integrator"] = "ksl"
+    optimizer = two_sided([param], **options)
     reference = two_sided_reference(param.detach(), **options)
     for step in range(15):
         run(optimizer, range(step, step + 1))
@@ -174,7 +175,8 @@ def test_one_side_and_none() -> None:
 def test_a_stack_reports_its_worst() -> None:
     """Each entry is the largest over the matrices; one without a gradient has no say."""
     stack = parameter(3, 5, 4)
-    optimizer = two_sided([stack], batch_dims=1, refresh_stagger=False, integrator="ksl")
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 3}
+    optimizer = two_sided([stack], batch_dims=1, integrator="ksl", **schedule)
     for step in range(8):
         stack.grad = gradient(stack, step, 0)
         stack.grad[0] *= 100

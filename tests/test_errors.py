@@ -99,7 +99,6 @@ BAD_OPTIONS: dict[str, tuple[str, list[Any]]] = {
     "sides": ("one of 'one', 'both', 'none'", ["left", 1, None, True]),
     "nesterov": (FLAG, [0, 1, None, "True"]),
     "orthogonalize": ("an integer in [0, 20]", [-1, 21, 1.0, True, None, "3"]),
-    "refresh_stagger": (FLAG, [0, 1, None, "True"]),
     "matmul_precision": (
         "one of None, 'highest', 'high', 'medium'",
         ["low", "", 0, False, "ieee"],

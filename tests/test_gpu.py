@@ -155,8 +155,9 @@ def test_the_same_steps_give_the_same_bits(dtype: torch.dtype, low_precision: st
 def test_a_stack_is_its_matrices() -> None:
     stack = randn(3, 6, 4, seed=1, dtype=torch.float32).to(backends.device())
     parts = [stack[i].clone() for i in range(3)]
-    whole = DyKAF([stack], batch_dims=1, refresh_stagger=False)
-    apart = DyKAF(parts, refresh_stagger=False)
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 3}
+    whole = DyKAF([stack], batch_dims=1, **schedule)
+    apart = DyKAF(parts, **schedule)
     for step in range(12):
         stack.grad = gradient(stack, step, 0)
         for i, part in enumerate(parts):
@@ -200,7 +201,7 @@ def test_matrices_refreshed_together_are_as_alone(
 
 def test_the_drift_of_every_basis_is_corrected() -> None:
     """At the 32nd refresh: lengths of 1 + e come back to 1 - 1.5 e^2."""
-    optimizer = two_sided(several(3, (6, 4)), precondition_frequency=1, refresh_stagger=False)
+    optimizer = two_sided(several(3, (6, 4)), precondition_frequency=1)
     run(optimizer, range(3))
     states = [optimizer.state[param] for param in params_of(optimizer)]
     for refreshes, remaining in ((30, 2 * 1e-2), (31, 2 * 1.5e-4)):
@@ -233,7 +234,7 @@ def test_the_launches_of_a_refresh_do_not_grow_with_the_matrices(
     totals = []
     for num in (2, 7):
         options = {"second_moment": second_moment, "precondition_frequency": 1}
-        optimizer = two_sided(several(num, shape), refresh_stagger=False, **options)
+        optimizer = two_sided(several(num, shape), **options)
         run(optimizer, range(3))
         before = optimizer.state[params_of(optimizer)[0]]["refreshes"].sum()
         with Count() as count:

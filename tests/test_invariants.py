@@ -163,7 +163,7 @@ def test_a_matrix_has_the_same_bits_alone_and_in_company() -> None:
     for company in (shapes[:1], shapes):
         matrices = Matrices(torch.float32)
         params = [torch.nn.Parameter(torch.ones(shape)) for shape in company]
-        optimizer = two_sided(params, refresh_stagger=False)
+        optimizer = two_sided(params, refresh_schedule="fixed", precondition_frequency=3)
         for _ in range(20):
             params[0].grad = matrices.randn(*shapes[0])
             for param in params[1:]:

@@ -31,7 +31,6 @@ PLAIN: dict[str, Any] = {
     "sides": "both",
     "nesterov": False,
     "orthogonalize": 2,
-    "refresh_stagger": False,
     "batch_dims": 1,
     "seed": 7,
     "maximize": True,

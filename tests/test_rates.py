@@ -44,7 +44,7 @@ def test_each_group_has_its_rates(dtype: torch.dtype, is_kept: bool) -> None:
     """As optimizers of one group each, to the bit; the rates change from step to step."""
     together, groups = params_and_groups(dtype)
     apart, other_groups = params_and_groups(dtype)
-    options: dict[str, Any] = {"precondition_frequency": 3, "refresh_stagger": False}
+    options: dict[str, Any] = {"refresh_schedule": "fixed", "precondition_frequency": 3}
     one = dykaf.DyKAF(groups, **options)
     many = [dykaf.DyKAF([group], **options) for group in other_groups]
     for seed in range(8):

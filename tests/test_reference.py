@@ -178,11 +178,13 @@ def test_schedule() -> None:
         *(1, 1, 1, 2, 3, 9, 10, 10)
     ]
     assert refresh_interval(0, 7, "fixed") == 7
-    assert next_refresh(40, 4, None) == 44
-    assert next_refresh(40, 4, 0) == 44  # t itself has the right residue: a full interval
-    assert next_refresh(40, 4, 3) == 43
-    assert next_refresh(40, 4, 7) == 43
-    assert next_refresh(40, 1, 5) == 41
+    assert next_refresh(40, 10, "geometric", None) == 44
+    # t itself has the right residue: a full interval
+    assert next_refresh(40, 10, "geometric", 0) == 44
+    assert next_refresh(40, 10, "geometric", 3) == 43
+    assert next_refresh(40, 10, "geometric", 7) == 43
+    assert next_refresh(40, 1, "geometric", 5) == 41
+    assert next_refresh(40, 7, "fixed", 3) == next_refresh(40, 7, "fixed", None) == 47
 
 
 OPTIONS = {
@@ -191,7 +193,8 @@ OPTIONS = {
     "diagonal": {"integrator": "diagonal"},
     "left-only": {"max_precond_dim": 4},
     "right-only": {"max_precond_dim": 4, "integrator": "diagonal"},
-    "stagger": {"stagger_offsets": (3, 1, 0), "refresh_schedule": "fixed"},
+    "stagger": {"stagger_offsets": (3, 1)},
+    "fixed": {"refresh_schedule": "fixed", "precondition_frequency": 7},
     "rescale": {"rescale_exp_avg_sq": True},
     "rank_one-moment": {"second_moment": "rank_one", "rescale_exp_avg_sq": True},
     "factored": {"second_moment": "factored", "factor_beta": 0.8, "maximize": True},

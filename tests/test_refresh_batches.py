@@ -69,7 +69,7 @@ def test_adapters_of_dependent_rows(kind: str, dtype: torch.dtype) -> None:
     """The average is the dense one, the basis orthonormal or zero, and exactly zero where there was
     no gradient. Beside it, in the same batch, a matrix that is easy."""
     params = [nn.Parameter(torch.zeros(SHORT, LONG, dtype=dtype)) for _ in range(2)]
-    optimizer = two_sided(params, skinny_rank=RANK, eps=1e-6, refresh_stagger=False)
+    optimizer = two_sided(params, skinny_rank=RANK, eps=1e-6, precondition_frequency=1)
     easy = hard_gradients("easy", 12)
     R = None
     steps = hard_gradients(kind, 12)

@@ -24,7 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "muon": {"sides": "none", "second_moment": "none"},
     "state in bfloat16": {"state_dtype": "bfloat16"},
     "maximize": {"maximize": True, "weight_decay": 0.3},
-    "refresh at one time": {"refresh_stagger": False},
+    "refresh at one time": {"refresh_schedule": "fixed"},
     "stochastic": {"dtype": torch.bfloat16},
     "stochastic float16": {"dtype": torch.float16, "lr": 0.1},
     "master": {"dtype": torch.bfloat16, "low_precision": "master"},

@@ -109,7 +109,7 @@ def test_a_matrix_is_the_same_bits_in_any_company(shape: tuple[int, int]) -> Non
 
 def trained(shape: tuple[int, int], company: list[tuple[int, int]]) -> Tensor:
     params = [nn.Parameter(torch.ones(some)) for some in [shape, *company]]
-    optimizer = dykaf.DyKAF(params, precondition_frequency=2, refresh_stagger=False)
+    optimizer = dykaf.DyKAF(params, precondition_frequency=1)
     for step in range(4):
         for place, param in enumerate(params):
             generator = torch.Generator().manual_seed(10 * place + step)

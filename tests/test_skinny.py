@@ -77,8 +77,10 @@ def test_trajectory(tall: bool, rescale: bool, nesterov: bool, frequency: int) -
     W = initial()
     options = {"precondition_frequency": frequency, "rescale_exp_avg_sq": rescale}
     options["nesterov"] = nesterov
+    optimizer = make(W.T if tall else W, **options)
+    left, right = optimizer._stagger_offsets()[0]
+    options["stagger_offsets"] = (right, left) if tall else (left, right)
     ref = ReferenceSkinny(W, RANK, eps=1e-6, long_first=tall, **options)
-    optimizer = make(W.T if tall else W, refresh_stagger=False, **options)
     travelled = 0.0
     # With a long period intervals grow to 8 steps, and 4 gradients fill the rows.
     for G in gradients(80 if frequency == 1000 else 40):
@@ -164,7 +166,7 @@ def test_a_step(short: int, long: int, rank: int, scale: float, nesterov: bool, 
     """From a state in the middle of a run, against the dense form in float64."""
     options = {"eps": 1e-3 * scale, "nesterov": nesterov}
     W, *grads = (x.T if tall else x for x in gradients(5, (short, long)))
-    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 2, "refresh_stagger": False}
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 2}
     optimizer = make(W.float(), skinny_rank=rank, **schedule, **options)
     for G in grads:
         step(optimizer, scale * G)
@@ -192,8 +194,8 @@ def test_a_step(short: int, long: int, rank: int, scale: float, nesterov: bool, 
 def test_it_is_the_dense_form_while_the_rank_suffices() -> None:
     """The factor itself, for any gradients, until more directions came than are kept."""
     W = initial()
-    skinny = make(W, skinny_rank=40, refresh_stagger=False)
-    dense = make(W, skinny_rank=0, refresh_stagger=False)
+    skinny = make(W, skinny_rank=40, precondition_frequency=1)
+    dense = make(W, skinny_rank=0, precondition_frequency=1)
     for G in gradients(10):
         step(skinny, G)
         step(dense, G)
@@ -215,7 +217,8 @@ def test_updates_are_the_dense_ones_for_gradients_of_one_row_space() -> None:
     """
     W = initial()
     rows = gradients(1, seed=5)[0]
-    options = {"refresh_stagger": False, "eps": 1e-2 if backends.is_gpu() else 1e-6}
+    options = {"refresh_schedule": "fixed", "precondition_frequency": 3}
+    options["eps"] = 1e-2 if backends.is_gpu() else 1e-6
     skinny = make(W, **options)
     dense = make(W, skinny_rank=0, **options)
     travelled = 0.0
@@ -288,7 +291,7 @@ def test_a_stack_is_its_matrices(dtype: torch.dtype, tall: bool) -> None:
         return torch.stack([part.T if tall else part for part in parts])
 
     stack = matrices([initial(1), initial(2), initial(3)]).to(dtype)
-    options = {"refresh_stagger": False, "low_precision": "master"}
+    options = {"refresh_schedule": "fixed", "precondition_frequency": 3, "low_precision": "master"}
     whole = make(stack, batch_dims=1, **options)
     parts = [make(matrix, **options) for matrix in stack]
     for i in range(15):
@@ -331,12 +334,8 @@ def test_a_step_that_is_not_finite_is_skipped(nan_at: tuple[int, int]) -> None:
 
 def test_skipped_steps_leave_the_factor_where_the_host_counts_their_rows() -> None:
     """Until the rows are full, and there is a refresh; three directions are few enough to stay."""
-    optimizer = make(
-        initial().float(),
-        precondition_frequency=1000,
-        refresh_schedule="fixed",
-        refresh_stagger=False,
-    )
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 1000}
+    optimizer = make(initial().float(), **schedule)
     rows = gradients(1, shape=(3, LONG), seed=5)[0]
     grads = [mix @ rows for mix in gradients(8, shape=(SHORT, 3))]
     for G in grads[:4]:
@@ -351,12 +350,7 @@ def test_skipped_steps_leave_the_factor_where_the_host_counts_their_rows() -> No
     assert torch.equal(param_of(optimizer), W) and float(state["step"]) == 3
     for G in grads[4:]:
         step(optimizer, G)
-    twin = make(
-        initial().float(),
-        precondition_frequency=1000,
-        refresh_schedule="fixed",
-        refresh_stagger=False,
-    )
+    twin = make(initial().float(), **schedule)
     for G in grads:
         step(twin, G)
     error = float((long_factor(optimizer) - long_factor(twin)).norm())
@@ -460,7 +454,7 @@ def test_the_long_basis_stays_orthonormal() -> None:
     """Where refreshes decompose new rows alone: between two corrections rounding adds up."""
     rank = 16
     schedule = {"refresh_schedule": "fixed", "precondition_frequency": 1}
-    optimizer = make(torch.zeros(4, 256), skinny_rank=rank, refresh_stagger=False, **schedule)
+    optimizer = make(torch.zeros(4, 256), skinny_rank=rank, **schedule)
     generator = torch.Generator().manual_seed(2)
     space = torch.linalg.qr(torch.randn(256, rank, generator=generator))[0].T
     worst = 0.0

@@ -373,7 +373,7 @@ def test_checkpoint_with_a_group_added_late() -> None:
 
 def test_offsets_follow_a_loaded_period() -> None:
     """The places in the refresh period belong to the groups, also after a load changed them."""
-    options: dict[str, Any] = {"refresh_schedule": "fixed", "precondition_frequency": 6}
+    options: dict[str, Any] = {"precondition_frequency": 4}
     shapes = [(4, 4)] * 5
     optimizer = DyKAF([parameter(*shape) for shape in shapes], **options)
     other = DyKAF([parameter(*shape) for shape in shapes])
@@ -382,7 +382,7 @@ def test_offsets_follow_a_loaded_period() -> None:
     for idx, param in enumerate(params_of(other)):
         param.data.copy_(params_of(optimizer)[idx].detach())
         other.state.pop(param, None)
-    for step in range(14):
+    for step in range(45):  # the period is whole from step 40 on
         for idx, (ours, theirs) in enumerate(
             zip(params_of(other), params_of(optimizer), strict=True)
         ):
@@ -390,6 +390,25 @@ def test_offsets_follow_a_loaded_period() -> None:
             theirs.grad = ours.grad.clone()
         optimizer.step()
         other.step()
+    assert trajectory(other) == trajectory(optimizer)
+
+
+@pytest.mark.parametrize("schedule", ["geometric", "fixed"])
+@pytest.mark.parametrize("refresh_stagger", [False, True])
+def test_a_checkpoint_from_when_refresh_stagger_was_an_option(
+    schedule: str, refresh_stagger: bool
+) -> None:
+    """The entry goes, and the schedule alone says when the next refreshes are."""
+    options: dict[str, Any] = {"refresh_schedule": schedule, "precondition_frequency": 4}
+    optimizer = DyKAF([parameter(6, 4), parameter(4, 4)], **options)
+    run(optimizer, range(4))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["refresh_stagger"] = refresh_stagger
+    other = DyKAF([param.detach().clone() for param in params_of(optimizer)])
+    other.load_state_dict(through_file(saved))
+    assert "refresh_stagger" not in other.param_groups[0]
+    run(optimizer, range(4, 30))
+    run(other, range(4, 30))
     assert trajectory(other) == trajectory(optimizer)
 
 

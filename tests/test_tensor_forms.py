@@ -160,7 +160,7 @@ def _run_stack(
     token in the first four steps and in a later one."""
     common: dict[str, Any] = {
         "precondition_frequency": 3,
-        "refresh_stagger": False,
+        "refresh_schedule": "fixed",
         "weight_decay": 0.5,
         **options,
     }
@@ -229,7 +229,8 @@ def test_a_matrix_without_batch_dims_is_a_matrix() -> None:
 def test_low_precision_experts_round_independently() -> None:
     """Equal matrices with equal gradients part only through their own random numbers."""
     stack = nn.Parameter(randn(4, 3).expand(2, 4, 3).bfloat16().contiguous())
-    optimizer = DyKAF([stack], batch_dims=1, lr=0.01, refresh_stagger=False)
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 2}
+    optimizer = DyKAF([stack], batch_dims=1, lr=0.01, **schedule)
     for step in range(6):
         stack.grad = gradient(stack[0].detach(), step, 0).expand(2, 4, 3).contiguous()
         optimizer.step()
@@ -266,11 +267,12 @@ def test_empty_parameters_are_carried_along(
 def test_dtypes_mix_in_one_group() -> None:
     """Each as alone. (The master copy takes the random numbers, which hang on the place, out.)"""
     params = [parameter(5, 4, seed=idx, dtype=dtype) for idx, dtype in enumerate(ALL_DTYPES * 2)]
-    optimizer = DyKAF(params, low_precision="master", refresh_stagger=False)
+    options = {"low_precision": "master", "refresh_schedule": "fixed", "precondition_frequency": 3}
+    optimizer = DyKAF(params, **options)
     run(optimizer, range(9))
     for idx, dtype in enumerate(ALL_DTYPES * 2):
         alone = parameter(5, 4, seed=idx, dtype=dtype)
-        other = DyKAF([alone], low_precision="master", refresh_stagger=False)
+        other = DyKAF([alone], **options)
         for step in range(9):
             alone.grad = gradient(alone, step, idx)
             other.step()
@@ -341,7 +343,8 @@ def test_stochastic_rounding_picks_a_neighbour_without_bias(
 def test_seed_and_place_name_the_random_numbers() -> None:
     def final(seed: int, place: int) -> Any:
         params = [parameter(6, 4, dtype=torch.bfloat16) for _ in range(2)]
-        optimizer = DyKAF(params, seed=seed, lr=0.01, refresh_stagger=False)
+        schedule = {"refresh_schedule": "fixed", "precondition_frequency": 2}
+        optimizer = DyKAF(params, seed=seed, lr=0.01, **schedule)
         for step in range(5):
             for param in params:
                 param.grad = gradient(param, step, 0)

@@ -23,7 +23,7 @@ from optim_helpers import (
     trajectory,
     two_sided,
 )
-from reference import ReferenceDyKAF, two_sided_reference
+from reference import two_sided_reference
 from torch import Tensor, nn
 
 from dykaf import DyKAF
@@ -101,10 +101,6 @@ def test_one_cycle_scheduler_cycles_the_betas() -> None:
     assert bool(param.isfinite().all())
 
 
-def _reference(param: Tensor, **options: Any) -> ReferenceDyKAF:
-    return two_sided_reference(param.detach(), stagger_offsets=None, **options)
-
-
 @pytest.mark.of_dykaf
 @pytest.mark.parametrize(
     ("option", "value", "changes"),
@@ -127,8 +123,11 @@ def test_options_changed_in_flight(option: str, value: Any, changes: dict[str, A
     options: dict[str, Any] = {"lr": 0.01, "precondition_frequency": 7, "refresh_schedule": "fixed"}
     options["factor_beta"] = None
     param = parameter(6, 4, dtype=torch.float64)
-    optimizer = two_sided([param], refresh_stagger=False, **options)
-    changed, unchanged = _reference(param, **options), _reference(param, **options)
+    optimizer = two_sided([param], **options)
+    offsets = optimizer._stagger_offsets()[0]
+    changed, unchanged = (
+        two_sided_reference(param.detach(), stagger_offsets=offsets, **options) for _ in range(2)
+    )
     start = param.detach().clone()
     for step in range(40):
         if step == 20:
@@ -151,16 +150,17 @@ def test_options_of_groups_are_their_own() -> None:
         {"lr": 0.1, "integrator": "bug", "second_moment": "factored", "precondition_frequency": 2},
         {"lr": 0.01, "integrator": "diagonal", "maximize": True},
     ]
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 5}
     together = DyKAF(
         [
             {"params": [parameter(*shape)], **options}
             for shape, options in zip(shapes, variants, strict=True)
         ],
-        refresh_stagger=False,
+        **schedule,
     )
     run(together, range(15))
     for idx, (shape, options) in enumerate(zip(shapes, variants, strict=True)):
-        alone = DyKAF([parameter(*shape)], refresh_stagger=False, **options)
+        alone = DyKAF([parameter(*shape)], **{**schedule, **options})
         for step in range(15):
             param = params_of(alone)[0]
             param.grad = gradient(param, step, idx)
@@ -172,9 +172,10 @@ def test_group_added_in_mid_run() -> None:
     """The old parameter goes on as if nothing had happened, the new one as in an own optimizer."""
     old, old_alone = parameter(6, 4), parameter(6, 4)
     new, new_alone = parameter(4, 5, seed=1), parameter(4, 5, seed=1)
-    optimizer = two_sided([old], refresh_stagger=False)
-    alone = two_sided([old_alone], refresh_stagger=False)
-    late = two_sided([new_alone], lr=0.2, refresh_stagger=False)
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 3}
+    optimizer = two_sided([old], **schedule)
+    alone = two_sided([old_alone], **schedule)
+    late = two_sided([new_alone], lr=0.2, **schedule)
     run(optimizer, range(6))
     optimizer.add_param_group({"params": [new], "lr": 0.2})
     assert optimizer.param_groups[1]["betas"] == (0.95, 0.95)
@@ -289,8 +290,9 @@ def test_an_exception_in_the_closure_changes_nothing() -> None:
 @pytest.mark.parametrize("shape", [(6, 4), (5,)])
 def test_without_a_gradient_a_parameter_is_not_stepped(shape: tuple[int, ...]) -> None:
     sometimes, always, alone = parameter(*shape), parameter(4, 4, seed=1), parameter(*shape)
-    optimizer = DyKAF([sometimes, always], precondition_frequency=3, refresh_stagger=False)
-    other = DyKAF([alone], precondition_frequency=3, refresh_stagger=False)
+    schedule = {"refresh_schedule": "fixed", "precondition_frequency": 3}
+    optimizer = DyKAF([sometimes, always], **schedule)
+    other = DyKAF([alone], **schedule)
 
     def drop(step: int) -> None:
         if step in (0, 4, 5, 11):

@@ -73,7 +73,6 @@ DYKAF_BASE = {
     "sides": "both",
     "nesterov": False,
     "orthogonalize": 0,
-    "refresh_stagger": True,
     "factor_beta": None,
     "rescale_exp_avg_sq": False,
     "skinny_rank": 0,

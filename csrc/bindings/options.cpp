@@ -90,7 +90,6 @@ Options parse_options(const py::dict& options, const at::Device& device) {
                                     std::array{std::pair{"geometric", RefreshSchedule::kGeometric},
                                                std::pair{"fixed", RefreshSchedule::kFixed}}),
       .rescale_exp_avg_sq = read<bool>(options, "rescale_exp_avg_sq"),
-      .refresh_stagger = read<bool>(options, "refresh_stagger"),
       .precision = read_precision(options, device),
       .basis_rounding = read<std::string>(options, "state_dtype") == "bfloat16" ? 0x1p-9 : 0.0,
       .nesterov = read<bool>(options, "nesterov"),

@@ -63,7 +63,6 @@ class FISMO(KroneckerOptimizer):
         max_precond_dim: a side longer than this gets no factor; 0 sends all matrices to AdamW.
         sides: "both", or "one" (of the shorter side alone; of a square matrix the left).
         refresh_schedule: as in DyKAF, as all that follow.
-        refresh_stagger: spread the refreshes over the period.
         matmul_precision: "highest", "high", "medium", or None for torch's setting.
         batch_dims: leading dimensions that index separate matrices.
         state_dtype: of factors and bases, "float32" or "bfloat16".
@@ -101,7 +100,6 @@ class FISMO(KroneckerOptimizer):
         max_precond_dim: int = 10000,
         sides: str = "both",
         refresh_schedule: str = "geometric",
-        refresh_stagger: bool = True,
         matmul_precision: str | None = None,
         batch_dims: int | None = None,
         state_dtype: str = "float32",

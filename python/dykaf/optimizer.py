@@ -72,11 +72,11 @@ class DyKAF(KroneckerOptimizer):
             update is the momentum; with ``sides="none"`` and ``orthogonalize`` alone).
         nesterov: momentum of matrices as Nesterov's, beta1 exp_avg + (1 - beta1) G~.
         orthogonalize: Newton-Schulz steps on the update of a matrix; 0: none.
-        refresh_schedule: "geometric" (often at the start, then every precondition_frequency steps)
-            or "fixed".
+        refresh_schedule: "geometric": often at the start, then every precondition_frequency steps,
+            the sides of the matrices spread over these; "fixed": all of them at every
+            precondition_frequency-th step.
         rescale_exp_avg_sq: at a refresh, scale the second moment by the change of the factors'
             diagonals.
-        refresh_stagger: spread the refreshes over the period.
         matmul_precision: "highest", "high" or "medium" for float32 products, as
             torch.set_float32_matmul_precision; None follows torch's setting.
         batch_dims: leading dimensions that index separate matrices (experts, stacked layers), of
@@ -128,7 +128,6 @@ class DyKAF(KroneckerOptimizer):
         orthogonalize: int = 3,
         refresh_schedule: str = "geometric",
         rescale_exp_avg_sq: bool = True,
-        refresh_stagger: bool = True,
         matmul_precision: str | None = None,
         batch_dims: int | None = None,
         state_dtype: str = "float32",

@@ -40,7 +40,6 @@ class StepOptions(WhiteningOptions):
     second_moment: str
     refresh_schedule: str
     rescale_exp_avg_sq: bool
-    refresh_stagger: bool
     matmul_precision: str | None
     state_dtype: str
     nesterov: bool
@@ -137,7 +136,6 @@ _SHARED: dict[str, _Rule] = {
     "max_precond_dim": _integer(lambda value: value >= 0, "an integer >= 0"),
     "refresh_schedule": _one_of("geometric", "fixed"),
     "nesterov": _FLAG,
-    "refresh_stagger": _FLAG,
     "matmul_precision": _one_of(None, "highest", "high", "medium"),
     "batch_dims": _optional(_integer(lambda value: value >= 0, "an integer >= 0")),
     "state_dtype": _one_of("float32", "bfloat16"),
@@ -287,7 +285,6 @@ def step_options(
         "second_moment": plain["second_moment"],
         "refresh_schedule": plain["refresh_schedule"],
         "rescale_exp_avg_sq": plain["rescale_exp_avg_sq"],
-        "refresh_stagger": plain["refresh_stagger"],
         "matmul_precision": plain["matmul_precision"],
         "state_dtype": plain["state_dtype"],
         "nesterov": plain["nesterov"],

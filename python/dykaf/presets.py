@@ -14,7 +14,6 @@ _BOTH_SIDES = {
     "nesterov": False,
     "orthogonalize": 0,
     "refresh_schedule": "fixed",
-    "refresh_stagger": False,
     "rescale_exp_avg_sq": False,
 }
 

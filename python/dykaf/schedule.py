@@ -1,4 +1,4 @@
-"""Where in its period each side of each matrix has its turn."""
+"""Where in the period of the geometric schedule each side of each matrix has its turn."""
 
 from __future__ import annotations
 

@@ -22,12 +22,13 @@ inline int64_t refresh_interval(int64_t t, const Options& options) {
   return std::min(period, std::max<int64_t>(1, t / 10));
 }
 
-// The step at which a side is due after step t. Staggered, it is the last step of the interval that
-// is congruent to `offset`, so sides with different offsets take turns and none waits longer.
+// The step at which a side is due after step t. With the geometric schedule it is the last step of
+// the interval that is congruent to `offset`, so sides with different offsets take turns and none
+// waits longer; with the fixed one all sides have the same steps.
 inline int64_t next_refresh(int64_t t, const Options& options, int64_t offset) {
   const int64_t interval = refresh_interval(t, options);
   const int64_t latest = t + interval;
-  if (!options.refresh_stagger) return latest;
+  if (options.refresh_schedule == RefreshSchedule::kFixed) return latest;
   const int64_t excess = (latest - offset) % interval;
   return latest - (excess < 0 ? excess + interval : excess);
 }

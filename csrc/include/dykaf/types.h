@@ -128,7 +128,6 @@ struct Options {
   SecondMoment second_moment;
   RefreshSchedule refresh_schedule;
   bool rescale_exp_avg_sq;
-  bool refresh_stagger;
   MatmulPrecision precision;
   double basis_rounding;  // relative, of a basis's entries: 2^-9 where they are kept in bfloat16
   bool nesterov;          // of matrices

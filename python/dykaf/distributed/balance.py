@@ -35,7 +35,8 @@ def task_of(
     Args:
         layout: of the whole parameter.
         group: its options.
-        slots: places of its left and right side in the refresh period.
+        slots: places of its left and right side in the period of the geometric schedule; on the
+            fixed one all have the same.
         ranks: that may own it.
     """
     m, n = layout.m, layout.n
@@ -57,6 +58,7 @@ def task_of(
     ]
     # A power iteration, its orthonormalisation, and exp_avg in the new basis.
     refreshes = (6 * left + (left and m * m * n), 6 * right + (right and m * n * n))
+    slots = (0, 0) if group["refresh_schedule"] == "fixed" else slots
     return Task(work, refreshes, slots, int(group["precondition_frequency"]), sum(itemsizes), ranks)
 
 
