@@ -52,7 +52,8 @@ class Inputs:
         # Parameters of one shape start from the same state; a first basis is expensive.
         states = {shape: self._state(shape, draw) for shape in dict.fromkeys(workload.shapes)}
         self.states = [clone(states[shape]) for shape in workload.shapes]
-        self.saved = ([p.clone() for p in self.params], [clone(state) for state in self.states])
+        changed = [*self.params, *self.updates]
+        self.saved = ([x.clone() for x in changed], [clone(state) for state in self.states])
         self.counts = [x.num_matrices for x in workload.matrices()]
         self.streams = list(range(len(self.params)))
         self.offsets = [(0, 0)] * len(self.params)
@@ -71,20 +72,20 @@ class Inputs:
 
     def restore(self) -> None:
         """Undo every change."""
-        params, states = self.saved
-        torch._foreach_copy_(self.params, params)
+        tensors, states = self.saved
+        torch._foreach_copy_([*self.params, *self.updates], tensors)
         for state, saved in zip(self.states, states, strict=True):
             for key, value in state.items():
                 value.copy_(saved[key])
 
-    def options(self, integrator: str) -> StepOptions:
+    def options(self, integrator: str, **others: int) -> StepOptions:
+        options = {**DENSE, "integrator": integrator, **others}
         optimizer = dykaf.DyKAF(
             [torch.zeros(1)],
-            integrator=integrator,
             factor_beta=None,
             rescale_exp_avg_sq=False,
             matmul_precision=self.precision,
-            **DENSE,
+            **options,
         )
         return step_options(optimizer.param_groups[0], 1.0)
 
@@ -122,6 +123,11 @@ def rotate(x: Inputs, into_basis: bool) -> Calls:
 
 def adam_update(x: Inputs) -> Calls:
     return both(ops.adam_update_, composed.adam_update_, x.grads, x.states, x.options("ksl"))
+
+
+def orthogonalize(x: Inputs) -> Calls:
+    options = x.options("ksl", orthogonalize=counts.NEWTON_SCHULZ_STEPS)
+    return both(ops.orthogonalize_, composed.orthogonalize_, x.updates, x.states, options)
 
 
 def apply_update(x: Inputs) -> Calls:
@@ -178,6 +184,7 @@ CASES = {
         Case("rotate into", partial(rotate, into_basis=True), counts.rotate),
         Case("rotate back", partial(rotate, into_basis=False), counts.rotate),
         Case("adam_update_", adam_update, counts.adam_update),
+        Case("orthogonalize_", orthogonalize, counts.orthogonalize),
         Case("apply_update_", apply_update, counts.apply_update),
         *(
             _integrator_case("factor_update_", factor_update, counts.factor_update, integrator)
@@ -204,6 +211,7 @@ def invariants(x: Inputs, output: object) -> dict[str, Tensor]:
         found |= {f"output {idx}": value for idx, value in enumerate(output)}
     for idx, (param, state) in enumerate(zip(x.params, x.states, strict=True)):
         found[f"params {idx}"] = param
+        found[f"updates {idx}"] = x.updates[idx]
         for key in ("rho", "step", "update_rms"):
             found[f"{key} {idx}"] = state[key]
         found[f"exp_avg_sq {idx}"] = state["exp_avg_sq"]

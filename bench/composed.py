@@ -65,6 +65,25 @@ def adam_update_(
     return updates
 
 
+def orthogonalize_(
+    updates: Sequence[Tensor], states: Sequence[State], options: StepOptions
+) -> None:
+    """Without Nesterov's momentum, and no update is zero."""
+    beta1, _ = options["betas"]
+    full_rms = math.sqrt((1 - beta1) / (1 + beta1))  # of D for gradients of noise
+    for update, state in zip(updates, states, strict=True):
+        m, n = update.shape[-2:]
+        size = norm(update)
+        X = (update if m <= n else update.mT) / size
+        X /= norm(X @ X.mT).sqrt_()
+        for _ in range(options["orthogonalize"]):
+            A = X @ X.mT
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        fade = (size / (full_rms * math.sqrt(m * n))).clamp_(max=1)
+        update.copy_(X if m <= n else X.mT).mul_(0.2 * math.sqrt(max(m, n)) * fade)
+        state["update_rms"].copy_(update.square().mean((-2, -1)).sqrt_())
+
+
 def apply_update_(
     params: Sequence[Tensor],
     updates: Sequence[Tensor],

@@ -17,6 +17,7 @@ from bench.machine import Peaks
 from bench.shapes import Matrix
 
 ITEM_BYTES = 4
+NEWTON_SCHULZ_STEPS = 3  # as by default
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,14 @@ def rotate(x: Matrix) -> Count:
 
 def adam_update(x: Matrix) -> Count:
     return of_floats(0, 6 * x.m * x.n)  # reads G and the moments, writes the moments and D
+
+
+def orthogonalize(x: Matrix) -> Count:
+    """X X^T, its square, and their sum times X, on the short side."""
+    short, long = min(x.m, x.n), max(x.m, x.n)
+    flops = symmetric_product(short, long) + symmetric_product(short, short)
+    flops += product(short, short, long)
+    return of_floats(NEWTON_SCHULZ_STEPS * flops, 2 * x.m * x.n)
 
 
 def apply_update(x: Matrix) -> Count:
