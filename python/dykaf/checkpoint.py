@@ -44,7 +44,7 @@ def checked_state_dict(
         options = dict(saved)
         if options.pop("metric_power", 0) != 0:  # an option once, and not of the skinny form
             options["skinny_rank"] = 0
-        options.pop("refresh_stagger", None)  # one, too: the schedule says it
+        options.pop("refresh_stagger", None)  # an option once: the schedule decides
         former = _FORMERLY if "integrator" in saved else {}
         if "integrator" in saved:  # else they are another optimizer's, of AdamW's state
             check_alike(group, saved)
