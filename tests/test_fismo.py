@@ -126,6 +126,13 @@ def test_zero_gradients_before_and_within_a_run(roots: str) -> None:
     compare((6, 4), grads, roots=roots)
 
 
+def test_zero_gradients_after_the_first(backend: None) -> None:
+    """The momentum is zero still, and so is the update: there is no norm to restore."""
+    grads = random_gradients((4, 3), 8)
+    grads[1] = grads[2] = torch.zeros(4, 3, dtype=torch.float64)
+    compare((4, 3), grads)
+
+
 def test_factors_start_anew_when_their_scale_has_vanished(backend: None) -> None:
     """At factor_beta 0.01, rho falls by ten at each zero gradient and underflows to 0."""
     zeros = [torch.zeros(4, 3, dtype=torch.float64)] * 330
@@ -317,12 +324,13 @@ def test_a_graph_holds_no_decompositions() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sides": "one"}, {"max_precond_dim": 64}, MOUSSE],
-    ids=["both", "one", "narrow", "mousse"],
+    [{}, {"sides": "one"}, {"max_precond_dim": 64}, MOUSSE, {"damping": 0.0, "exponent": 1.0}],
+    ids=["both", "one", "narrow", "mousse", "undamped"],
 )
-def test_rows_of_tokens_that_do_not_occur_stay(options: dict[str, Any]) -> None:
+def test_rows_of_tokens_that_do_not_occur_stay(backend: None, options: dict[str, Any]) -> None:
     """Found were at most 2e-7 of what live rows move: of rows that are not exactly zero in the
-    basis, what Newton-Schulz makes of rounding."""
+    basis, what Newton-Schulz makes of rounding. Undamped, whitening enlarges it: 9e-6, and 6e-3
+    where gradients keep what is rounding in them."""
     model, live = embedding_and_head(150, 64, seed=0)
     optimizer = FISMO(model.parameters(), lr=1e-3, weight_decay=0, **options)
     begin = [param.detach().clone() for param in model.parameters()]
