@@ -140,6 +140,21 @@ def test_factors_start_anew_when_their_scale_has_vanished(backend: None) -> None
     compare((4, 3), [*grads[:4], *zeros, *grads[4:]], factor_beta=0.01)
 
 
+def test_factors_of_zero_whiten_nothing(backend: None) -> None:
+    """As a state that was loaded may have them, until a gradient comes."""
+    param = nn.Parameter(randn(4, 3))
+    optimizer = FISMO([param], weight_decay=0)
+    for grad in random_gradients((4, 3), 4):
+        param.grad = grad
+        optimizer.step()
+    optimizer.state[param]["L"].zero_()
+    optimizer.state[param]["R"].zero_()
+    before = param.detach().clone()
+    param.grad = torch.zeros(4, 3, dtype=torch.float64)
+    optimizer.step()
+    assert torch.equal(param, before)
+
+
 def whitened_gradient(shape: tuple[int, int], roots: str, exponent: float) -> tuple[Tensor, Any]:
     """P^-e G Q^-e of the step after 30 others, in the basis, up to a factor that hangs on no roots;
     and the state it is of."""
