@@ -30,9 +30,9 @@ def run(
 
 
 @pytest.mark.parametrize("integrator", ["ksl", "bug", "diagonal"])
-@pytest.mark.parametrize("precondition_frequency", [1, 10])
-def test_ten_thousand_steps_keep_factors_and_bases_sound(
-    integrator: str, precondition_frequency: int
+@pytest.mark.parametrize(("precondition_frequency", "steps"), [(1, 2_500), (10, 10_000)])
+def test_thousands_of_steps_keep_factors_and_bases_sound(
+    integrator: str, precondition_frequency: int, steps: int
 ) -> None:
     matrices = Matrices(torch.float32)
     m, n = 24, 16
@@ -41,7 +41,7 @@ def test_ten_thousand_steps_keep_factors_and_bases_sound(
     optimizer = two_sided(
         [param], integrator=integrator, precondition_frequency=precondition_frequency
     )
-    for _ in range(10_000):
+    for _ in range(steps):
         param.grad = left @ matrices.randn(m, n)
         optimizer.step()
     state = optimizer.state[param]
@@ -53,7 +53,8 @@ def test_ten_thousand_steps_keep_factors_and_bases_sound(
         assert torch.equal(F, F.T)
         assert float(torch.linalg.eigvalsh(F)[0]) >= -8 * u
         # Between corrections at most 32 refreshes add errors of size u sqrt(n) per column, at
-        # random: sqrt(32 n) u sqrt(n) in the Frobenius norm. Without corrections: 17 times that.
+        # random: sqrt(32 n) u sqrt(n) in the Frobenius norm. Without corrections: 6 times that
+        # after 1,000 refreshes, 9 times after 2,500.
         error = float((Q.T @ Q - torch.eye(size, dtype=torch.float64)).norm())
         assert error <= 2 * 32**0.5 * size * u
     assert float(param.detach().abs().max()) < 1e3
