@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bench.evidence.orthogonal import COEFFICIENTS
+
 if TYPE_CHECKING:
     from dykaf.options import StepOptions
     from dykaf.state import State
@@ -69,6 +71,7 @@ def orthogonalize_(
     updates: Sequence[Tensor], states: Sequence[State], options: StepOptions
 ) -> None:
     """Without Nesterov's momentum, and no update is zero."""
+    a, b, c = COEFFICIENTS
     beta1, _ = options["betas"]
     full_rms = math.sqrt((1 - beta1) / (1 + beta1))  # of D for gradients of noise
     for update, state in zip(updates, states, strict=True):
@@ -78,7 +81,7 @@ def orthogonalize_(
         X /= norm(X @ X.mT).sqrt_()
         for _ in range(options["orthogonalize"]):
             A = X @ X.mT
-            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+            X = a * X + (b * A + c * A @ A) @ X
         fade = (size / (full_rms * math.sqrt(m * n))).clamp_(max=1)
         update.copy_(X if m <= n else X.mT).mul_(0.2 * math.sqrt(max(m, n)) * fade)
         state["update_rms"].copy_(update.square().mean((-2, -1)).sqrt_())

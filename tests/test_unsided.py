@@ -92,3 +92,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing(form: str, dtype: torch.d
     assert optimizer.skipped_steps == 1
     optimizer.skipped_steps = 0
     assert frozen(optimizer) == before
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_row_and_a_vector_of_its_length(order: list[int]) -> None:
+    """One is a matrix, the other goes to AdamW: each as alone, though their arrays are alike."""
+    params = [signs((1, 8), 100), signs((1, 8), 101).flatten()]
+    params = [param.to(backends.device()) for param in params]
+    alone = [param.clone() for param in params]
+    together = DyKAF([params[i] for i in order], sides="none")
+    apart = [DyKAF([param], sides="none") for param in alone]
+    for step in range(6):
+        for idx in (0, 1):
+            grad = signs((1, 8), 2 * step + idx).to(backends.device())
+            params[idx].grad = grad.view_as(params[idx])
+            alone[idx].grad = params[idx].grad.clone()
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(params, alone, strict=True))
+    assert not torch.equal(params[0].flatten(), params[1])

@@ -9,21 +9,6 @@
 namespace dykaf::aten {
 namespace {
 
-constexpr std::array kArrays = {
-    &Matrix::param,
-    &Matrix::grad,
-    &Matrix::master,
-    &Matrix::exp_avg_sq,
-    &Matrix::exp_avg_sq_row,
-    &Matrix::exp_avg_sq_col,
-    &Matrix::exp_avg_sq_scale,
-    &Matrix::L,
-    &Matrix::R,
-    &Matrix::Q_L,
-    &Matrix::Q_R,
-    &Matrix::exp_avg,
-};
-
 constexpr std::array kInputs = {&Matrix::grad, &Matrix::param, &Matrix::update, &Matrix::grad_max};
 
 constexpr std::array kState = {
@@ -191,10 +176,14 @@ template at::Tensor Batch::on_device(const std::vector<double>&, at::ScalarType)
 std::vector<int64_t> likeness(const Matrix& w) {
   std::vector<int64_t> key = {w.m, w.n, w.skinny_rank, w.place.run != 0};
   if (w.is_skinny()) key.insert(key.end(), {w.rows[0], w.rows[1]});
-  for (const Array array : kArrays) {
-    const at::Tensor& tensor = w.*array;
-    key.push_back(tensor.defined() ? static_cast<int64_t>(tensor.scalar_type()) : -1);
-  }
+  const auto add = [&](const auto& arrays) {
+    for (const Array array : arrays) {
+      const at::Tensor& tensor = w.*array;
+      key.push_back(tensor.defined() ? static_cast<int64_t>(tensor.scalar_type()) : -1);
+    }
+  };
+  add(kInputs);
+  add(kState);
   return key;
 }
 
